@@ -1,0 +1,53 @@
+# Two commands matter: `make up` runs the pipeline, `make test` runs every check. Both install what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help up down test unit integration lint types lock clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(VENV)/.runtime: requirements/runtime.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "metrics-pipeline needs Python 3.11 or newer, and $(PYTHON) is older or missing: install it, or name one with 'make PYTHON=python3.12 …'" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (Debian and Ubuntu: apt-get install python3-venv), or name another Python with 'make PYTHON=…'" >&2; exit 1; }
+	@echo "Installing into $(VENV) (once)…"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/runtime.txt
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.runtime
+	@echo "Installing the tools for tests into $(VENV) (once)…"
+	@$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/dev.txt
+	@touch $@
+
+up: $(VENV)/.runtime  ## run the whole pipeline; Ctrl-C stops it (ARGS=--detach for the background)
+	@$(BIN)/metrics-pipeline up $(ARGS)
+
+down: $(VENV)/.runtime  ## stop a pipeline that runs in the background
+	@$(BIN)/metrics-pipeline down
+
+test: lint types unit integration  ## everything that CI checks
+
+unit: $(VENV)/.dev  ## unit tests, seconds
+	@$(BIN)/python -m pytest -m 'not integration' $(ARGS)
+
+integration: $(VENV)/.dev  ## tests on the real embedded stack
+	@$(BIN)/python -m pytest -m integration $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff and squawk
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/squawk --config .squawk.toml sql/migrations/*.sql
+
+types: $(VENV)/.dev  ## mypy --strict
+	@$(BIN)/mypy
+
+lock: $(VENV)/.dev  ## resolve the dependencies again, with hashes, for every supported Python
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock' --upgrade pyproject.toml --group pyproject.toml:build -o requirements/runtime.txt
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock' --upgrade -c requirements/runtime.txt pyproject.toml --group pyproject.toml:build --group pyproject.toml:dev -o requirements/dev.txt
+
+clean:  ## remove the virtual environment (data in .local stays: see `metrics-pipeline reset`)
+	rm -rf $(VENV)

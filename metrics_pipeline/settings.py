@@ -1,0 +1,277 @@
+"""Every setting, once: the environment variable is the field's name in capitals.
+
+Order of precedence: real environment, then the env file (`.env` in the checkout, or `PIPELINE_ENV_FILE`), then the default.
+The README's tables and `.env.example` are tested against this file.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from metrics_pipeline.errors import SettingError
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The checkout: `sql/` and `connect/` stand beside the package."""
+
+TOPIC = "metrics"
+DEAD_LETTER_TOPIC = "metrics.dlq"
+CONNECTOR = "metrics-postgres-sink"
+CONNECTOR_GROUP = f"connect-{CONNECTOR}"
+"""The consumer group that Kafka Connect derives from the connector's name."""
+
+Role = Literal["metrics_owner", "metrics_writer", "metrics_summarizer", "metrics_reader", "metrics_producer"]
+"""The database roles; the superuser (`POSTGRES_USER`) only makes them."""
+
+
+def _is_postgres_url(url: str) -> str:
+    if url and urlsplit(url).scheme not in ("postgresql", "postgres"):
+        raise ValueError("must begin with postgresql://")
+    return url
+
+
+def _is_http_url(url: str) -> str:
+    if url and urlsplit(url).scheme not in ("http", "https"):
+        raise ValueError("must begin with http:// or https://")
+    return url.rstrip("/")
+
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+def _setting(default: Any, description: str, group: str, **limits: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"group": group}, **limits)
+
+
+class ProducerSettings(BaseSettings):
+    """What the producer publishes, and how fast. The Dagster job takes the same fields as its run config."""
+
+    producer_queue_concurrency: Positive = _setting(8, "Kafka batches in flight (unacknowledged) at once", "producer")
+    producer_min_metrics: Positive = _setting(2500, "fewest readings in a publish round", "producer")
+    producer_max_metrics: Positive = _setting(7500, "most readings in a publish round", "producer")
+    producer_min_devices: Positive = _setting(3, "fewest devices in a publish round", "producer")
+    producer_max_devices: Positive = _setting(10, "most devices in a publish round", "producer")
+    kafka_batch_size: Positive = _setting(250, "messages handed to the Kafka client at a time", "producer")
+    kafka_max_in_flight: Annotated[int, Field(ge=1, le=5)] = _setting(
+        5, "produce requests in flight on one connection (idempotence allows at most 5)", "producer"
+    )
+    producer_publish_interval: Annotated[int, Field(ge=0)] = _setting(
+        250, "milliseconds between publish rounds; 0 publishes as fast as the broker acknowledges", "producer"
+    )
+    producer_fleet_size: Positive = _setting(50, "simulated devices there are, the same from run to run", "producer")
+    producer_run_seconds: Positive = _setting(
+        300, "seconds a producer run lasts before the next one starts", "producer"
+    )
+    producer_seed: int = _setting(1, "seed of the simulated fleet and its readings", "producer")
+    producer_compression: Literal["lz4", "zstd", "none"] = _setting(
+        "lz4", "compression of the message batches", "producer"
+    )
+    producer_flush_seconds: Positive = _setting(
+        30, "seconds a stopping producer waits for outstanding acknowledgements", "producer"
+    )
+    producer_stall_seconds: Positive = _setting(
+        15, "seconds without an acknowledgement after which `/health` answers 503", "producer"
+    )
+    producer_max_lag: Positive = _setting(
+        20_000_000,
+        "consumer lag in records at which the producer pauses, so that retention cannot overtake the sink",
+        "producer",
+    )
+
+    @model_validator(mode="after")
+    def _minimum_is_below_maximum(self) -> Self:
+        for what in ("metrics", "devices"):
+            low, high = getattr(self, f"producer_min_{what}"), getattr(self, f"producer_max_{what}")
+            if low > high:
+                raise ValueError(
+                    f"PRODUCER_MIN_{what.upper()} is {low}, above PRODUCER_MAX_{what.upper()} ({high}): lower it or raise the other"
+                )
+        if self.producer_max_devices > self.producer_fleet_size:
+            raise ValueError(
+                f"PRODUCER_MAX_DEVICES is {self.producer_max_devices}, above PRODUCER_FLEET_SIZE ({self.producer_fleet_size}): "
+                "lower it or raise the other"
+            )
+        return self
+
+
+class Settings(ProducerSettings):
+    """All settings of the pipeline."""
+
+    model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, env_file_encoding="utf-8")
+
+    topic_partitions_metrics: Positive = _setting(
+        6, "partitions of the topic; growing an existing topic needs `provision` to be asked for it", "topic"
+    )
+    topic_replication_factor: Positive = _setting(1, "replicas of each partition", "topic")
+    topic_retention_bytes: Annotated[int, Field(ge=64 * 2**20)] = _setting(
+        10 * 2**30, "bytes the topic may hold, all partitions together; the oldest segments go first", "topic"
+    )
+
+    postgres_db: str = _setting("metrics", "database of the readings", "services")
+    postgres_user: str = _setting("postgres", "superuser, used only to make roles and databases", "services")
+    postgres_url: Annotated[str, AfterValidator(_is_postgres_url)] = _setting(
+        "",
+        "an existing PostgreSQL 17 (with a role that may make roles); set in the real environment, none is started",
+        "services",
+    )
+    kafka_url: str = _setting(
+        "", "an existing broker, host:port[,host:port…]; set in the real environment, none is started", "services"
+    )
+    connect_url: Annotated[str, AfterValidator(_is_http_url)] = _setting(
+        "", "an existing Kafka Connect (4.2 or newer); set in the real environment, none is started", "services"
+    )
+
+    postgres_port: Port = _setting(5432, "PostgreSQL", "ports")
+    kafka_port: Port = _setting(19092, "broker", "ports")
+    kafka_controller_port: Port = _setting(19093, "the broker's KRaft controller", "ports")
+    connect_port: Port = _setting(8083, "Kafka Connect REST", "ports")
+    producer_port: Port = _setting(3000, "producer's `/health` and `/metrics`", "ports")
+    dagster_port: Port = _setting(3070, "Dagster UI", "ports")
+    dagster_code_port: Port = _setting(3071, "Dagster code server (gRPC)", "ports")
+
+    pipeline_data_dir: Path = _setting(Path(".local"), "where the embedded stack keeps its data and logs", "stack")
+    pipeline_cache_dir: Path | None = _setting(
+        None, "where downloaded jars are kept; default: the user's cache folder", "stack"
+    )
+    pipeline_memory_gb: Annotated[float, Field(gt=0)] | None = _setting(
+        None, "memory budget in GiB; default: what this process may use (cgroup limit included)", "stack"
+    )
+    disk_free_limit_gb: Annotated[float, Field(ge=0)] = _setting(
+        5.0, "GiB of free disk below which the producer stops", "stack"
+    )
+
+    throughput_floor: Annotated[float, Field(ge=0)] = _setting(
+        1.0, "stored rows/s below which the `throughput` check fails while the producer runs", "monitoring"
+    )
+    lag_limit: Positive = _setting(200_000, "consumer lag in records above which `consumer_lag` fails", "monitoring")
+    freshness_limit_seconds: Positive = _setting(
+        60, "age of the newest row above which `freshness` fails while the producer runs", "monitoring"
+    )
+    run_retention_hours: Positive = _setting(24, "hours that Dagster's runs and their logs are kept", "monitoring")
+
+    postgres_password: SecretStr = _setting(SecretStr(""), "of the superuser", "secrets")
+    metrics_owner_password: SecretStr = _setting(
+        SecretStr(""), "of the role that owns the tables and runs migrations", "secrets"
+    )
+    metrics_writer_password: SecretStr = _setting(SecretStr(""), "of the sinks' role", "secrets")
+    metrics_summarizer_password: SecretStr = _setting(SecretStr(""), "of the role that writes summaries", "secrets")
+    metrics_reader_password: SecretStr = _setting(SecretStr(""), "of the read-only role", "secrets")
+    metrics_producer_password: SecretStr = _setting(
+        SecretStr(""), "of the producer's role (its lock and its ledger)", "secrets"
+    )
+    dagster_password: SecretStr = _setting(SecretStr(""), "of Dagster's own database", "secrets")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the real environment, then the env file."""
+        del settings_cls, file_secret_settings
+        return init_settings, env_settings, dotenv_settings
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Settings:
+        """Read the environment and the env file.
+
+        Raises:
+            SettingError: naming each bad setting and what is wrong with it.
+        """
+        try:
+            return cls(_env_file=env_file(), **overrides)  # type: ignore[call-arg]  # an init argument of BaseSettings
+        except ValidationError as error:
+            raise SettingError(explain(error)) from error
+
+    @property
+    def data_dir(self) -> Path:
+        """The data folder, absolute; a relative setting counts from the checkout."""
+        return (ROOT / self.pipeline_data_dir).resolve()
+
+    @property
+    def bootstrap_servers(self) -> str:
+        """What Kafka clients connect to."""
+        return self.kafka_url or f"127.0.0.1:{self.kafka_port}"
+
+    @property
+    def connect_rest(self) -> str:
+        """Base URL of Kafka Connect's REST API, without a trailing slash."""
+        return self.connect_url or f"http://127.0.0.1:{self.connect_port}"
+
+    @property
+    def producer_http(self) -> str:
+        """Base URL of the producer's health and metrics endpoints."""
+        return f"http://127.0.0.1:{self.producer_port}"
+
+    @property
+    def dagster_http(self) -> str:
+        """Base URL of the Dagster UI."""
+        return f"http://127.0.0.1:{self.dagster_port}"
+
+    @property
+    def postgres_host(self) -> str:
+        """Host of PostgreSQL."""
+        return (urlsplit(self.postgres_url).hostname if self.postgres_url else None) or "127.0.0.1"
+
+    @property
+    def postgres_host_port(self) -> int:
+        """Port of PostgreSQL."""
+        return (urlsplit(self.postgres_url).port or 5432) if self.postgres_url else self.postgres_port
+
+    @property
+    def metrics_database(self) -> str:
+        """Name of the database of the readings: the URL's, when one is set."""
+        return (urlsplit(self.postgres_url).path.strip("/") if self.postgres_url else "") or self.postgres_db
+
+    def role_url(self, role: Role) -> str:
+        """`postgresql://` URL of a role, password included: hand it to clients, never to a log."""
+        return self._url(role, getattr(self, f"{role}_password"), self.metrics_database)
+
+    def admin_url(self, database: str = "postgres") -> str:
+        """`postgresql://` URL of the superuser (or of the role that `POSTGRES_URL` names)."""
+        if self.postgres_url:
+            return urlunsplit(urlsplit(self.postgres_url)._replace(path=f"/{database}"))
+        return self._url(self.postgres_user, self.postgres_password, database)
+
+    @property
+    def dagster_postgres_url(self) -> str:
+        """`postgresql://` URL of Dagster's own database."""
+        return self._url("dagster", self.dagster_password, "dagster")
+
+    def _url(self, user: str, password: SecretStr, database: str) -> str:
+        secret = quote(password.get_secret_value(), safe="")
+        return f"postgresql://{quote(user, safe='')}:{secret}@{self.postgres_host}:{self.postgres_host_port}/{quote(database, safe='')}"
+
+
+def env_file() -> Path:
+    """The file that holds what `up` generated and what the user set for good."""
+    return Path(os.environ.get("PIPELINE_ENV_FILE") or ROOT / ".env")
+
+
+def explain(error: ValidationError) -> str:
+    """One line per bad setting: its name, the value given (secrets left out) and the reason."""
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False):
+        name = "_".join(str(part) for part in problem["loc"]).upper()
+        reason = problem["msg"].removeprefix("Value error, ")
+        if not name:
+            lines.append(reason)
+        elif "PASSWORD" in name or "URL" in name:
+            lines.append(f"{name}: {reason}")
+        else:
+            lines.append(f"{name}={problem['input']!s}: {reason}")
+    return "; ".join(lines)
+
+
+def external_services() -> frozenset[str]:
+    """Which of postgres, kafka and connect the real environment points elsewhere. The env file never does: it is ours."""
+    return frozenset(name for name in ("postgres", "kafka", "connect") if os.environ.get(f"{name.upper()}_URL"))
