@@ -1,0 +1,71 @@
+"""The unprivileged account that PostgreSQL needs when the stack is run by root, and folders it can reach."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pwd
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from metrics_pipeline.errors import InstallError
+
+SHARED_STATE = Path("/var/lib/metrics-pipeline")
+"""Under root, where PostgreSQL's files go when the account cannot enter the data folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A user of this machine to drop to."""
+
+    name: str
+    uid: int
+    gid: int
+
+    def own(self, path: Path, mode: int) -> None:
+        """Hand a file or folder to this account."""
+        os.chown(path, self.uid, self.gid)
+        path.chmod(mode)
+
+
+def unprivileged() -> Account | None:
+    """The account to run PostgreSQL as: None when this process is no root and can run it itself.
+
+    Raises:
+        InstallError: when root has no other account to drop to.
+    """
+    if os.geteuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return Account(name, entry.pw_uid, entry.pw_gid)
+    raise InstallError("PostgreSQL does not run as root and there is no account 'postgres' or 'nobody': run as an ordinary user")
+
+
+def reachable(path: Path) -> bool:
+    """Whether every account may enter each folder down to `path` (which need not exist yet)."""
+    return all(not folder.exists() or folder.stat().st_mode & 0o001 for folder in (path, *path.parents))
+
+
+def postgres_home(data_dir: Path, account: Account | None) -> Path:
+    """Folder for PostgreSQL's binaries and data: in the data folder, or where the account can reach it.
+
+    A folder outside remembers which data folder it belongs to; those whose data folder is gone are removed.
+    """
+    if account is None or reachable(data_dir):
+        return data_dir / "postgres"
+    home = SHARED_STATE / hashlib.sha256(bytes(data_dir)).hexdigest()[:12]
+    home.mkdir(parents=True, exist_ok=True, mode=0o755)
+    (home / "belongs-to").write_text(f"{data_dir}\n")
+    _remove_orphans()
+    return home
+
+
+def _remove_orphans() -> None:
+    for note in SHARED_STATE.glob("*/belongs-to"):
+        if not Path(note.read_text().strip()).exists() and not (note.parent / "data" / "postmaster.pid").exists():
+            shutil.rmtree(note.parent, ignore_errors=True)
