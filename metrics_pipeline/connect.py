@@ -1,0 +1,310 @@
+"""Kafka Connect over REST: the connector put as its file stands, its state, restarts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import requests
+import stamina
+from stamina.instrumentation import LoggingOnRetryHook, set_on_retry_hooks
+
+from metrics_pipeline.change import Change
+from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.settings import CONNECTOR, ROOT, Settings
+
+CONNECTOR_FILE = ROOT / "connect" / f"{CONNECTOR}.json"
+OLDEST_VERSION = (4, 2)
+"""The first Connect whose JsonConverter takes `schema.content`: an older one makes every record a dead letter."""
+
+PATIENCE_SECONDS = 30.0
+"""How long a request is tried again while Connect is away or rebalances."""
+RUNNING_SECONDS = 90.0
+"""How long `ensure_connector` waits for the connector and all its tasks."""
+FAILED_GRACE_SECONDS = 5.0
+"""A task that still shows FAILED this long after a change really failed: until then it is the state from before."""
+SETTLE_SECONDS = 2.0
+"""How long RUNNING must last after a change: a task that cannot start shows RUNNING for a moment."""
+
+_TIMEOUT = (3.05, 20.0)
+_log = logging.getLogger(__name__)
+
+# stamina would report retries through structlog, whose default is to print on standard output.
+set_on_retry_hooks([LoggingOnRetryHook])
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """One task of the connector; `trace` is the stack trace of a FAILED one."""
+
+    id: int
+    state: str
+    trace: str = ""
+
+    @property
+    def cause(self) -> str:
+        """One line that says why it failed: the innermost cause, or the first line."""
+        lines = [line.strip() for line in self.trace.splitlines() if line.strip()]
+        causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
+        return (causes[-1] if causes else lines[0] if lines else "no trace")[:300]
+
+
+@dataclass(frozen=True)
+class SinkState:
+    """What Connect says of the connector: its own state (`MISSING` when there is none) and each task's."""
+
+    connector: str
+    tasks: tuple[TaskState, ...] = ()
+    trace: str = ""
+
+    @property
+    def running(self) -> bool:
+        """The connector and all its tasks run."""
+        return self.connector == "RUNNING" and bool(self.tasks) and all(task.state == "RUNNING" for task in self.tasks)
+
+    @property
+    def failed(self) -> tuple[TaskState, ...]:
+        """The tasks that Connect gave up."""
+        return tuple(task for task in self.tasks if task.state == "FAILED")
+
+    @property
+    def problems(self) -> list[str]:
+        """One line for each part that does not run; empty when all do."""
+        if self.connector == "MISSING":
+            return [f"connector {CONNECTOR} does not exist"]
+        found = []
+        if self.connector != "RUNNING":
+            reason = f": {TaskState(-1, self.connector, self.trace).cause}" if self.trace else ""
+            found.append(f"connector {CONNECTOR} is {self.connector}{reason}")
+        if not self.tasks:
+            found.append(f"connector {CONNECTOR} has no tasks")
+        return found + [
+            f"task {task.id} is {task.state}" + (f": {task.cause}" if task.trace else "")
+            for task in self.tasks
+            if task.state != "RUNNING"
+        ]
+
+
+class _RebalancingError(Exception):
+    """409: the workers are agreeing on who runs what."""
+
+
+class ConnectClient:
+    """The part of Connect's REST API that we use.
+
+    Args:
+        url: base URL, without a trailing slash.
+        patience: seconds for which a request is tried again while Connect is away or rebalances.
+    """
+
+    def __init__(self, url: str, patience: float = PATIENCE_SECONDS) -> None:
+        self._url = url
+        self._patience = patience
+        self._session = requests.Session()
+        # A proxy of the machine has no business between us and a service beside us.
+        self._session.trust_env = False
+
+    def version(self) -> str:
+        """Connect's version.
+
+        Raises:
+            ServiceError: older than 4.2, or not reachable.
+        """
+        answer = self._json("GET", "/")
+        version = str(answer.get("version", ""))
+        numbers = tuple(int(part) for part in version.split("-")[0].split(".")[:2] if part.isdigit())
+        if numbers < OLDEST_VERSION:
+            raise ServiceError(
+                f"Kafka Connect at {self._url} is version {version or 'unknown'}, and the connector needs 4.2 or newer "
+                "(schema.content): point CONNECT_URL at a newer one"
+            )
+        return version
+
+    def config(self, name: str) -> dict[str, str] | None:
+        """The connector's configuration as Connect holds it, or None when there is no such connector."""
+        answer = self._request("GET", f"/connectors/{quote(name)}/config", allow=(404,))
+        return None if answer.status_code == 404 else dict(answer.json())
+
+    def put(self, name: str, config: Mapping[str, str]) -> None:
+        """Create the connector, or replace its configuration."""
+        self._request("PUT", f"/connectors/{quote(name)}/config", json=dict(config))
+
+    def state(self, name: str) -> SinkState:
+        """State of the connector and of its tasks."""
+        answer = self._request("GET", f"/connectors/{quote(name)}/status", allow=(404,))
+        if answer.status_code == 404:
+            return SinkState("MISSING")
+        status = answer.json()
+        tasks = (TaskState(task["id"], task["state"], task.get("trace", "")) for task in status["tasks"])
+        connector = status["connector"]
+        return SinkState(connector["state"], tuple(sorted(tasks, key=lambda task: task.id)), connector.get("trace", ""))
+
+    def restart(self, name: str, only_failed: bool = True) -> None:
+        """Restart the connector with its tasks; by default only those that FAILED."""
+        flags = {"includeTasks": "true", "onlyFailed": str(only_failed).lower()}
+        self._request("POST", f"/connectors/{quote(name)}/restart", params=flags)
+
+    def resume(self, name: str) -> None:
+        """Let a paused or stopped connector run again."""
+        self._request("PUT", f"/connectors/{quote(name)}/resume")
+
+    def delete(self, name: str) -> None:
+        """Delete the connector; that there is none is no error. Its committed offsets stay."""
+        self._request("DELETE", f"/connectors/{quote(name)}", allow=(404,))
+
+    def _json(self, method: str, path: str) -> dict[str, Any]:
+        try:
+            answer = self._request(method, path).json()
+        except requests.JSONDecodeError as error:
+            raise ServiceError(
+                f"{self._url} answers, but is no Kafka Connect: correct CONNECT_URL (or CONNECT_PORT)"
+            ) from error
+        return dict(answer) if isinstance(answer, dict) else {}
+
+    def _request(self, method: str, path: str, *, allow: tuple[int, ...] = (), **kwargs: Any) -> requests.Response:
+        try:
+            # A read that timed out is not repeated: each try may take 20 s.
+            for attempt in stamina.retry_context(
+                (_RebalancingError, requests.ConnectionError), attempts=None, timeout=self._patience, wait_max=2.0
+            ):
+                with attempt:
+                    answer = self._once(method, path, **kwargs)
+        except _RebalancingError as error:
+            raise ServiceError(
+                f"Kafka Connect at {self._url} is still rebalancing after {self._patience:.0f} s ({error}): "
+                "see `metrics-pipeline logs connect`"
+            ) from error
+        except requests.RequestException as error:
+            raise ServiceError(
+                f"Kafka Connect at {self._url} cannot be reached ({_reason(error)}): "
+                "start it with `metrics-pipeline up`, or correct CONNECT_URL (or CONNECT_PORT)"
+            ) from error
+        if answer.ok or answer.status_code in allow:
+            return answer
+        raise ServiceError(
+            f"Kafka Connect at {self._url} refused {method} {path} ({answer.status_code}): {_message(answer)}"
+            + (f": mend {CONNECTOR_FILE.relative_to(ROOT)}" if answer.status_code == 400 else "")
+        )
+
+    def _once(self, method: str, path: str, **kwargs: Any) -> requests.Response:
+        answer = self._session.request(method, self._url + path, timeout=_TIMEOUT, **kwargs)
+        if answer.status_code == 409:
+            raise _RebalancingError(_message(answer))
+        return answer
+
+
+def connector_config() -> dict[str, str]:
+    """The connector as its file has it: put as it stands, secrets and addresses by reference."""
+    return {str(name): str(value) for name, value in json.loads(CONNECTOR_FILE.read_text("utf-8")).items()}
+
+
+def sink_state(settings: Settings, patience: float = 2.0) -> SinkState:
+    """What Connect says of the connector and its tasks now.
+
+    Raises:
+        ServiceError: Connect cannot be reached.
+    """
+    return ConnectClient(settings.connect_rest, patience).state(CONNECTOR)
+
+
+def connector_drift(settings: Settings, patience: float = PATIENCE_SECONDS) -> list[str]:
+    """Each difference between the connector and its file, then each part that does not run; empty when all is well.
+
+    Raises:
+        ServiceError: Connect cannot be reached.
+    """
+    client = ConnectClient(settings.connect_rest, patience)
+    config = client.config(CONNECTOR)
+    if config is None:
+        return [f"connector {CONNECTOR} does not exist"]
+    return _differences(config, connector_config()) + client.state(CONNECTOR).problems
+
+
+def ensure_connector(settings: Settings, patience: float = PATIENCE_SECONDS) -> Change:
+    """Make the connector what its file says, and wait until it and all its tasks run.
+
+    A paused connector is resumed and FAILED tasks are restarted once.
+
+    Raises:
+        ServiceError: Connect cannot be reached, is too old, refuses the file, or a task cannot start.
+    """
+    client = ConnectClient(settings.connect_rest, patience)
+    client.version()
+    wanted = connector_config()
+    present = client.config(CONNECTOR)
+    details = ["connector " + CONNECTOR] if present is None else _differences(present, wanted)
+    if details:
+        client.put(CONNECTOR, wanted)
+    if present is not None:
+        state = client.state(CONNECTOR)
+        if state.connector in ("PAUSED", "STOPPED"):
+            client.resume(CONNECTOR)
+            details.append(f"resumed, was {state.connector}")
+        elif not details and (state.failed or state.connector == "FAILED"):
+            client.restart(CONNECTOR)
+            details.append(f"restarted, {state.problems[0]}")
+    _wait_until_running(client, settle=SETTLE_SECONDS if details else 0.0)
+    if present is None:
+        return Change("created", details)
+    return Change("changed" if details else "unchanged", details)
+
+
+def _wait_until_running(client: ConnectClient, settle: float) -> None:
+    begin = time.monotonic()
+    failed_since = running_since = None
+    while True:
+        state = client.state(CONNECTOR)
+        now = time.monotonic()
+        failed_since = (failed_since or now) if state.failed or state.connector == "FAILED" else None
+        running_since = (running_since or now) if state.running else None
+        if running_since is not None and now - running_since >= settle:
+            return
+        if failed_since is not None and now - failed_since >= FAILED_GRACE_SECONDS:
+            raise ServiceError(f"{state.problems[0]}: see `metrics-pipeline logs connect`, mend it and provision again")
+        if now - begin >= RUNNING_SECONDS:
+            raise ServiceError(
+                f"{'; '.join(state.problems)} after {RUNNING_SECONDS:.0f} s: see `metrics-pipeline logs connect`"
+            )
+        time.sleep(0.25)
+
+
+def _differences(present: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    found = []
+    for name in sorted(present.keys() | wanted.keys()):
+        if name == "name":  # Connect adds it
+            continue
+        if name not in wanted:
+            found.append(f"{name} is {_shown(name, present[name])}, not configured")
+        elif name not in present:
+            found.append(f"{name} is missing, configured {_shown(name, wanted[name])}")
+        elif present[name] != wanted[name]:
+            found.append(f"{name} is {_shown(name, present[name])}, configured {_shown(name, wanted[name])}")
+    return found
+
+
+def _shown(name: str, value: str) -> str:
+    """A value fit for a line of a report: no secret that somebody put in by hand, no page of schema."""
+    if "${" not in value and ("password" in name or "url" in name or "jaas" in name):
+        return "(hidden)"
+    return value if len(value) <= 80 else f"{value[:77]}…"
+
+
+def _message(answer: requests.Response) -> str:
+    try:
+        text = str(answer.json().get("message", ""))
+    except (requests.JSONDecodeError, AttributeError):
+        text = answer.text
+    return " ".join(text.split())[:500] or answer.reason
+
+
+def _reason(error: requests.RequestException) -> str:
+    text = str(error)
+    for known in ("Connection refused", "Name or service not known", "timed out"):
+        if known in text:
+            return known
+    return type(error).__name__

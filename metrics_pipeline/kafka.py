@@ -1,0 +1,311 @@
+"""The broker: client settings, the topic (idempotent), offsets and lag."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewPartitions,
+    NewTopic,
+    OffsetSpec,
+    ResourceType,
+)
+
+from metrics_pipeline.change import Change
+from metrics_pipeline.errors import DriftError, ServiceError
+from metrics_pipeline.settings import CONNECTOR_GROUP, TOPIC, Settings
+
+TIMEOUT_SECONDS = 8.0
+"""How long one request may take; the broker stands on the same machine or near it."""
+
+LIBRDKAFKA = logging.getLogger("metrics_pipeline.librdkafka")
+# librdkafka repeats "Connection refused" several times a second: without a handler of somebody's own it stays silent.
+LIBRDKAFKA.addHandler(logging.NullHandler())
+
+UNREACHABLE = frozenset({"_TRANSPORT", "_TIMED_OUT", "_ALL_BROKERS_DOWN", "_RESOLVE"})
+"""librdkafka's names for not getting an answer."""
+
+MIB = 2**20
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class TopicSpec:
+    """A topic as the settings want it; `config` holds only what is set on purpose."""
+
+    name: str
+    partitions: int
+    replication_factor: int
+    config: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Lag:
+    """Records that a consumer group has still to read, per partition and in all."""
+
+    total: int
+    per_partition: dict[int, int]
+
+
+def client_config(settings: Settings) -> dict[str, Any]:
+    """Settings shared by every librdkafka client of ours; add what the client needs of its own."""
+    return {
+        "bootstrap.servers": settings.bootstrap_servers,
+        "client.id": "metrics-pipeline",
+        "reconnect.backoff.max.ms": 1000,
+        "logger": LIBRDKAFKA,
+    }
+
+
+def topic_spec(settings: Settings) -> TopicSpec:
+    """The topic of the readings as configured."""
+    partitions = settings.topic_partitions_metrics
+    retention = settings.topic_retention_bytes // partitions
+    replicas = settings.topic_replication_factor
+    return TopicSpec(
+        TOPIC,
+        partitions,
+        replicas,
+        {
+            "cleanup.policy": "delete",
+            "message.timestamp.type": "LogAppendTime",
+            "min.insync.replicas": "1" if replicas < 3 else "2",
+            "retention.bytes": str(retention),
+            # By bytes only: a record that the sink has not read yet must not go because a clock says so.
+            "retention.ms": "-1",
+            # Only closed segments are deleted; one must still hold the largest batch (1 MiB).
+            "segment.bytes": str(max(2 * MIB, min(256 * MIB, retention // 4))),
+        },
+    )
+
+
+def ensure_topic(settings: Settings, grow: bool = False) -> Change:
+    """Create the topic or bring its settings back; partitions grow only when asked.
+
+    Args:
+        settings: where the broker is and what the topic should be.
+        grow: add partitions when there are fewer than configured. Keys then move to other partitions.
+
+    Raises:
+        ServiceError: the broker cannot be reached or refuses.
+        DriftError: partitions or replicas differ in a way that is not mended without being asked.
+    """
+    spec = topic_spec(settings)
+    with _admin(settings) as admin:
+        if _partitions(admin) is None and _create(admin, spec):
+            _wait_for_leaders(admin, spec)
+            return Change("created", [f"topic {spec.name} with {spec.partitions} partitions"])
+        details = []
+        existing, replicas = _shape(admin)
+        if replicas != spec.replication_factor:
+            raise DriftError(
+                f"topic {spec.name} has {replicas} replicas, TOPIC_REPLICATION_FACTOR is {spec.replication_factor}: "
+                f"set TOPIC_REPLICATION_FACTOR={replicas}, or move the replicas with kafka-reassign-partitions"
+            )
+        if existing > spec.partitions:
+            raise DriftError(
+                f"topic {spec.name} has {existing} partitions, TOPIC_PARTITIONS_METRICS is {spec.partitions}: "
+                f"partitions never shrink; set TOPIC_PARTITIONS_METRICS={existing}"
+            )
+        if existing < spec.partitions:
+            if not grow:
+                raise DriftError(
+                    f"topic {spec.name} has {existing} partitions, TOPIC_PARTITIONS_METRICS is {spec.partitions}: "
+                    f"set TOPIC_PARTITIONS_METRICS={existing}, or launch the `provision` job with grow_partitions: true"
+                )
+            _done(admin.create_partitions([NewPartitions(spec.name, spec.partitions)]))
+            _wait_for_leaders(admin, spec)
+            details.append(f"partitions: {existing} → {spec.partitions}")
+        wrong = _config_drift(admin, spec)
+        if wrong:
+            resource = ConfigResource(
+                ResourceType.TOPIC,
+                spec.name,
+                incremental_configs=[
+                    ConfigEntry(name, spec.config[name], incremental_operation=AlterConfigOpType.SET) for name in wrong
+                ],
+            )
+            _done(admin.incremental_alter_configs([resource]))
+            details += [f"{name}: {found} → {spec.config[name]}" for name, found in wrong.items()]
+    return Change("changed" if details else "unchanged", details)
+
+
+def topic_drift(settings: Settings) -> list[str]:
+    """Each difference between the topic and its configuration; empty when there is none.
+
+    Raises:
+        ServiceError: the broker cannot be reached.
+    """
+    spec = topic_spec(settings)
+    with _admin(settings) as admin:
+        if _partitions(admin) is None:
+            return [f"topic {spec.name} does not exist"]
+        partitions, replicas = _shape(admin)
+        found = []
+        if partitions != spec.partitions:
+            found.append(f"partitions is {partitions}, configured {spec.partitions}")
+        if replicas != spec.replication_factor:
+            found.append(f"replicas is {replicas}, configured {spec.replication_factor}")
+        found += [
+            f"{name} is {is_}, configured {spec.config[name]}" for name, is_ in _config_drift(admin, spec).items()
+        ]
+    return found
+
+
+def watermarks(settings: Settings) -> dict[int, tuple[int, int]]:
+    """First offset retained and the offset after the last record, per partition of the topic.
+
+    Raises:
+        ServiceError: the broker cannot be reached, or the topic does not exist.
+    """
+    with _admin(settings) as admin:
+        return _watermarks(admin)
+
+
+def committed(settings: Settings, group: str = CONNECTOR_GROUP) -> dict[int, int]:
+    """Offset that a consumer group committed in each partition of the topic; partitions without one are left out.
+
+    Raises:
+        ServiceError: the broker cannot be reached.
+    """
+    with _admin(settings) as admin:
+        return _committed(admin, group)
+
+
+def consumer_lag(settings: Settings, group: str = CONNECTOR_GROUP) -> Lag:
+    """Records retained that a consumer group has not committed; a partition without a commit counts from its start.
+
+    Raises:
+        ServiceError: the broker cannot be reached, or the topic does not exist.
+    """
+    with _admin(settings) as admin:
+        # Commits first: asked the other way round, a busy consumer could seem to be ahead of the log's end.
+        offsets = _committed(admin, group)
+        marks = _watermarks(admin)
+    lag = {partition: max(0, high - max(low, offsets.get(partition, low))) for partition, (low, high) in marks.items()}
+    return Lag(sum(lag.values()), lag)
+
+
+@contextmanager
+def _admin(settings: Settings) -> Iterator[AdminClient]:
+    """An AdminClient that lives until its futures are done, and whose errors say where it wanted to go."""
+    reasons: list[str] = []
+    config = client_config(settings) | {
+        "socket.timeout.ms": int(TIMEOUT_SECONDS * 1000),
+        "error_cb": lambda error: reasons.append(error.str()),
+    }
+    admin = AdminClient(config)
+    try:
+        yield admin
+    except KafkaException as error:
+        admin.poll(0)
+        problem = error.args[0]
+        if problem.name() in UNREACHABLE:
+            refused = next((reason for reason in reasons if "failed: " in reason), problem.str())
+            refused = refused.split("failed: ")[-1].split(" (after")[0]
+            raise ServiceError(
+                f"Kafka broker {settings.bootstrap_servers} cannot be reached ({refused}): "
+                "start it with `metrics-pipeline up`, or correct KAFKA_URL (or KAFKA_PORT)"
+            ) from error
+        raise ServiceError(f"Kafka broker {settings.bootstrap_servers} refused: {problem.str()}") from error
+    finally:
+        admin.poll(0)
+
+
+def _done(futures: Mapping[Any, Future[_T]]) -> dict[Any, _T]:
+    # librdkafka ends each request by itself after socket.timeout.ms.
+    return {key: future.result() for key, future in futures.items()}
+
+
+def _partitions(admin: AdminClient) -> dict[int, Any] | None:
+    """Metadata of the topic's partitions; None when there is no such topic."""
+    # Asking for all topics: naming one that does not exist makes some brokers create it.
+    topic = admin.list_topics(timeout=TIMEOUT_SECONDS).topics.get(TOPIC)
+    return dict(topic.partitions) if topic is not None and topic.error is None else None
+
+
+def _existing(admin: AdminClient) -> dict[int, Any]:
+    partitions = _partitions(admin)
+    if partitions is None:
+        raise ServiceError(
+            f"topic {TOPIC} does not exist: run `dagster job execute -m metrics_pipeline.definitions -j provision`"
+        )
+    return partitions
+
+
+def _shape(admin: AdminClient) -> tuple[int, int]:
+    partitions = _existing(admin)
+    return len(partitions), max(len(partition.replicas) for partition in partitions.values())
+
+
+def _create(admin: AdminClient, spec: TopicSpec) -> bool:
+    """False when somebody else created it at the same moment."""
+    topic = NewTopic(spec.name, spec.partitions, spec.replication_factor, config=dict(spec.config))
+    try:
+        _done(admin.create_topics([topic]))
+    except KafkaException as error:
+        if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise
+        _wait_for_leaders(admin, spec)
+        return False
+    return True
+
+
+def _wait_for_leaders(admin: AdminClient, spec: TopicSpec) -> None:
+    deadline = time.monotonic() + 2 * TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        partitions = _partitions(admin) or {}
+        if partitions and all(partition.leader >= 0 for partition in partitions.values()):
+            return
+        time.sleep(0.1)
+    raise ServiceError(f"topic {spec.name} has partitions without a leader: see `metrics-pipeline logs broker`")
+
+
+def _config_drift(admin: AdminClient, spec: TopicSpec) -> dict[str, str]:
+    """Name and present value of each setting that is not as configured."""
+    resource = ConfigResource(ResourceType.TOPIC, spec.name)
+    (entries,) = _done(admin.describe_configs([resource])).values()
+    # A broker that does not report a setting does not know it (Redpanda: min.insync.replicas).
+    return {
+        name: str(entries[name].value)
+        for name, wanted in spec.config.items()
+        if name in entries and entries[name].value != wanted
+    }
+
+
+def _watermarks(admin: AdminClient) -> dict[int, tuple[int, int]]:
+    numbers = sorted(_existing(admin))
+
+    def offsets(spec: OffsetSpec) -> dict[int, int]:
+        asked = {TopicPartition(TOPIC, number): spec for number in numbers}
+        answers = _done(admin.list_offsets(asked))
+        return {place.partition: answer.offset for place, answer in answers.items()}
+
+    # The end first: asked the other way round, retention could lift the beginning above it.
+    high = offsets(OffsetSpec.latest())
+    low = offsets(OffsetSpec.earliest())
+    return {number: (min(low[number], high[number]), high[number]) for number in numbers}
+
+
+def _committed(admin: AdminClient, group: str) -> dict[int, int]:
+    request = ConsumerGroupTopicPartitions(group)
+    try:
+        (answer,) = _done(admin.list_consumer_group_offsets([request])).values()
+    except KafkaException as error:
+        if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
+            return {}
+        raise
+    return {
+        place.partition: place.offset for place in answer.topic_partitions if place.topic == TOPIC and place.offset >= 0
+    }
