@@ -1,0 +1,121 @@
+"""Dagster's processes: the code server that holds the definitions and runs the jobs, the webserver, the daemon.
+
+One code server serves both others (and is the parent of every run), so the definitions are imported once.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import requests
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from metrics_pipeline.local.environment import dagster_home, for_python
+from metrics_pipeline.local.service import Service
+from metrics_pipeline.settings import ROOT, Settings
+
+DEFINITIONS = "metrics_pipeline.definitions"
+LOCATION = "metrics_pipeline"
+HEARTBEATS = """query { instance { daemonHealth { allDaemonStatuses { daemonType required healthy } } } }"""
+ACTIVE_RUNS = """query { runsOrError(filter: {statuses: [QUEUED, NOT_STARTED, STARTING, STARTED, CANCELING]}) {
+  ... on Runs { results { runId jobName status } } } }"""
+TERMINATE = """mutation($ids: [String!]!) { terminateRuns(runIds: $ids) { __typename } }"""
+
+
+def services(settings: Settings) -> list[Service]:
+    """Code server, webserver and daemon as children of the keeper."""
+    environment = for_python(settings)
+    logs, home = settings.data_dir / "logs", dagster_home(settings)
+    workspace = settings.data_dir / "config" / "workspace.yaml"
+    bin_dir = Path(sys.executable).parent
+
+    def prepare() -> None:
+        prepare_home(settings)
+        workspace.parent.mkdir(parents=True, exist_ok=True)
+        workspace.write_text(
+            f"load_from:\n  - grpc_server: {{host: 127.0.0.1, port: {settings.dagster_code_port}, location_name: {LOCATION}}}\n"
+        )
+
+    def part(name: str, title: str, url: str, command: list[str], check: Callable[[], str | None], needs: tuple[str, ...]) -> Service:
+        return Service(
+            name=name,
+            title=title,
+            url=url,
+            command=[str(bin_dir / command[0]), *command[1:]],
+            environment=environment,
+            log=logs / f"{name}.log",
+            check=check,
+            needs=needs,
+            prepare=prepare,
+            # Not the checkout: Dagster would load its `.env` over the ports chosen here.
+            cwd=home,
+            stop_seconds=20,
+        )
+
+    code = ["dagster", "api", "grpc", "-m", DEFINITIONS, "-d", str(ROOT), "-h", "127.0.0.1", "-p", str(settings.dagster_code_port)]
+    web = ["dagster-webserver", "-h", "127.0.0.1", "-p", str(settings.dagster_port), "-w", str(workspace), "--suppress-warnings"]
+    return [
+        part("code", "Dagster code server", f"grpc://127.0.0.1:{settings.dagster_code_port}",
+             [*code, "--location-name", LOCATION, "--log-level", "warning"], lambda: code_problem(settings), ("databases",)),
+        part("webserver", "Dagster UI", settings.dagster_http, [*web, "--log-level", "warning"],
+             lambda: web_problem(settings), ("code",)),
+        part("daemon", "Dagster daemon", "", ["dagster-daemon", "run", "-w", str(workspace), "--log-level", "warning"],
+             lambda: None, ("code",)),
+    ]  # fmt: skip
+
+
+def prepare_home(settings: Settings) -> None:
+    """Make Dagster's folder, with the checkout's `dagster.yaml` in it."""
+    home = dagster_home(settings)
+    home.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(ROOT / "dagster_home" / "dagster.yaml", home / "dagster.yaml")
+
+
+def code_problem(settings: Settings) -> str | None:
+    """None when the definitions are loaded and served, else why not."""
+    with grpc.insecure_channel(f"127.0.0.1:{settings.dagster_code_port}") as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="DagsterApi"), timeout=3)
+        except grpc.RpcError as error:
+            return f"no answer ({error.code().name if isinstance(error, grpc.Call) else error})"
+    return None if answer.status == health_pb2.HealthCheckResponse.SERVING else "not serving"
+
+
+def web_problem(settings: Settings) -> str | None:
+    """None when the webserver answers, else why not."""
+    try:
+        requests.get(f"{settings.dagster_http}/server_info", timeout=5).raise_for_status()
+    except requests.RequestException as error:
+        return f"no answer ({type(error).__name__})"
+    return None
+
+
+def daemon_problem(settings: Settings) -> str | None:
+    """None when every required daemon's heartbeat is fresh, else which are not."""
+    try:
+        statuses = graphql(settings, HEARTBEATS)["instance"]["daemonHealth"]["allDaemonStatuses"]
+    except (requests.RequestException, KeyError, TypeError) as error:
+        return f"heartbeats cannot be read ({type(error).__name__})"
+    late = [status["daemonType"] for status in statuses if status["required"] and not status["healthy"]]
+    return f"no heartbeat of {', '.join(late)}" if late else None
+
+
+def terminate_runs(settings: Settings) -> list[str]:
+    """Ask every active run to end; the names of the jobs that still run."""
+    runs = graphql(settings, ACTIVE_RUNS)["runsOrError"].get("results", [])
+    waiting = [run["runId"] for run in runs if run["status"] != "CANCELING"]
+    if waiting:
+        graphql(settings, TERMINATE, ids=waiting)
+    return [run["jobName"] for run in runs]
+
+
+def graphql(settings: Settings, query: str, **variables: object) -> dict[str, Any]:
+    """Ask the webserver; the `data` of its answer."""
+    answer = requests.post(f"{settings.dagster_http}/graphql", json={"query": query, "variables": variables}, timeout=10)
+    answer.raise_for_status()
+    return dict(answer.json()["data"])

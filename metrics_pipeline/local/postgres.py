@@ -1,0 +1,150 @@
+"""The embedded PostgreSQL 17: its cluster, its configuration, its process."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import psycopg
+
+from metrics_pipeline.errors import InstallError
+from metrics_pipeline.local.account import Account, postgres_home, unprivileged
+from metrics_pipeline.local.budget import Budget
+from metrics_pipeline.local.environment import minimal
+from metrics_pipeline.local.jars import unpack_postgres
+from metrics_pipeline.local.service import Service
+from metrics_pipeline.settings import Settings
+
+CONFIGURATION = "metrics-pipeline.conf"
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Where PostgreSQL's files lie.
+
+    Attributes:
+        home: folder of everything below.
+        binaries: folder of `postgres`, `pg_ctl` and `initdb`.
+        data: the cluster (`PGDATA`).
+        account: who owns it, when that is not the user of this process.
+    """
+
+    home: Path
+    binaries: Path
+    data: Path
+    account: Account | None
+
+
+def cluster(settings: Settings, archive: Path) -> Cluster:
+    """Unpack the binaries if need be and say where everything is."""
+    account = unprivileged()
+    home = postgres_home(settings.data_dir, account)
+    home.mkdir(parents=True, exist_ok=True)
+    if account is not None:
+        home.chmod(0o755)
+    return Cluster(home, unpack_postgres(archive, home) / "bin", home / "data", account)
+
+
+def configuration(settings: Settings, budget: Budget) -> dict[str, str]:
+    """Every PostgreSQL setting that differs from the default. Durability settings stay on."""
+    return {
+        "listen_addresses": "'127.0.0.1'",
+        "port": str(settings.postgres_port),
+        "unix_socket_directories": "''",
+        "password_encryption": "'scram-sha-256'",
+        "max_connections": "100",
+        **budget.postgres,
+        "fsync": "on",
+        "full_page_writes": "on",
+        "synchronous_commit": "on",
+        "data_sync_retry": "off",
+        "timezone": "'UTC'",
+        "log_timezone": "'UTC'",
+        "log_checkpoints": "on",
+        "log_line_prefix": "'%m [%p] %q%u@%d %a '",
+        # A parameter may be a reading, a statement may hold a password: neither belongs into a log.
+        "log_parameter_max_length_on_error": "0",
+        "log_min_error_statement": "panic",
+        # The table only grows: vacuum by inserts keeps the visibility map and BRIN summaries current.
+        "autovacuum_vacuum_insert_scale_factor": "0.05",
+        "random_page_cost": "1.1",
+        "max_parallel_workers_per_gather": "2",
+    }
+
+
+def service(settings: Settings, budget: Budget, place: Cluster) -> Service:
+    """PostgreSQL as a child of the keeper."""
+
+    def prepare() -> None:
+        if not (place.data / "PG_VERSION").exists():
+            _initialise(settings, place)
+        lines = [f"{name} = {value}" for name, value in configuration(settings, budget).items()]
+        _write(place, place.data / CONFIGURATION, "# Written at every start; change settings, not this file.\n" + "\n".join(lines) + "\n")
+
+    def find() -> psutil.Process | None:
+        # Also the way to a postmaster that somebody restarted by `pg_ctl`.
+        try:
+            pid = int((place.data / "postmaster.pid").read_text().split("\n", 1)[0])
+            process = psutil.Process(pid)
+            if process.name().startswith("postgres") and str(place.data) in " ".join(process.cmdline()):
+                return process
+        except (OSError, ValueError, psutil.Error):
+            pass
+        return None
+
+    def check() -> str | None:
+        try:
+            with psycopg.connect(settings.admin_url(), connect_timeout=3) as connection:
+                connection.execute("SELECT 1")
+        except psycopg.Error as error:
+            return str(error).strip().splitlines()[-1]
+        return None
+
+    return Service(
+        name="postgres",
+        title="PostgreSQL",
+        url=f"postgresql://127.0.0.1:{settings.postgres_port}/{settings.postgres_db}",
+        command=[str(place.binaries / "postgres"), "-D", str(place.data)],
+        environment=minimal(),
+        log=settings.data_dir / "logs" / "postgres.log",
+        check=check,
+        prepare=prepare,
+        find=find,
+        account=place.account,
+        # "Fast" shutdown: sessions are ended, the checkpoint is written.
+        stop_signal=signal.SIGINT,
+        stop_seconds=60,
+        start_seconds=300,  # crash recovery may have gigabytes of WAL to read
+    )
+
+
+def _initialise(settings: Settings, place: Cluster) -> None:
+    place.data.mkdir(parents=True, exist_ok=True)
+    if any(place.data.iterdir()):
+        raise InstallError(f"{place.data} is no PostgreSQL cluster and not empty: move it away, or run `metrics-pipeline reset`")
+    who = {"user": place.account.uid, "group": place.account.gid, "extra_groups": []} if place.account else {}
+    with tempfile.NamedTemporaryFile("w", dir=place.home) as password:
+        password.write(settings.postgres_password.get_secret_value() + "\n")
+        password.flush()
+        if place.account:
+            place.account.own(place.data, 0o700)
+            place.account.own(Path(password.name), 0o400)
+        command = [str(place.binaries / "initdb"), "-D", str(place.data), "-U", settings.postgres_user]
+        command += ["--auth=scram-sha-256", f"--pwfile={password.name}", "--data-checksums", "--encoding=UTF8", "--no-locale"]
+        done = subprocess.run(command, env=minimal(), cwd="/", capture_output=True, text=True, check=False, **who)  # type: ignore[call-overload]
+    if done.returncode != 0:
+        raise InstallError(f"initdb failed in {place.data}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    main = place.data / "postgresql.conf"
+    _write(place, main, main.read_text() + f"\ninclude_if_exists = '{CONFIGURATION}'\n")
+
+
+def _write(place: Cluster, path: Path, text: str) -> None:
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(text)
+    if place.account:
+        place.account.own(scratch, 0o600)
+    scratch.replace(path)

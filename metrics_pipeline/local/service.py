@@ -1,0 +1,204 @@
+"""A long-running child process: how it is started, found again, checked and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.local.account import Account
+
+LOG_LIMIT = 20 * 2**20
+"""Bytes of a log before it is moved aside."""
+LOGS_KEPT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessId:
+    """A process for good: a pid alone may have been given to another one since."""
+
+    pid: int
+    created: float
+
+    def find(self) -> psutil.Process | None:
+        """The process, if it still runs."""
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            if abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+
+def identify(process: psutil.Process) -> ProcessId:
+    """What to write down to find the process again."""
+    return ProcessId(process.pid, process.create_time())
+
+
+@dataclass(slots=True)
+class Service:
+    """One part of the stack.
+
+    Attributes:
+        name: as `logs` and `status` call it.
+        title: as people read it.
+        url: where it listens, without credentials.
+        command: program and arguments; no secret stands in them, since `ps` shows them.
+        environment: all variables of the process.
+        log: file that takes its output; rotated by copying, since the process keeps it open.
+        check: None when healthy, else the reason why not; takes at most a few seconds.
+        needs: names of the services that must be healthy before it starts.
+        prepare: makes folders and configuration files; called before each start.
+        find: looks for a running instance that this keeper did not start.
+        account: user to drop to.
+        stop_signal: asks for a graceful end.
+        stop_seconds: then it is killed.
+        start_seconds: bound for becoming healthy.
+    """
+
+    name: str
+    title: str
+    url: str
+    command: list[str]
+    environment: Mapping[str, str]
+    log: Path
+    check: Callable[[], str | None]
+    needs: tuple[str, ...] = ()
+    prepare: Callable[[], None] = lambda: None
+    find: Callable[[], psutil.Process | None] = lambda: None
+    account: Account | None = None
+    cwd: Path = Path("/")
+    stop_signal: signal.Signals = signal.SIGTERM
+    stop_seconds: float = 30
+    start_seconds: float = 90
+    process: psutil.Process | None = None
+    _child: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the process would be started differently."""
+        # The caller's terminal and shell leave traces in the environment that mean nothing here.
+        noise = ("COLUMNS", "LINES", "OLDPWD", "PWD", "SHLVL", "_", "TERM", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKE_TERMOUT", "MAKE_TERMERR")
+        environment = {k: v for k, v in self.environment.items() if k not in noise}
+        return hashlib.sha256(json.dumps([self.command, environment], sort_keys=True).encode()).hexdigest()
+
+    def start(self) -> None:
+        """Start the process in a session of its own: a Ctrl-C at the terminal reaches the keeper alone."""
+        self.prepare()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        who = {"user": self.account.uid, "group": self.account.gid, "extra_groups": []} if self.account else {}
+        with self.log.open("ab") as log:
+            self._child = subprocess.Popen(
+                self.command,
+                env=dict(self.environment),
+                cwd=self.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **who,  # type: ignore[arg-type]  # three keyword arguments of three types
+            )
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.process = psutil.Process(self._child.pid)
+
+    def adopt(self, process: psutil.Process) -> None:
+        """Take charge of a running instance."""
+        self.process, self._child = process, None
+
+    def alive(self) -> bool:
+        """Whether the process runs; reaps it if it is a child that ended."""
+        if self._child is not None and self._child.poll() is not None:
+            return False
+        if self.process is None:
+            return False
+        try:
+            return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def exit_code(self) -> int | None:
+        """Of a child that ended."""
+        return self._child.poll() if self._child else None
+
+    def wait_until_healthy(self, cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Poll `check` until it is content.
+
+        Raises:
+            ServiceError: the process ended or did not become healthy in time; with the end of its log.
+        """
+        deadline = time.monotonic() + self.start_seconds
+        reason: str | None = "not checked yet"
+        while time.monotonic() < deadline and not cancelled():
+            if not self.alive():
+                raise ServiceError(f"{self.title} ended while starting (exit code {self.exit_code()}): {self.last_words()}; full log: {self.log}")
+            reason = self.check()
+            if reason is None:
+                return
+            time.sleep(0.15)
+        raise ServiceError(f"{self.title} is not healthy {self.start_seconds:.0f} s after its start: {reason}; log: {self.log}")
+
+    def stop(self) -> None:
+        """End the process and everything in its session: gracefully first, then by force."""
+        process = self.process
+        if process is None or not self.alive():
+            self.process = None
+            return
+        family = _session(process)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(self.stop_signal)
+        deadline = time.monotonic() + self.stop_seconds
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for left in {*family, *_session(process)}:
+            with contextlib.suppress(psutil.Error):
+                if left.is_running() and left.status() != psutil.STATUS_ZOMBIE:
+                    left.kill()
+        if self._child is not None:
+            self._child.wait()
+        self.process = self._child = None
+
+    def last_words(self) -> str:
+        """The last telling line of the log: an error if there is one."""
+        lines = tail(self.log, 60)
+        errors = [line for line in lines if any(word in line for word in ("ERROR", "FATAL", "PANIC", "Error:", "Exception"))]
+        return (errors or lines or ["nothing was logged"])[-1].strip()[:300]
+
+    def rotate_log(self) -> None:
+        """Move a log that has grown too long aside, by copy and truncate: the process appends to the same open file."""
+        try:
+            if self.log.stat().st_size < LOG_LIMIT:
+                return
+        except FileNotFoundError:
+            return
+        for number in range(LOGS_KEPT - 1, 0, -1):
+            older = self.log.with_suffix(f".log.{number}")
+            if older.exists():
+                older.replace(self.log.with_suffix(f".log.{number + 1}"))
+        shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
+        with self.log.open("r+b") as file:
+            file.truncate(0)
+
+
+def _session(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a text file, without reading more than its last 256 KiB."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 2**18))
+            return file.read().decode(errors="replace").splitlines()[-lines:]
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,269 @@
+"""The parts of the embedded stack, started in the order of their needs and ended in reverse.
+
+    postgres ─┬─> databases ─> code ─┬─> webserver
+              │                      └─> daemon
+    broker ───┴─> connect ───────────────> provision (the Dagster job), when everything before it is healthy
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psycopg
+import requests
+
+from metrics_pipeline import postgres as database
+from metrics_pipeline.errors import PipelineError, ServiceError
+from metrics_pipeline.local import broker, connect, dagster, jars, postgres
+from metrics_pipeline.local.budget import Budget
+from metrics_pipeline.local.environment import for_python
+from metrics_pipeline.local.service import Service, tail
+from metrics_pipeline.settings import Settings, external_services
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[str], None]
+
+PORTS = {
+    "postgres": ("postgres_port",),
+    "kafka": ("kafka_port", "kafka_controller_port"),
+    "connect": ("connect_port",),
+}
+RUN_END_SECONDS = 45
+"""Bound for a producer run to flush and end when the stack stops."""
+
+
+@dataclass(slots=True)
+class Node:
+    """A step of the start: a service to bring up, or something to do once others are up."""
+
+    name: str
+    needs: tuple[str, ...]
+    run: Callable[[], str]
+    """Does the work and returns the line to show."""
+
+
+@dataclass(slots=True)
+class Stack:
+    """The services of one stack and how to bring all of them up and down.
+
+    Attributes:
+        settings: ports and folders already chosen.
+        services: in the order in which they are started; ended in reverse.
+        external: services that somebody else runs (by their URL in the real environment).
+    """
+
+    settings: Settings
+    services: list[Service]
+    external: frozenset[str]
+    budget: Budget
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def service(self, name: str) -> Service:
+        """The service of that name."""
+        return next(service for service in self.services if service.name == name)
+
+    def has(self, name: str) -> bool:
+        """Whether this stack runs the service itself."""
+        return any(service.name == name for service in self.services)
+
+    def start(self, report: Report, *, provision: bool = True) -> None:
+        """Bring everything up, side by side where nothing needs the other.
+
+        Raises:
+            PipelineError: what failed first; what was started stays up, for `stop`.
+        """
+        nodes = [Node(service.name, service.needs, self._starter(service)) for service in self.services]
+        nodes += [Node(name, (), self._outsider(name)) for name in ("postgres", "broker", "connect") if not self.has(name)]
+        nodes.append(Node("databases", ("postgres",), self._databases))
+        if provision:
+            nodes.append(Node("provision", ("databases", "connect", "broker"), self._provision))
+        done = {node.name: threading.Event() for node in nodes}
+        failure: list[BaseException] = []
+
+        def work(node: Node) -> None:
+            for need in node.needs:
+                while not done[need].wait(0.1):
+                    if failure or self.cancelled.is_set():
+                        return
+            began = time.monotonic()
+            try:
+                line = node.run()
+            except BaseException as error:
+                failure.append(error)
+                return
+            done[node.name].set()
+            if line:
+                report(f"{line} ({time.monotonic() - began:.1f} s)")
+
+        with ThreadPoolExecutor(max_workers=len(nodes)) as pool:
+            list(pool.map(work, nodes))
+        if failure:
+            raise failure[0]
+
+    def stop(self, report: Report) -> None:
+        """End all services in reverse order, the producer's run first, so that it flushes while the broker is there."""
+        if self.has("webserver") and self.service("webserver").alive():
+            # Without the daemon nothing launches the next run.
+            self.service("daemon").stop()
+            self._end_runs(report)
+        for service in reversed(self.services):
+            if service.alive():
+                began = time.monotonic()
+                service.stop()
+                report(f"{service.title} stopped ({time.monotonic() - began:.1f} s)")
+
+    def _starter(self, service: Service) -> Callable[[], str]:
+        def run() -> str:
+            if service.alive():
+                service.wait_until_healthy(self.cancelled.is_set)
+                return f"{service.title} was running already: {service.url}"
+            service.start()
+            service.wait_until_healthy(self.cancelled.is_set)
+            return f"{service.title} is up{': ' + service.url if service.url else ''}"
+
+        return run
+
+    def _outsider(self, name: str) -> Callable[[], str]:
+        def run() -> str:
+            problem = outsider_problem(self.settings, name)
+            if problem:
+                variable = {"broker": "KAFKA_URL"}.get(name, f"{name.upper()}_URL")
+                raise ServiceError(f"{variable} is set, so no {name} is started here, but: {problem}")
+            return f"{name} is run elsewhere and answers"
+
+        return run
+
+    def _databases(self) -> str:
+        database.bootstrap(self.settings)
+        if self.has("code"):
+            dagster.prepare_home(self.settings)
+            self._dagster_schema()
+        return ""
+
+    def _dagster_schema(self) -> None:
+        # Dagster's processes make its tables on first use, and several of them at once collide.
+        with psycopg.connect(self.settings.dagster_postgres_url) as connection:
+            row = connection.execute("SELECT to_regclass('public.alembic_version') IS NOT NULL").fetchone()
+        if row and row[0]:
+            return
+        self._run([sys.executable, "-c", "from dagster import DagsterInstance; DagsterInstance.get()"], "dagster-schema", "Dagster's tables")
+
+    def _provision(self) -> str:
+        command = [str(Path(sys.executable).parent / "dagster"), "job", "execute", "-m", dagster.DEFINITIONS, "-j", "provision"]
+        self._run(command, "provision", "provisioning (the Dagster job `provision`)")
+        return "Provisioned: schema, topic, connector"
+
+    def _run(self, command: list[str], name: str, what: str) -> None:
+        path = self.settings.data_dir / "logs" / f"{name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as output:
+            child = subprocess.Popen(
+                command,
+                env=for_python(self.settings),
+                cwd=dagster.dagster_home(self.settings),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            while child.poll() is None:
+                if self.cancelled.wait(0.1):
+                    child.terminate()
+                    child.wait()
+                    return
+        if child.returncode != 0:
+            raise ServiceError(f"{what} failed: {reason_in(tail(path, 2000))}; full log: {path}")
+
+    def _end_runs(self, report: Report) -> None:
+        deadline = time.monotonic() + RUN_END_SECONDS
+        told = False
+        while time.monotonic() < deadline:
+            try:
+                running = dagster.terminate_runs(self.settings)
+            except (requests.RequestException, KeyError, TypeError) as error:
+                log.warning("Dagster cannot be asked to end its runs: %s", error)
+                return
+            if not running:
+                return
+            if not told:
+                report(f"ending {', '.join(sorted(set(running)))}: outstanding messages are flushed")
+                told = True
+            time.sleep(0.5)
+
+
+def reason_in(lines: list[str]) -> str:
+    """The line of a Dagster log that says what went wrong: our own error if there is one."""
+    for line in lines:
+        _, mark, rest = line.partition("metrics_pipeline.errors.")
+        if mark and ": " in rest:
+            return rest.partition(": ")[2].strip()
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["no output"])[-1].strip()[:300]
+
+
+def outsider_problem(settings: Settings, name: str) -> str | None:
+    """None when a service that somebody else runs answers, else why not."""
+    if name == "broker":
+        return broker.broker_problem(settings)
+    if name == "connect":
+        return connect.connect_problem(settings.connect_rest)
+    try:
+        with psycopg.connect(settings.admin_url(), connect_timeout=5) as connection:
+            connection.execute("SELECT 1")
+    except psycopg.Error as error:
+        return str(error).strip().splitlines()[-1]
+    return None
+
+
+def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False) -> Stack:
+    """The stack for these settings: fetches jars and unpacks them if need be; starts nothing.
+
+    Raises:
+        PipelineError: a download failed or a folder cannot be written.
+    """
+    external = external_services()
+    budget = Budget.of(settings)
+    uses = [use for use, name in (("postgres", "postgres"), ("kafka", "kafka"), ("debezium", "connect")) if name not in external]
+    if "connect" not in external and "kafka" not in uses:
+        uses.append("kafka")  # the worker's class path
+    paths = jars.fetch(settings, uses, quiet=quiet)
+    services: list[Service] = []
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        if "postgres" not in external:
+            services.append(postgres.service(settings, budget, postgres.cluster(settings, paths["postgres"][0])))
+        if "kafka" not in external:
+            services.append(broker.service(settings, budget, paths["kafka"]))
+        if "connect" not in external:
+            plugin = jars.unpack_debezium(paths["debezium"][0], jars.cache_dir(settings) / "plugins")
+            services.append(connect.service(settings, budget, paths["kafka"], plugin))
+    except OSError as error:
+        raise PipelineError(
+            f"cannot write {error.filename or settings.data_dir}: {error.strerror}; set PIPELINE_DATA_DIR to a folder you own"
+        ) from error
+    if with_dagster:
+        services += dagster.services(settings)
+    return Stack(settings, services, external, budget)
+
+
+def ports_in_use(stack: Stack) -> list[str]:
+    """Settings of the ports that the parts of this stack that are not up yet will listen on."""
+    names: list[str] = []
+    for service, keys in (("postgres", PORTS["postgres"]), ("broker", PORTS["kafka"]), ("connect", PORTS["connect"])):
+        if stack.has(service) and not stack.service(service).alive():
+            names += keys
+    for service, key in (("webserver", "dagster_port"), ("code", "dagster_code_port")):
+        if stack.has(service) and not stack.service(service).alive():
+            names.append(key)
+    if stack.has("code") and not stack.service("code").alive():
+        names.append("producer_port")
+    return names

@@ -1,0 +1,85 @@
+"""What the keeper writes down about itself and its children, so that another process can find them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from metrics_pipeline.errors import BusyError
+from metrics_pipeline.local.service import ProcessId, Service, identify
+
+
+@dataclass(slots=True)
+class StackState:
+    """The content of `stack.json`."""
+
+    keeper: ProcessId | None = None
+    children: dict[str, ProcessId] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, data_dir: Path) -> StackState:
+        """The last written state; an empty one when there is none or it cannot be understood."""
+        try:
+            content: dict[str, Any] = json.loads((data_dir / "stack.json").read_text())
+            return cls(
+                keeper=ProcessId(**content["keeper"]) if content["keeper"] else None,
+                children={name: ProcessId(**child) for name, child in content["children"].items()},
+                fingerprints=content["fingerprints"],
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls()
+
+    def write(self, data_dir: Path) -> None:
+        """Replace the file in one step."""
+        scratch = data_dir / ".stack.json"
+        scratch.write_text(json.dumps(asdict(self), indent=1))
+        scratch.replace(data_dir / "stack.json")
+
+    def adopt(self, services: Iterable[Service]) -> list[Service]:
+        """Give each service the process that a former keeper left; those started otherwise than they would be now are returned."""
+        stale = []
+        for service in services:
+            written = self.children.get(service.name)
+            process = (written.find() if written else None) or service.find()
+            if process is None:
+                continue
+            service.adopt(process)
+            if self.fingerprints.get(service.name) != service.fingerprint:
+                stale.append(service)
+        return stale
+
+    def note(self, services: Iterable[Service]) -> None:
+        """Take down which processes run now."""
+        self.children, self.fingerprints = {}, {}
+        for service in services:
+            if service.process is not None and service.alive():
+                try:
+                    self.children[service.name] = identify(service.process)
+                except psutil.Error:
+                    continue
+                self.fingerprints[service.name] = service.fingerprint
+
+
+def take_lock(data_dir: Path) -> IO[str]:
+    """The lock of this data folder's keeper, held until the file is closed or the process ends.
+
+    Raises:
+        BusyError: another keeper runs.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    file = (data_dir / "keeper.lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise BusyError(
+            f"the pipeline in {data_dir} is running already: see `metrics-pipeline status`, or stop it with `metrics-pipeline down`"
+        ) from error
+    return file
