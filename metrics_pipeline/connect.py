@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from urllib.parse import quote
 
 import requests
 import stamina
-from stamina.instrumentation import LoggingOnRetryHook, set_on_retry_hooks
+from stamina.instrumentation import set_on_retry_hooks
 
 from metrics_pipeline.change import Change
 from metrics_pipeline.errors import ServiceError
@@ -32,10 +31,9 @@ SETTLE_SECONDS = 2.0
 """How long RUNNING must last after a change: a task that cannot start shows RUNNING for a moment."""
 
 _TIMEOUT = (3.05, 20.0)
-_log = logging.getLogger(__name__)
 
-# stamina would report retries through structlog, whose default is to print on standard output.
-set_on_retry_hooks([LoggingOnRetryHook])
+# stamina would report each retry through structlog, which prints on standard output. The last error says enough.
+set_on_retry_hooks([])
 
 
 @dataclass(frozen=True)
