@@ -1,0 +1,232 @@
+"""Records of a topic by offset, and as fixed-width entries that can be compared with rows of the table."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from confluent_kafka import (
+    TIMESTAMP_LOG_APPEND_TIME,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
+
+from metrics_pipeline.comparison import EPOCH, NEVER
+from metrics_pipeline.errors import RecordError, ServiceError
+from metrics_pipeline.kafka import TIMEOUT_SECONDS, client_config
+from metrics_pipeline.metric import decode
+from metrics_pipeline.settings import Settings
+from metrics_pipeline.spill import RECORD, Rows
+
+STALL_SECONDS = 60.0
+"""How long the broker may send nothing before reading is given up."""
+
+_EPOCH_MILLISECONDS: Final = int(EPOCH.timestamp() * 1000)
+_TEXT_OID: Final = 25
+_pack: Final = struct.Struct(">16sqhd16siqq").pack
+_int32: Final = struct.Struct(">i").pack
+
+
+@dataclass
+class Reader:
+    """Reads partitions of a topic between offsets, outside any consumer group.
+
+    Attributes:
+        settings: where the broker is.
+        topic: what is read.
+        low: the first offset there was, per partition read; it rises when retention deletes records meanwhile.
+        holes: ranges of offsets between `low` and the end that hold no record; there are none without transactions.
+    """
+
+    settings: Settings
+    topic: str
+    low: dict[int, int] = field(default_factory=dict)
+    holes: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def read(self, start: Mapping[int, int], stop: Mapping[int, int]) -> Iterator[list[Message]]:
+        """Yield the records from `start` up to, but not including, `stop`, some thousands at a time.
+
+        Raises:
+            ServiceError: the broker sent an error, or nothing for a minute.
+        """
+        at = {partition: start[partition] for partition in start if start[partition] < stop[partition]}
+        self.low = dict(start)
+        if not at:
+            return
+        consumer = self._consumer()
+        try:
+            consumer.assign([TopicPartition(self.topic, partition, offset) for partition, offset in at.items()])
+            heard = time.monotonic()
+            while at:
+                messages = consumer.consume(10_000, timeout=0.5)
+                if messages:
+                    heard = time.monotonic()
+                elif time.monotonic() - heard > STALL_SECONDS:
+                    raise ServiceError(
+                        f"Kafka broker {self.settings.bootstrap_servers} sent no record of {self.topic} for "
+                        f"{STALL_SECONDS:.0f} s, and partitions {sorted(at)} are not read to their end: "
+                        "see `metrics-pipeline status`"
+                    )
+                batch = []
+                for message in messages:
+                    partition, offset = _place(message)
+                    if partition not in at:
+                        continue
+                    if offset > at[partition]:
+                        self._skipped(consumer, partition, at[partition], min(offset, stop[partition]))
+                    if message.error() is None and offset < stop[partition]:
+                        batch.append(message)
+                        offset += 1
+                    at[partition] = offset
+                    if offset >= stop[partition]:
+                        del at[partition]
+                        consumer.pause([TopicPartition(self.topic, partition)])
+                if batch:
+                    yield batch
+        except KafkaException as problem:
+            raise self._refused(problem.args[0]) from problem
+        finally:
+            consumer.close()
+
+    def one(self, partition: int, offset: int) -> Message | None:
+        """The record at one offset; None when it is gone."""
+        for batch in Reader(self.settings, self.topic).read({partition: offset}, {partition: offset + 1}):
+            return batch[0]
+        return None
+
+    def ends(self) -> dict[int, tuple[int, int]]:
+        """First offset and the offset after the last, per partition; empty when there is no such topic.
+
+        Raises:
+            ServiceError: the broker cannot be reached.
+        """
+        consumer = self._consumer()
+        try:
+            found = consumer.list_topics(timeout=TIMEOUT_SECONDS).topics.get(self.topic)
+            if found is None or found.error is not None:
+                return {}
+            return {number: self._watermarks(consumer, number) for number in sorted(found.partitions)}
+        except KafkaException as problem:
+            raise self._refused(problem.args[0]) from problem
+        finally:
+            consumer.close()
+
+    def _consumer(self) -> Consumer:
+        return Consumer(
+            client_config(self.settings)
+            | {
+                # Needed by the client though it never joins: partitions are assigned by hand and nothing is committed.
+                "group.id": "metrics-pipeline-verify",
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "earliest",
+                "enable.partition.eof": True,
+                "check.crcs": True,
+                "fetch.wait.max.ms": 100,
+                "max.partition.fetch.bytes": 4 * 2**20,
+                "queued.max.messages.kbytes": 32 * 1024,
+            }
+        )
+
+    def _watermarks(self, consumer: Consumer, partition: int) -> tuple[int, int]:
+        found = consumer.get_watermark_offsets(TopicPartition(self.topic, partition), timeout=TIMEOUT_SECONDS)
+        if found is None:
+            raise KafkaException(KafkaError(KafkaError.REQUEST_TIMED_OUT))
+        return found
+
+    def _skipped(self, consumer: Consumer, partition: int, first: int, after: int) -> None:
+        """Note why there are no records in a range of offsets: deleted by now, or never there."""
+        low, _ = self._watermarks(consumer, partition)
+        if low > first:
+            self.low[partition] = after
+        else:
+            self.holes.setdefault(partition, []).append((first, after))
+
+    def _refused(self, error: KafkaError) -> ServiceError:
+        return ServiceError(
+            f"reading {self.topic} from Kafka broker {self.settings.bootstrap_servers} failed: {error.str()}; "
+            "see `metrics-pipeline status`"
+        )
+
+
+@dataclass
+class Decoder:
+    """Turns messages into `spill.RECORD` entries and counts what is none.
+
+    Attributes:
+        tombstones: messages without a value, which the sinks skip.
+        undecodable: offsets of messages that are not the wire format, per partition.
+        reasons: how many there are of each reason.
+    """
+
+    tombstones: int = 0
+    undecodable: dict[int, list[int]] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+    _digests: dict[tuple[str, ...], bytes] = field(default_factory=dict)
+
+    def entries(self, messages: Iterable[Message]) -> Rows:
+        """The valid messages, in their order."""
+        packed = []
+        for message in messages:
+            try:
+                reading = decode(message.key(), message.value())
+            except RecordError as error:
+                if error.reason == "tombstone":
+                    self.tombstones += 1
+                else:
+                    partition, offset = _place(message)
+                    self.undecodable.setdefault(partition, []).append(offset)
+                    self.reasons[error.reason] = self.reasons.get(error.reason, 0) + 1
+                continue
+            kind, milliseconds = message.timestamp()
+            since = reading.published_at - EPOCH
+            packed.append(
+                _pack(
+                    reading.device_id.bytes,
+                    (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds,
+                    reading.metric_name,
+                    reading.value,
+                    self._digest(reading.tags),
+                    message.partition(),
+                    message.offset(),
+                    # A producer's clock says nothing about when the record arrived.
+                    (milliseconds - _EPOCH_MILLISECONDS) * 1000 if kind == TIMESTAMP_LOG_APPEND_TIME else NEVER,
+                )
+            )
+        return np.frombuffer(b"".join(packed), RECORD)
+
+    def _digest(self, tags: list[str]) -> bytes:
+        known = tuple(tags)
+        digest = self._digests.get(known)
+        if digest is None:
+            if len(self._digests) >= 100_000:
+                self._digests.clear()
+            digest = self._digests[known] = tags_digest(tags)
+        return digest
+
+
+def _place(message: Message) -> tuple[int, int]:
+    """Partition and offset of a record, or of the end that a partition was read to."""
+    error, partition, offset = message.error(), message.partition(), message.offset()
+    if error is not None and error.name() != "_PARTITION_EOF" and not error.retriable():
+        raise KafkaException(error)
+    return (-1, -1) if partition is None or offset is None else (partition, offset)
+
+
+def tags_digest(tags: list[str]) -> bytes:
+    """The MD5 of PostgreSQL's binary form of a `text[]`: what `md5(array_send(tags))` gives."""
+    if tags:
+        elements = [text.encode() for text in tags]
+        head = struct.pack(">iiiii", 1, 0, _TEXT_OID, len(tags), 1)
+        data = head + b"".join(_int32(len(element)) + element for element in elements)
+    else:
+        data = struct.pack(">iii", 0, 0, _TEXT_OID)
+    return hashlib.md5(data, usedforsecurity=False).digest()
