@@ -1,0 +1,398 @@
+"""PostgreSQL: connections by role, roles and databases, migrations, named queries.
+
+Passwords never leave this process in the clear: roles get a SCRAM verifier made by libpq, and dbmate reads its URL from
+the environment, because a command line can be read by every account of the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, get_args
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import SecretStr
+
+from metrics_pipeline.errors import InstallError, ServiceError, SettingError
+from metrics_pipeline.settings import ROOT, Role, Settings
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+MIGRATIONS = ROOT / "sql" / "migrations"
+QUERIES = ROOT / "sql" / "queries"
+
+CONNECT_SECONDS = 10
+STATEMENT_SECONDS = 300
+
+_DATABASE_ROLES: tuple[Role, ...] = get_args(Role)
+_ROLE_SETTINGS: dict[str, dict[str, str]] = {
+    # A migration that waits for a lock makes every later query wait behind it.
+    "metrics_owner": {"lock_timeout": "30s"},
+    # A sink that hangs inside a transaction gives its row locks back; its batch is delivered again.
+    "metrics_writer": {"idle_in_transaction_session_timeout": "5min"},
+    "metrics_summarizer": {"idle_in_transaction_session_timeout": "5min", "lock_timeout": "2min"},
+    "metrics_reader": {"default_transaction_read_only": "on", "idle_in_transaction_session_timeout": "1h"},
+    "metrics_producer": {"idle_in_transaction_session_timeout": "1min", "statement_timeout": "30s"},
+    "dagster": {},
+}
+_TEMPORARY_TABLES: tuple[Role, ...] = ("metrics_writer", "metrics_summarizer")
+
+
+@dataclass(frozen=True)
+class MigrationStatus:
+    """Migrations by file name (`20261122000001_metrics`), oldest first.
+
+    Attributes:
+        applied: in the database and among the files.
+        pending: among the files only.
+        missing: versions in the database whose file is not there: the schema is newer than this checkout, or a file is lost.
+    """
+
+    applied: list[str]
+    pending: list[str]
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def at_head(self) -> bool:
+        """Whether the database has exactly the migrations of this checkout."""
+        return not self.pending and not self.missing
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a statement returned; no columns when it returns no rows."""
+
+    columns: list[str]
+    rows: list[tuple[Any, ...]]
+
+
+@cache
+def query(name: str) -> str:
+    """Text of `sql/queries/NAME.sql`."""
+    return (QUERIES / f"{name}.sql").read_text(encoding="utf-8")
+
+
+def connect(
+    settings: Settings,
+    role: Role,
+    *,
+    autocommit: bool = False,
+    connect_timeout: int = CONNECT_SECONDS,
+    application_name: str | None = None,
+    **options: Any,
+) -> Connection:
+    """Connect to the database of the readings; the session's time zone is UTC.
+
+    Args:
+        settings: where PostgreSQL is, and the role's password.
+        role: whom to connect as.
+        autocommit: each statement by itself; otherwise psycopg opens a transaction with the first one.
+        connect_timeout: seconds to wait for the server.
+        application_name: what `pg_stat_activity` shows; default: the program's and the role's name.
+        options: further arguments of `psycopg.connect`.
+
+    Raises:
+        ServiceError: not reachable, password refused, or no such database; says which setting to look at.
+    """
+    password: SecretStr = getattr(settings, f"{role}_password")
+    return _open(
+        settings,
+        user=role,
+        password=password.get_secret_value(),
+        dbname=settings.metrics_database,
+        variable=f"{role.upper()}_PASSWORD",
+        autocommit=autocommit,
+        connect_timeout=connect_timeout,
+        application_name=application_name or f"metrics-pipeline {role}",
+        **options,
+    )
+
+
+def connect_admin(settings: Settings, database: str = "postgres", **options: Any) -> Connection:
+    """Connect as the superuser (or as the role that `POSTGRES_URL` names), autocommit.
+
+    Raises:
+        ServiceError: as `connect` does.
+    """
+    url = conninfo_to_dict(settings.admin_url(database))
+    return _open(
+        settings,
+        user=str(url.get("user") or settings.postgres_user),
+        password=str(url.get("password") or ""),
+        dbname=database,
+        variable="POSTGRES_URL" if settings.postgres_url else "POSTGRES_PASSWORD",
+        **{"autocommit": True, "connect_timeout": CONNECT_SECONDS, "application_name": "metrics-pipeline", **options},
+    )
+
+
+def _open(settings: Settings, *, variable: str, **options: Any) -> Connection:
+    host, port = settings.postgres_host, settings.postgres_host_port
+    try:
+        # What an existing server's URL says beyond host, user and database (sslmode, …) holds for every role.
+        extra = conninfo_to_dict(settings.postgres_url) if settings.postgres_url else {}
+    except psycopg.ProgrammingError as error:
+        # libpq quotes the piece it cannot read, which may be the password.
+        raise SettingError(
+            "POSTGRES_URL cannot be read: write postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+        ) from error
+    server_options = " ".join(["-c timezone=UTC", str(extra.get("options") or ""), options.pop("options", "")]).strip()
+    arguments = {**extra, "host": host, "port": port, **options, "options": server_options}
+    try:
+        return psycopg.connect(**arguments)
+    except psycopg.OperationalError as error:
+        raise ServiceError(_why(settings, error, arguments, variable)) from error
+
+
+def _why(settings: Settings, error: psycopg.OperationalError, arguments: dict[str, Any], variable: str) -> str:
+    """One line: what refused, why, and what to do. libpq gives no SQLSTATE for a refused connection, only text."""
+    place = f"PostgreSQL at {settings.postgres_host}:{settings.postgres_host_port}"
+    text = " ".join(str(error).split())
+    user, database = arguments["user"], arguments["dbname"]
+    where = "POSTGRES_URL" if settings.postgres_url else "POSTGRES_PORT"
+    if "password authentication failed" in text or "no password supplied" in text:
+        what = "no password given" if "no password supplied" in text else "password refused"
+        return (
+            f"{place}: {what} for {user}: correct {variable} (in the environment or in .env), "
+            "or run `metrics-pipeline up`, which sets the roles' passwords to those in .env"
+        )
+    if re.search(rf'database "{re.escape(database)}" does not exist', text):
+        return f"{place} has no database {database}: run `metrics-pipeline up`, which makes it, or correct POSTGRES_DB"
+    if re.search(rf'role "{re.escape(user)}" does not exist', text):
+        return f"{place} has no role {user}: run `metrics-pipeline up`, which makes it"
+    if re.search(r"the database system is (starting up|shutting down|in recovery mode|not yet accepting)", text):
+        return f"{place} is not ready yet ({text.rpartition('FATAL: ')[2].strip()}): try again in a few seconds"
+    if re.search(r"permission denied for database", text):
+        return f"{place}: {user} may not connect to database {database}: run `metrics-pipeline up`, which grants it"
+    reason = text.rpartition("failed: ")[2].split(" Is the server running")[0].split(" Multiple connection")[0]
+    return f"{place} cannot be reached ({reason}): start it with `metrics-pipeline up`, or correct {where}"
+
+
+def bootstrap(settings: Settings) -> None:
+    """Make the roles and the databases, set the roles' passwords, limits and rights; may be run again at any time.
+
+    Raises:
+        SettingError: a role's password is empty.
+        ServiceError: PostgreSQL is not reachable, or the superuser may not do it.
+    """
+    roles: tuple[str, ...] = (*_DATABASE_ROLES, "dagster")
+    for role in roles:
+        if not getattr(settings, f"{role}_password").get_secret_value():
+            raise SettingError(
+                f"{role.upper()}_PASSWORD is empty: run `metrics-pipeline up`, which writes one to .env, or set it"
+            )
+    with connect_admin(settings) as conn, _statements(settings, "set up its roles and databases"):
+        _serialise(conn)
+        for role in roles:
+            _role(conn, role, getattr(settings, f"{role}_password"))
+        _database(conn, settings.metrics_database, "metrics_owner", _DATABASE_ROLES)
+        for role in _TEMPORARY_TABLES:
+            _do(conn, "GRANT TEMPORARY ON DATABASE {} TO {}", settings.metrics_database, role)
+        _database(conn, "dagster", "dagster", ("dagster",))
+
+
+def _serialise(conn: Connection) -> None:
+    """Two bootstraps at once would fail on each other's rows in the catalogue; the lock ends with the connection."""
+    conn.execute("SELECT pg_advisory_lock(hashtext('metrics-pipeline bootstrap'))")
+
+
+def _role(conn: Connection, role: str, password: SecretStr) -> None:
+    if conn.execute("SELECT FROM pg_roles WHERE rolname = %s", [role]).fetchone() is None:
+        _do(conn, "CREATE ROLE {} LOGIN", role)
+    verifier = conn.pgconn.encrypt_password(password.get_secret_value().encode(), role.encode(), b"scram-sha-256")
+    statement = sql.SQL("ALTER ROLE {} LOGIN NOCREATEDB NOCREATEROLE PASSWORD {}")
+    conn.execute(statement.format(sql.Identifier(role), sql.Literal(verifier.decode())))
+    for name, value in _ROLE_SETTINGS[role].items():
+        statement = sql.SQL("ALTER ROLE {} SET {} = {}")
+        conn.execute(statement.format(sql.Identifier(role), sql.Identifier(name), sql.Literal(value)))
+
+
+def _database(conn: Connection, database: str, owner: str, users: Sequence[str]) -> None:
+    if conn.execute("SELECT FROM pg_database WHERE datname = %s", [database]).fetchone() is None:
+        if conn.execute("SELECT NOT pg_has_role(current_user, %s, 'SET')", [owner]).fetchone() == (True,):
+            # Who may make roles without being superuser has to be able to act as the owner.
+            _do(conn, "GRANT {} TO {}", owner, conn.info.user)
+        # The same order of text on every platform.
+        collation = "TEMPLATE template0 ENCODING 'UTF8' LOCALE_PROVIDER builtin BUILTIN_LOCALE 'C.UTF-8' LOCALE 'C'"
+        _do(conn, "CREATE DATABASE {} OWNER {} " + collation, database, owner)
+    _do(conn, "REVOKE ALL ON DATABASE {} FROM PUBLIC", database)
+    for user in users:
+        _do(conn, "GRANT CONNECT ON DATABASE {} TO {}", database, user)
+
+
+def _do(conn: Connection, statement: str, *names: str) -> None:
+    conn.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+
+
+@contextmanager
+def _statements(settings: Settings, what: str) -> Iterator[None]:
+    """Turn an error of a statement into one line that says what could not be done."""
+    try:
+        yield
+    except psycopg.Error as error:
+        place = f"PostgreSQL at {settings.postgres_host}:{settings.postgres_host_port}"
+        raise ServiceError(f"{place} could not {what}: {one_line(error)}") from error
+
+
+def one_line(error: psycopg.Error) -> str:
+    """The server's message with its detail and hint, without the statement; secrets are never among them."""
+    parts = [error.diag.message_primary or str(error), error.diag.message_detail, error.diag.message_hint]
+    return "; ".join(" ".join(part.split()) for part in parts if part) + (
+        f" ({error.sqlstate})" if error.sqlstate else ""
+    )
+
+
+def migration_status(settings: Settings) -> MigrationStatus:
+    """Compare the database with the files in `sql/migrations`; changes nothing.
+
+    Raises:
+        ServiceError: as `connect` does.
+    """
+    with connect(settings, "metrics_owner", autocommit=True) as conn, _statements(settings, "list its migrations"):
+        return _status(conn)
+
+
+def _status(conn: Connection) -> MigrationStatus:
+    files = {path.stem.partition("_")[0]: path.stem for path in sorted(MIGRATIONS.glob("*.sql"))}
+    versions: list[str] = []
+    if conn.execute("SELECT to_regclass('public.schema_migrations')").fetchone() != (None,):
+        versions = [row[0] for row in conn.execute("SELECT version FROM public.schema_migrations ORDER BY version")]
+    return MigrationStatus(
+        applied=[files[version] for version in versions if version in files],
+        pending=[name for version, name in files.items() if version not in versions],
+        missing=[version for version in versions if version not in files],
+    )
+
+
+def migrate(settings: Settings) -> list[str]:
+    """Apply what is pending, each file in a transaction of its own, and return the names that were applied.
+
+    Two at once wait for each other.
+
+    Raises:
+        ServiceError: PostgreSQL is not reachable, or a migration failed (those before it stay applied).
+    """
+    return _change(settings, "migrate", "--strict")[1]
+
+
+def rollback(settings: Settings) -> str | None:
+    """Undo the newest migration and return its name; None when there is none.
+
+    Raises:
+        ServiceError: PostgreSQL is not reachable, or the migration could not be undone.
+    """
+    gone, _ = _change(settings, "rollback")
+    return gone[0] if gone else None
+
+
+def new_migration(name: str) -> Path:
+    """Write `sql/migrations/TIMESTAMP_NAME.sql` with an up and a down section to fill in, and return its path.
+
+    Raises:
+        SettingError: the name is not made of lower-case letters, digits and underscores.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise SettingError(
+            f"{name!r} cannot be a migration's name: use lower-case letters, digits and underscores, "
+            "such as add_device_names"
+        )
+    before = set(MIGRATIONS.iterdir())
+    _dbmate({}, "--migrations-dir", str(MIGRATIONS), "new", name)
+    (path,) = set(MIGRATIONS.iterdir()) - before
+    return path
+
+
+def _change(settings: Settings, *command: str) -> tuple[list[str], list[str]]:
+    """Run dbmate and return which migrations are gone and which are new."""
+    with connect(settings, "metrics_owner", autocommit=True) as conn, _statements(settings, "list its migrations"):
+        before = _status(conn)
+        if command[0] == "rollback" and not before.applied and not before.missing:
+            return [], []
+        # dbmate's driver insists on TLS unless told otherwise; this connection knows what the server offers.
+        encrypted = conn.pgconn.ssl_in_use and not _is_loopback(settings.postgres_host)
+        url = f"{settings.role_url('metrics_owner')}?sslmode={'require' if encrypted else 'disable'}"
+        _dbmate(
+            {"METRICS_MIGRATION_URL": url},
+            "--env=METRICS_MIGRATION_URL",
+            f"--migrations-dir={MIGRATIONS}",
+            "--migrations-table=public.schema_migrations",
+            "--no-dump-schema",
+            "--migration-lock",
+            *command,
+        )
+        after = _status(conn)
+    old, new = (status.applied + status.missing for status in (before, after))
+    return [name for name in old if name not in new], [name for name in new if name not in old]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _dbmate(environment: dict[str, str], *arguments: str) -> None:
+    binary = shutil.which("dbmate", path=sysconfig.get_path("scripts")) or shutil.which("dbmate")
+    if binary is None:
+        raise InstallError(
+            "dbmate is not installed beside this Python: run `make up`, which installs the locked packages"
+        )
+    done = subprocess.run(
+        # Otherwise it reads the `.env` of whatever folder it is started in.
+        [binary, f"--env-file={os.devnull}", *arguments],
+        env={"PATH": os.defpath, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        begun = [line.removeprefix("Applying: ") for line in lines if line.startswith(("Applying: ", "Rolling back: "))]
+        reason = next((line for line in lines if line.startswith("Error: ")), lines[-1] if lines else "no output")
+        raise ServiceError(
+            f"migration {begun[-1] if begun else '(none begun)'} failed: {reason.removeprefix('Error: ')}: "
+            "correct the file in sql/migrations or the database, then run `metrics-pipeline migrate up` again"
+        )
+
+
+def run_sql(settings: Settings, statement: str, *, timeout_seconds: float = STATEMENT_SECONDS) -> Result:
+    """Run a statement, or several separated by semicolons, as the read-only role, and return what the last one gave.
+
+    Raises:
+        ServiceError: PostgreSQL is not reachable, or refused the statement; the message says where in the text.
+    """
+    with connect(settings, "metrics_reader", autocommit=True) as conn:
+        conn.execute("SELECT set_config('statement_timeout', %s, false)", [f"{round(timeout_seconds * 1000)}ms"])
+        try:
+            cursor = conn.execute(statement)
+            while cursor.nextset():
+                pass
+            columns = [column.name for column in cursor.description or []]
+            return Result(columns, cursor.fetchall() if columns else [])
+        except psycopg.errors.QueryCanceled as error:
+            raise ServiceError(
+                f"SQL stopped after {timeout_seconds:g} s: narrow it, for example by created_at"
+            ) from error
+        except psycopg.errors.ReadOnlySqlTransaction as error:
+            raise ServiceError(f"SQL refused: {one_line(error)}: this command only reads") from error
+        except psycopg.Error as error:
+            at = _line(statement, error.diag.statement_position)
+            raise ServiceError(f"SQL failed{at}: {one_line(error)}") from error
+
+
+def _line(statement: str, position: str | None) -> str:
+    if position is None:
+        return ""
+    return f" at line {statement.count(chr(10), 0, int(position) - 1) + 1}"
