@@ -43,7 +43,9 @@ def unprivileged() -> Account | None:
         except KeyError:
             continue
         return Account(name, entry.pw_uid, entry.pw_gid)
-    raise InstallError("PostgreSQL does not run as root and there is no account 'postgres' or 'nobody': run as an ordinary user")
+    raise InstallError(
+        "PostgreSQL does not run as root and there is no account 'postgres' or 'nobody': run as an ordinary user"
+    )
 
 
 def reachable(path: Path) -> bool:

@@ -88,9 +88,27 @@ def broker_problem(settings: Settings) -> str | None:
 def _format(environment: dict[str, str], file: Path) -> None:
     # The cluster id is any UUID in Kafka's own notation; a standalone one needs no coordination.
     identity = subprocess.run(
-        java.command("kafka.tools.StorageTool", ["random-uuid"], 128 * MIB), env=environment, capture_output=True, text=True, check=False
+        java.command("kafka.tools.StorageTool", ["random-uuid"], 128 * MIB),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    arguments = ["format", "--cluster-id", identity.stdout.strip().splitlines()[-1] if identity.stdout else "", "--config", str(file)]
-    done = subprocess.run(java.command("kafka.tools.StorageTool", arguments, 128 * MIB), env=environment, capture_output=True, text=True, check=False)
+    arguments = [
+        "format",
+        "--cluster-id",
+        identity.stdout.strip().splitlines()[-1] if identity.stdout else "",
+        "--config",
+        str(file),
+    ]
+    done = subprocess.run(
+        java.command("kafka.tools.StorageTool", arguments, 128 * MIB),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
-        raise InstallError(f"the broker's storage could not be formatted: {(done.stderr or done.stdout).strip()[-300:]}")
+        raise InstallError(
+            f"the broker's storage could not be formatted: {(done.stderr or done.stdout).strip()[-300:]}"
+        )

@@ -47,7 +47,10 @@ def service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: Pa
         title="Kafka Connect",
         url=settings.connect_rest,
         command=java.command(
-            "org.apache.kafka.connect.cli.ConnectDistributed", [str(WORKER_FILE)], budget.connect_heap, "-XX:+UseParallelGC"
+            "org.apache.kafka.connect.cli.ConnectDistributed",
+            [str(WORKER_FILE)],
+            budget.connect_heap,
+            "-XX:+UseParallelGC",
         ),
         environment=environment,
         log=settings.data_dir / "logs" / "connect.log",

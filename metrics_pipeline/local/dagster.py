@@ -41,7 +41,9 @@ def services(settings: Settings) -> list[Service]:
             f"load_from:\n  - grpc_server: {{host: 127.0.0.1, port: {settings.dagster_code_port}, location_name: {LOCATION}}}\n"
         )
 
-    def part(name: str, title: str, url: str, command: list[str], check: Callable[[], str | None], needs: tuple[str, ...]) -> Service:
+    def part(
+        name: str, title: str, url: str, command: list[str], check: Callable[[], str | None], needs: tuple[str, ...]
+    ) -> Service:
         return Service(
             name=name,
             title=title,
@@ -57,8 +59,29 @@ def services(settings: Settings) -> list[Service]:
             stop_seconds=20,
         )
 
-    code = ["dagster", "api", "grpc", "-m", DEFINITIONS, "-d", str(ROOT), "-h", "127.0.0.1", "-p", str(settings.dagster_code_port)]
-    web = ["dagster-webserver", "-h", "127.0.0.1", "-p", str(settings.dagster_port), "-w", str(workspace), "--suppress-warnings"]
+    code = [
+        "dagster",
+        "api",
+        "grpc",
+        "-m",
+        DEFINITIONS,
+        "-d",
+        str(ROOT),
+        "-h",
+        "127.0.0.1",
+        "-p",
+        str(settings.dagster_code_port),
+    ]
+    web = [
+        "dagster-webserver",
+        "-h",
+        "127.0.0.1",
+        "-p",
+        str(settings.dagster_port),
+        "-w",
+        str(workspace),
+        "--suppress-warnings",
+    ]
     return [
         part("code", "Dagster code server", f"grpc://127.0.0.1:{settings.dagster_code_port}",
              [*code, "--location-name", LOCATION, "--log-level", "warning"], lambda: code_problem(settings), ("databases",)),
@@ -80,7 +103,9 @@ def code_problem(settings: Settings) -> str | None:
     """None when the definitions are loaded and served, else why not."""
     with grpc.insecure_channel(f"127.0.0.1:{settings.dagster_code_port}") as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="DagsterApi"), timeout=3)
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service="DagsterApi"), timeout=3
+            )
         except grpc.RpcError as error:
             return f"no answer ({error.code().name if isinstance(error, grpc.Call) else error})"
     return None if answer.status == health_pb2.HealthCheckResponse.SERVING else "not serving"
@@ -116,6 +141,8 @@ def terminate_runs(settings: Settings) -> list[str]:
 
 def graphql(settings: Settings, query: str, **variables: object) -> dict[str, Any]:
     """Ask the webserver; the `data` of its answer."""
-    answer = requests.post(f"{settings.dagster_http}/graphql", json={"query": query, "variables": variables}, timeout=10)
+    answer = requests.post(
+        f"{settings.dagster_http}/graphql", json={"query": query, "variables": variables}, timeout=10
+    )
     answer.raise_for_status()
     return dict(answer.json()["data"])

@@ -11,7 +11,11 @@ from dotenv import dotenv_values, set_key
 from metrics_pipeline.errors import InstallError
 from metrics_pipeline.settings import Settings, env_file
 
-SECRETS = tuple(name.upper() for name, field in Settings.model_fields.items() if (field.json_schema_extra or {}).get("group") == "secrets")  # type: ignore[union-attr]
+SECRETS = tuple(
+    name.upper()
+    for name, field in Settings.model_fields.items()
+    if (field.json_schema_extra or {}).get("group") == "secrets"
+)  # type: ignore[union-attr]
 
 
 def write_secrets() -> None:
@@ -57,13 +61,17 @@ def for_python(settings: Settings) -> dict[str, str]:
     Passwords are read from the env file, except the one in Dagster's own URL, which `dagster.yaml` refers to.
     """
     ports = {name.upper(): str(getattr(settings, name)) for name in Settings.model_fields if name.endswith("_port")}
-    return os.environ | ports | {
-        "PIPELINE_ENV_FILE": str(env_file().absolute()),
-        "PIPELINE_DATA_DIR": str(settings.data_dir),
-        "DAGSTER_HOME": str(dagster_home(settings)),
-        "DAGSTER_POSTGRES_URL": settings.dagster_postgres_url,
-        "PYTHONUNBUFFERED": "1",
-    }
+    return (
+        os.environ
+        | ports
+        | {
+            "PIPELINE_ENV_FILE": str(env_file().absolute()),
+            "PIPELINE_DATA_DIR": str(settings.data_dir),
+            "DAGSTER_HOME": str(dagster_home(settings)),
+            "DAGSTER_POSTGRES_URL": settings.dagster_postgres_url,
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
 
 
 def minimal() -> dict[str, str]:

@@ -80,7 +80,9 @@ def postgres_platform() -> str:
     Raises:
         InstallError: when there are none for it.
     """
-    machine = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64v8", "arm64": "arm64v8"}.get(platform.machine().lower())
+    machine = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64v8", "arm64": "arm64v8"}.get(
+        platform.machine().lower()
+    )
     name = f"{platform.system().lower()}-{machine}"
     if name not in POSTGRES_PLATFORMS:
         raise InstallError(
@@ -115,7 +117,9 @@ def fetch(settings: Settings, uses: Iterable[str], *, quiet: bool = False) -> di
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InstallError(f"cannot write the jar cache {folder}: {error.strerror}; set PIPELINE_CACHE_DIR to a folder you own") from error
+        raise InstallError(
+            f"cannot write the jar cache {folder}: {error.strerror}; set PIPELINE_CACHE_DIR to a folder you own"
+        ) from error
     with ThreadPoolExecutor(max_workers=8) as pool:
         present = list(pool.map(lambda jar: _is_locked(folder / jar.file_name, jar), jars))
         missing = [jar for jar, there in zip(jars, present, strict=True) if not there]
@@ -163,7 +167,9 @@ def _download(jar: LockedJar, folder: Path, advance: Any) -> None:
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
         # `show` has the shape of jgo's progress callback: a context manager that yields a function of bytes.
         callback: Any = show
-        context = MavenContext(repo_cache=Path(scratch), local_repos=[], resolver=PythonResolver(progress_callback=callback))
+        context = MavenContext(
+            repo_cache=Path(scratch), local_repos=[], resolver=PythonResolver(progress_callback=callback)
+        )
         try:
             path = _artifact(context, jar.coordinate).resolve()
         # jgo raises RuntimeError, requests' errors and OSError for one and the same cause: the file did not come.
@@ -245,16 +251,24 @@ def write_lock() -> None:
     """Resolve everything anew and write `connect/jars.lock`: for maintainers, after changing a version above."""
     with tempfile.TemporaryDirectory(prefix="jars-lock-") as scratch:
         context = MavenContext(repo_cache=Path(scratch), local_repos=[])
-        roots = [f"{group}:{artifact}:jar::{version}" for group, artifact, version in (root.split(":") for root in KAFKA_ROOTS)]
+        roots = [
+            f"{group}:{artifact}:jar::{version}"
+            for group, artifact, version in (root.split(":") for root in KAFKA_ROOTS)
+        ]
         inputs, transitive = PythonResolver().resolve([Dependency(_artifact(context, root)) for root in roots])
-        kafka = sorted({f"{d.groupId}:{d.artifactId}:jar:{d.classifier or ''}:{d.version}" for d in [*inputs, *transitive]} | {LOG4J_BINDING})
+        kafka = sorted(
+            {f"{d.groupId}:{d.artifactId}:jar:{d.classifier or ''}:{d.version}" for d in [*inputs, *transitive]}
+            | {LOG4J_BINDING}
+        )
         files = [("kafka", coordinate) for coordinate in kafka]
         files.append(("debezium", f"io.debezium:debezium-connector-jdbc:tar.gz:plugin:{DEBEZIUM}"))
         files += [
             (f"postgres-{name}", f"io.zonky.test.postgres:embedded-postgres-binaries-{name}:jar::{POSTGRES}")
             for name in POSTGRES_PLATFORMS
         ]
-        lines = ["# use, group:artifact:packaging:classifier:version, sha256, bytes; made by `python -m metrics_pipeline.local.jars`"]
+        lines = [
+            "# use, group:artifact:packaging:classifier:version, sha256, bytes; made by `python -m metrics_pipeline.local.jars`"
+        ]
         for use, coordinate in files:
             path = _artifact(context, coordinate).resolve()
             lines.append(f"{use} {coordinate} {sha256(path)} {path.stat().st_size}")

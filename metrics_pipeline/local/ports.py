@@ -42,7 +42,12 @@ def holder(port: int) -> str:
     """Who listens on the port, as far as this user may know."""
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN and connection.pid:
+            if (
+                connection.laddr
+                and connection.laddr.port == port
+                and connection.status == psutil.CONN_LISTEN
+                and connection.pid
+            ):
                 return f"{psutil.Process(connection.pid).name()}, pid {connection.pid}"
     except psutil.Error:
         pass
@@ -57,5 +62,7 @@ def require_free(settings: Settings, names: Iterable[str]) -> None:
     """
     busy = [(name, getattr(settings, name)) for name in names if not is_free(getattr(settings, name))]
     if busy:
-        found = "; ".join(f"port {port} is in use by {holder(port)}: set {name.upper()} to a free one" for name, port in busy)
+        found = "; ".join(
+            f"port {port} is in use by {holder(port)}: set {name.upper()} to a free one" for name, port in busy
+        )
         raise BusyError(f"{found}; or let `metrics-pipeline up --free-ports` choose")

@@ -83,7 +83,11 @@ def service(settings: Settings, budget: Budget, place: Cluster) -> Service:
         if not (place.data / "PG_VERSION").exists():
             _initialise(settings, place)
         lines = [f"{name} = {value}" for name, value in configuration(settings, budget).items()]
-        _write(place, place.data / CONFIGURATION, "# Written at every start; change settings, not this file.\n" + "\n".join(lines) + "\n")
+        _write(
+            place,
+            place.data / CONFIGURATION,
+            "# Written at every start; change settings, not this file.\n" + "\n".join(lines) + "\n",
+        )
 
     def find() -> psutil.Process | None:
         # Also the way to a postmaster that somebody restarted by `pg_ctl`.
@@ -125,7 +129,9 @@ def service(settings: Settings, budget: Budget, place: Cluster) -> Service:
 def _initialise(settings: Settings, place: Cluster) -> None:
     place.data.mkdir(parents=True, exist_ok=True)
     if any(place.data.iterdir()):
-        raise InstallError(f"{place.data} is no PostgreSQL cluster and not empty: move it away, or run `metrics-pipeline reset`")
+        raise InstallError(
+            f"{place.data} is no PostgreSQL cluster and not empty: move it away, or run `metrics-pipeline reset`"
+        )
     who = {"user": place.account.uid, "group": place.account.gid, "extra_groups": []} if place.account else {}
     with tempfile.NamedTemporaryFile("w", dir=place.home) as password:
         password.write(settings.postgres_password.get_secret_value() + "\n")
@@ -134,7 +140,13 @@ def _initialise(settings: Settings, place: Cluster) -> None:
             place.account.own(place.data, 0o700)
             place.account.own(Path(password.name), 0o400)
         command = [str(place.binaries / "initdb"), "-D", str(place.data), "-U", settings.postgres_user]
-        command += ["--auth=scram-sha-256", f"--pwfile={password.name}", "--data-checksums", "--encoding=UTF8", "--no-locale"]
+        command += [
+            "--auth=scram-sha-256",
+            f"--pwfile={password.name}",
+            "--data-checksums",
+            "--encoding=UTF8",
+            "--no-locale",
+        ]
         done = subprocess.run(command, env=minimal(), cwd="/", capture_output=True, text=True, check=False, **who)  # type: ignore[call-overload]
     if done.returncode != 0:
         raise InstallError(f"initdb failed in {place.data}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")

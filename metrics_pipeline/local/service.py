@@ -87,7 +87,20 @@ class Service:
     def fingerprint(self) -> str:
         """Changes when the process would be started differently."""
         # The caller's terminal and shell leave traces in the environment that mean nothing here.
-        noise = ("COLUMNS", "LINES", "OLDPWD", "PWD", "SHLVL", "_", "TERM", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKE_TERMOUT", "MAKE_TERMERR")
+        noise = (
+            "COLUMNS",
+            "LINES",
+            "OLDPWD",
+            "PWD",
+            "SHLVL",
+            "_",
+            "TERM",
+            "MAKEFLAGS",
+            "MAKELEVEL",
+            "MFLAGS",
+            "MAKE_TERMOUT",
+            "MAKE_TERMERR",
+        )
         environment = {k: v for k, v in self.environment.items() if k not in noise}
         return hashlib.sha256(json.dumps([self.command, environment], sort_keys=True).encode()).hexdigest()
 
@@ -139,12 +152,16 @@ class Service:
         reason: str | None = "not checked yet"
         while time.monotonic() < deadline and not cancelled():
             if not self.alive():
-                raise ServiceError(f"{self.title} ended while starting (exit code {self.exit_code()}): {self.last_words()}; full log: {self.log}")
+                raise ServiceError(
+                    f"{self.title} ended while starting (exit code {self.exit_code()}): {self.last_words()}; full log: {self.log}"
+                )
             reason = self.check()
             if reason is None:
                 return
             time.sleep(0.15)
-        raise ServiceError(f"{self.title} is not healthy {self.start_seconds:.0f} s after its start: {reason}; log: {self.log}")
+        raise ServiceError(
+            f"{self.title} is not healthy {self.start_seconds:.0f} s after its start: {reason}; log: {self.log}"
+        )
 
     def stop(self) -> None:
         """End the process and everything in its session: gracefully first, then by force."""
@@ -169,7 +186,9 @@ class Service:
     def last_words(self) -> str:
         """The last telling line of the log: an error if there is one."""
         lines = tail(self.log, 60)
-        errors = [line for line in lines if any(word in line for word in ("ERROR", "FATAL", "PANIC", "Error:", "Exception"))]
+        errors = [
+            line for line in lines if any(word in line for word in ("ERROR", "FATAL", "PANIC", "Error:", "Exception"))
+        ]
         return (errors or lines or ["nothing was logged"])[-1].strip()[:300]
 
     def rotate_log(self) -> None:

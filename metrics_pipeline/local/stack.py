@@ -1,8 +1,8 @@
 """The parts of the embedded stack, started in the order of their needs and ended in reverse.
 
-    postgres ─┬─> databases ─> code ─┬─> webserver
-              │                      └─> daemon
-    broker ───┴─> connect ───────────────> provision (the Dagster job), when everything before it is healthy
+postgres ─┬─> databases ─> code ─┬─> webserver
+          │                      └─> daemon
+broker ───┴─> connect ───────────────> provision (the Dagster job), when everything before it is healthy
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class Stack:
             PipelineError: what failed first; what was started stays up, for `stop`.
         """
         nodes = [Node(service.name, service.needs, self._starter(service)) for service in self.services]
-        nodes += [Node(name, (), self._outsider(name)) for name in ("postgres", "broker", "connect") if not self.has(name)]
+        nodes += [
+            Node(name, (), self._outsider(name)) for name in ("postgres", "broker", "connect") if not self.has(name)
+        ]
         nodes.append(Node("databases", ("postgres",), self._databases))
         if provision:
             nodes.append(Node("provision", ("databases", "connect", "broker"), self._provision))
@@ -155,10 +157,22 @@ class Stack:
             row = connection.execute("SELECT to_regclass('public.alembic_version') IS NOT NULL").fetchone()
         if row and row[0]:
             return
-        self._run([sys.executable, "-c", "from dagster import DagsterInstance; DagsterInstance.get()"], "dagster-schema", "Dagster's tables")
+        self._run(
+            [sys.executable, "-c", "from dagster import DagsterInstance; DagsterInstance.get()"],
+            "dagster-schema",
+            "Dagster's tables",
+        )
 
     def _provision(self) -> str:
-        command = [str(Path(sys.executable).parent / "dagster"), "job", "execute", "-m", dagster.DEFINITIONS, "-j", "provision"]
+        command = [
+            str(Path(sys.executable).parent / "dagster"),
+            "job",
+            "execute",
+            "-m",
+            dagster.DEFINITIONS,
+            "-j",
+            "provision",
+        ]
         self._run(command, "provision", "provisioning (the Dagster job `provision`)")
         return "Provisioned: schema, topic, connector"
 
@@ -232,7 +246,11 @@ def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False)
     """
     external = external_services()
     budget = Budget.of(settings)
-    uses = [use for use, name in (("postgres", "postgres"), ("kafka", "kafka"), ("debezium", "connect")) if name not in external]
+    uses = [
+        use
+        for use, name in (("postgres", "postgres"), ("kafka", "kafka"), ("debezium", "connect"))
+        if name not in external
+    ]
     if "connect" not in external and "kafka" not in uses:
         uses.append("kafka")  # the worker's class path
     paths = jars.fetch(settings, uses, quiet=quiet)

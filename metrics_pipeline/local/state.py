@@ -22,6 +22,8 @@ class StackState:
     keeper: ProcessId | None = None
     children: dict[str, ProcessId] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
+    ready: bool = False
+    """Everything came up and was provisioned."""
 
     @classmethod
     def read(cls, data_dir: Path) -> StackState:
@@ -32,6 +34,7 @@ class StackState:
                 keeper=ProcessId(**content["keeper"]) if content["keeper"] else None,
                 children={name: ProcessId(**child) for name, child in content["children"].items()},
                 fingerprints=content["fingerprints"],
+                ready=content["ready"],
             )
         except (OSError, ValueError, KeyError, TypeError):
             return cls()

@@ -1,0 +1,5 @@
+"""`python -m metrics_pipeline` is the `metrics-pipeline` command."""
+
+from metrics_pipeline.cli import main
+
+main()

@@ -1,0 +1,296 @@
+"""`metrics-pipeline …`: every command of the pipeline."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from metrics_pipeline.errors import BusyError, PipelineError, SettingError
+from metrics_pipeline.settings import ROOT, Settings
+
+app = typer.Typer(
+    name="metrics-pipeline",
+    help="Sensor readings through Kafka into PostgreSQL, run by Dagster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+migrations = typer.Typer(help="The database schema: sql/migrations, applied by dbmate.", no_args_is_help=True)
+app.add_typer(migrations, name="migrate")
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: errors that people can act on become one line and an exit code."""
+    logging.basicConfig(
+        level=os.environ.get("LOG_LEVEL", "WARNING"), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        app()
+    except PipelineError as error:
+        err.print(f"[bold red]error:[/] {_escape(str(error))}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _say(text: str) -> None:
+    out.print(_escape(text))
+
+
+@app.command()
+def up(
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="run in the background; `down` ends it")] = False,
+    free_ports: Annotated[bool, typer.Option("--free-ports", help="move busy ports to free ones")] = False,
+) -> None:
+    """Start everything, provision it, and keep it running until Ctrl-C."""
+    from metrics_pipeline.local.keeper import Keeper
+    from metrics_pipeline.local.live import LiveTable
+
+    settings = Settings.load()
+    if detach:
+        _detach(settings, free_ports=free_ports)
+        return
+    with Keeper(settings, _say, free_ports=free_ports) as keeper:
+        keeper.start()
+        if keeper.stopping:
+            return
+        settings = keeper.settings
+        _say(
+            f"\nThe pipeline runs. Dagster UI: {settings.dagster_http}   producer: {settings.producer_http}/health   Connect: {settings.connect_rest}"
+        )
+        _say(f"Data and logs: {settings.data_dir}. Ctrl-C stops everything in order; the data stays.\n")
+        with LiveTable(settings, out) as live:
+            keeper.run(live.show)
+    _say("Everything has stopped; nothing was lost. `metrics-pipeline up` goes on where it ended.")
+
+
+def _detach(settings: Settings, *, free_ports: bool) -> None:
+    from metrics_pipeline.local.service import tail
+    from metrics_pipeline.local.state import StackState, take_lock
+
+    take_lock(settings.data_dir).close()
+    log = settings.data_dir / "logs" / "keeper.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.argv[0], "up", *(["--free-ports"] if free_ports else [])]
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    shown = 0
+    while True:
+        ended, ready = child.poll() is not None, StackState.read(settings.data_dir)
+        lines = tail(log, 200)
+        for line in lines[shown:]:
+            _say(line)
+        shown = len(lines)
+        if ended:
+            raise PipelineError(
+                f"the pipeline did not start: {lines[-1].removeprefix('error: ') if lines else 'no output'} (log: {log})"
+            )
+        if ready.ready and ready.keeper and ready.keeper.pid == child.pid:
+            _say(
+                f"Running in the background (pid {child.pid}, log {log}). `metrics-pipeline status` looks, `metrics-pipeline down` stops it."
+            )
+            return
+        time.sleep(0.3)
+
+
+@app.command()
+def down() -> None:
+    """Stop everything that `up` started, in order."""
+    from metrics_pipeline.local.keeper import stop_running
+
+    _say("Stopped." if stop_running(Settings.load(), _say) else "Nothing was running.")
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False) -> None:
+    """What runs and how fast; exit code 0 only when all is healthy."""
+    from metrics_pipeline.local.live import table
+    from metrics_pipeline.status import Sampler, is_healthy
+
+    sampler = Sampler(Settings.load())
+    sampler.sample()
+    time.sleep(2)
+    sample = sampler.sample()
+    if as_json:
+        print(json.dumps(sample))  # noqa: T201  # machines read it: no markup, no wrapping
+    else:
+        out.print(table(sample))
+    raise typer.Exit(0 if is_healthy(sample) else 1)
+
+
+@app.command()
+def logs(
+    service: Annotated[
+        str | None,
+        typer.Argument(help="postgres, broker, connect, code, webserver, daemon, provision, keeper; default: all"),
+    ] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="lines from each")] = 40,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on as new lines come")] = False,
+) -> None:
+    """The end of the services' logs."""
+    from metrics_pipeline.local.service import tail
+
+    folder = Settings.load().data_dir / "logs"
+    names = sorted(path.stem for path in folder.glob("*.log"))
+    if service is not None and service not in names:
+        raise SettingError(f"no log of {service!r} in {folder}: there are {', '.join(names) or 'none yet'}")
+    chosen = [service] if service else names
+    for name in chosen:
+        for line in tail(folder / f"{name}.log", lines):
+            _say(line if service else f"{name}: {line}")
+    if follow:
+        _follow({name: folder / f"{name}.log" for name in chosen}, prefix=service is None)
+
+
+def _follow(paths: dict[str, Path], *, prefix: bool) -> None:
+    places = {name: path.stat().st_size for name, path in paths.items()}
+    while True:
+        for name, path in paths.items():
+            size = path.stat().st_size
+            if size < places[name]:  # rotated
+                places[name] = 0
+            with path.open("rb") as file:
+                file.seek(places[name])
+                text = file.read()
+            places[name] += len(text)
+            for line in text.decode(errors="replace").splitlines():
+                _say(f"{name}: {line}" if prefix else line)
+        time.sleep(0.5)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, what the stack would use, and what is in the way."""
+    from metrics_pipeline.local.doctor import examine
+
+    settings = Settings.load()
+    findings = examine(settings)
+    grid = Table(box=None, show_header=False, padding=(0, 2))
+    for finding in findings:
+        grid.add_row(
+            {True: "[green]ok[/]", False: "[red]no[/]", None: ""}[finding.ok], finding.what, _escape(finding.value)
+        )
+    out.print(grid)
+    raise typer.Exit(1 if any(finding.ok is False for finding in findings) else 0)
+
+
+@app.command()
+def reset(yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False) -> None:
+    """Delete all data and logs of this stack. Settings and downloaded jars stay."""
+    from metrics_pipeline.local.account import postgres_home, unprivileged
+    from metrics_pipeline.local.state import StackState, take_lock
+
+    settings = Settings.load()
+    lock = take_lock(settings.data_dir)
+    if any(child.find() for child in StackState.read(settings.data_dir).children.values()):
+        raise BusyError("services of this stack still run: `metrics-pipeline down` first")
+    folders = [
+        folder for folder in (settings.data_dir, postgres_home(settings.data_dir, unprivileged())) if folder.exists()
+    ]
+    if not yes and not typer.confirm(f"Delete {' and '.join(map(str, folders))} with all stored readings?"):
+        raise typer.Exit(1)
+    for folder in folders:
+        shutil.rmtree(folder)
+    lock.close()
+    _say("Deleted. `metrics-pipeline up` starts afresh.")
+
+
+@migrations.command("up")
+def migrate_up() -> None:
+    """Apply the migrations that are not applied yet."""
+    from metrics_pipeline import postgres
+
+    applied = postgres.migrate(Settings.load())
+    _say(f"applied {', '.join(applied)}" if applied else "nothing to apply: the schema is at its newest migration")
+
+
+@migrations.command("new")
+def migrate_new(name: Annotated[str, typer.Argument(help="what it does: add_humidity_index")]) -> None:
+    """Write a migration file to fill in."""
+    from metrics_pipeline import postgres
+
+    _say(f"fill in {postgres.new_migration(name)}")
+
+
+@migrations.command("status")
+def migrate_status() -> None:
+    """Which migrations are applied; exit code 1 when some are not."""
+    from metrics_pipeline import postgres
+
+    found = postgres.migration_status(Settings.load())
+    for version in found.applied:
+        _say(f"applied  {version}")
+    for version in found.pending:
+        _say(f"pending  {version}")
+    raise typer.Exit(1 if found.pending else 0)
+
+
+@migrations.command("rollback")
+def migrate_rollback() -> None:
+    """Undo the newest migration."""
+    from metrics_pipeline import postgres
+
+    _say(f"rolled back {postgres.rollback(Settings.load())}")
+
+
+@app.command()
+def sql(
+    query: Annotated[str | None, typer.Argument(help="a query")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="a file with a query")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="rows separated by tabs, nothing else")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV with a header")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="an array of objects")] = False,
+) -> None:
+    """Run a query as the read-only role."""
+    from metrics_pipeline import postgres
+
+    if (query is None) == (file is None):
+        raise SettingError("give either a query or --file")
+    try:
+        text = query if query is not None else file.read_text() if file else ""
+    except OSError as error:
+        raise SettingError(f"--file {file}: {error.strerror}") from error
+    result = postgres.run_sql(Settings.load(), text)
+    if plain:
+        for row in result.rows:
+            sys.stdout.write("\t".join("" if value is None else str(value) for value in row) + "\n")
+    elif as_csv:
+        writer = csv.writer(sys.stdout)
+        writer.writerow(result.columns)
+        writer.writerows(result.rows)
+    elif as_json:
+        objects = [dict(zip(result.columns, row, strict=True)) for row in result.rows]
+        sys.stdout.write(json.dumps(objects, default=str, indent=1) + "\n")
+    else:
+        grid = Table(*result.columns)
+        for row in result.rows:
+            grid.add_row(*("" if value is None else _escape(str(value)) for value in row))
+        out.print(grid)
+        out.print(f"{len(result.rows)} row{'' if len(result.rows) == 1 else 's'}")

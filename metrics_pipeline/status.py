@@ -1,0 +1,147 @@
+"""What runs and how fast: one sample of every part, for `status`, for the live table and for machines."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psycopg
+import requests
+
+from metrics_pipeline import kafka, postgres, summaries
+from metrics_pipeline.connect import sink_state
+from metrics_pipeline.errors import PipelineError
+from metrics_pipeline.local.broker import broker_problem
+from metrics_pipeline.local.dagster import code_problem, daemon_problem, web_problem
+from metrics_pipeline.settings import CONNECTOR_GROUP, Settings
+
+RATE_SECONDS = 12.0
+"""Rates of the live table are means over this long: PostgreSQL's counters arrive about once a second, in steps."""
+BETWEEN_RUNS_SECONDS = 30
+"""A producer whose last run ended within this time is between two runs, not down."""
+
+Sample = dict[str, Any]
+
+
+class Sampler:
+    """Takes samples and remembers enough of the former ones to give rates."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._inserted: deque[tuple[float, int]] = deque()
+        self._connection: psycopg.Connection[Any] | None = None
+        self._pool = ThreadPoolExecutor(max_workers=6, thread_name_prefix="status")
+
+    def sample(self) -> Sample:
+        """One object with every part's health and the figures; never raises, a part that does not answer says so."""
+        parts: dict[str, Callable[[], Sample]] = {
+            "postgres": self._postgres,
+            "broker": self._broker,
+            "connect": self._connect,
+            "producer": self._producer,
+            "dagster": self._dagster,
+        }
+        futures = {name: self._pool.submit(part) for name, part in parts.items()}
+        lag = self._pool.submit(self._lag)
+        found = {name: future.result() for name, future in futures.items()}
+        rows = found["postgres"].pop("rows", None)
+        published = found["producer"].pop("published", {})
+        if not found["producer"]["healthy"] and found["postgres"].pop("between_runs", False):
+            found["producer"] |= {"healthy": True, "state": "between two runs"}
+            found["producer"].pop("reason", None)
+        found["postgres"].pop("between_runs", None)
+        return {
+            **found,
+            "rows": rows,
+            "rows_per_second": self._rate(),
+            "acknowledged_per_second": published.get("acknowledged_per_second", 0.0),
+            "lag": lag.result(),
+            "latency_seconds": published.get("latency_seconds") or {"p50": None, "p99": None},
+        }
+
+    def _postgres(self) -> Sample:
+        settings = self._settings
+        answer: Sample = {
+            "healthy": False,
+            "url": f"postgresql://{settings.postgres_host}:{settings.postgres_host_port}/{settings.metrics_database}",
+        }
+        try:
+            if self._connection is None or self._connection.closed:
+                self._connection = postgres.connect(settings, "metrics_reader", autocommit=True)
+            row = self._connection.execute(postgres.query("status"), {"seconds": BETWEEN_RUNS_SECONDS}).fetchone()
+            if row is not None:
+                self._inserted.append((time.monotonic(), row[0]))
+                answer["between_runs"] = row[1]
+            return answer | {"healthy": True, "rows": summaries.row_count(self._connection)}
+        except psycopg.errors.UndefinedTable:
+            return answer | {"healthy": True, "rows": None, "reason": "no schema yet: run the job `provision`"}
+        except (psycopg.Error, PipelineError) as error:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            return answer | {"reason": str(error).strip().splitlines()[0]}
+
+    def _rate(self) -> float | None:
+        """Rows inserted a second, from PostgreSQL's own counter; None before the second sample."""
+        now = time.monotonic()
+        while len(self._inserted) > 2 and now - self._inserted[0][0] > RATE_SECONDS:
+            self._inserted.popleft()
+        if len(self._inserted) < 2:
+            return None
+        (then, before), (last, after) = self._inserted[0], self._inserted[-1]
+        # The counter begins anew after a crash of PostgreSQL.
+        return round(max(after - before, 0) / (last - then), 1) if last > then else None
+
+    def _broker(self) -> Sample:
+        return _part(broker_problem(self._settings), self._settings.bootstrap_servers)
+
+    def _connect(self) -> Sample:
+        answer: Sample = {"healthy": False, "url": self._settings.connect_rest, "connector": None, "tasks": []}
+        try:
+            state = sink_state(self._settings)
+        except PipelineError as error:
+            return answer | {"reason": str(error)}
+        tasks = [{"id": task.id, "state": task.state} for task in state.tasks]
+        reason = {"reason": "; ".join(state.problems)} if state.problems else {}
+        return answer | {"healthy": state.running, "connector": state.connector, "tasks": tasks} | reason
+
+    def _producer(self) -> Sample:
+        url = self._settings.producer_http
+        try:
+            published = requests.get(f"{url}/status", timeout=3).json()
+            health = requests.get(f"{url}/health", timeout=3)
+        except (requests.RequestException, ValueError):
+            return {"healthy": False, "url": url, "state": "not running", "reason": "no producer answers"}
+        answer: Sample = {
+            "healthy": health.status_code == requests.codes.ok,
+            "url": url,
+            "state": published.get("state"),
+        }
+        if published.get("paused"):
+            answer["reason"] = published["paused"]
+        elif not answer["healthy"]:
+            answer["reason"] = "the broker has acknowledged nothing for a while"
+        return answer | {"published": published}
+
+    def _dagster(self) -> Sample:
+        settings = self._settings
+        problem = web_problem(settings) or code_problem(settings) or daemon_problem(settings)
+        return _part(problem, settings.dagster_http)
+
+    def _lag(self) -> int | None:
+        try:
+            return kafka.consumer_lag(self._settings, CONNECTOR_GROUP).total
+        except PipelineError:
+            return None
+
+
+def _part(problem: str | None, url: str) -> Sample:
+    return {"healthy": problem is None, "url": url} | ({"reason": problem} if problem else {})
+
+
+def is_healthy(sample: Sample) -> bool:
+    """Whether every part of a sample is."""
+    return all(sample[part]["healthy"] for part in ("postgres", "broker", "connect", "producer", "dagster"))

@@ -1,0 +1,101 @@
+"""Settings that no developer's environment can touch, and the embedded stack, started once for a whole run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from metrics_pipeline.settings import ROOT, Settings
+
+for _name in [*Settings.model_fields, "dagster_home", "dagster_postgres_url"]:
+    os.environ.pop(_name.upper(), None)
+os.environ["PIPELINE_ENV_FILE"] = str(Path(tempfile.gettempdir()) / "metrics-pipeline-tests-have-no-env-file")
+
+OCCUPANCY = ROOT.parent / "shared" / "data" / "occupancy"
+
+
+@pytest.fixture(scope="session")
+def occupancy() -> list[Path]:
+    """Real readings, which the project does not carry."""
+    files = sorted(OCCUPANCY.glob("*.txt"))
+    if not files:
+        pytest.skip("the occupancy data set is not beside this checkout")
+    return files
+
+
+@dataclass(frozen=True)
+class RunningStack:
+    """PostgreSQL, broker and Connect on free ports in a temporary folder: migrated, topic and connector there.
+
+    Attributes:
+        settings: of this stack.
+        environment: for child processes, so that commands meet this stack.
+        services: the embedded stack itself, to stop or kill parts of it.
+    """
+
+    settings: Settings
+    environment: Mapping[str, str]
+    services: Any
+
+    def cli(self, *arguments: str, timeout: float = 300, check: bool = False) -> subprocess.CompletedProcess[str]:
+        """Run `metrics-pipeline …` against this stack."""
+        command = [sys.executable, "-m", "metrics_pipeline", *arguments]
+        return subprocess.run(
+            command,
+            env=dict(self.environment),
+            cwd=self.settings.data_dir,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=check,
+        )
+
+    def admin(self, database: str = "metrics") -> psycopg.Connection[Any]:
+        """A superuser's connection: the hand that changes things behind the pipeline's back."""
+        return psycopg.connect(self.settings.admin_url(database), autocommit=True)
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[RunningStack]:
+    """The real parts, without Dagster: its jobs are run against this stack by the tests that need them."""
+    from metrics_pipeline import connect, kafka, postgres
+    from metrics_pipeline.local import account, dagster, environment
+    from metrics_pipeline.local.ports import free_ports
+    from metrics_pipeline.local.stack import build
+
+    folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-"))
+    ports = [name for name in Settings.model_fields if name.endswith("_port")]
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PIPELINE_ENV_FILE", str(folder / "env"))
+    patch.setenv("PIPELINE_DATA_DIR", str(folder / "data"))
+    patch.setenv("PIPELINE_MEMORY_GB", "4")
+    for name, port in zip(ports, free_ports(len(ports)), strict=True):
+        patch.setenv(name.upper(), str(port))
+    environment.write_secrets()
+    settings = Settings.load()
+    embedded = build(settings, with_dagster=False, quiet=True)
+    try:
+        embedded.start(lambda _line: None, provision=False)
+        dagster.prepare_home(settings)
+        postgres.migrate(settings)
+        kafka.ensure_topic(settings)
+        connect.ensure_connector(settings)
+        variables = environment.for_python(settings)
+        patch.undo()
+        yield RunningStack(settings, variables, embedded)
+    finally:
+        patch.undo()
+        embedded.stop(lambda _line: None)
+        home = account.postgres_home(settings.data_dir, account.unprivileged())
+        shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
