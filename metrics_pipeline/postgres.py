@@ -56,7 +56,7 @@ class MigrationStatus:
     Attributes:
         applied: in the database and among the files.
         pending: among the files only.
-        missing: versions in the database whose file is not there: the schema is newer than this checkout, or a file is lost.
+        missing: versions in the database whose file is not there: the schema is newer than this checkout, or one is lost.
     """
 
     applied: list[str]
