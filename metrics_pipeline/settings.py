@@ -181,6 +181,12 @@ class Settings(ProducerSettings):
         return init_settings, env_settings, dotenv_settings
 
     @classmethod
+    def group(cls, name: str) -> list[str]:
+        """Names of the settings of one group (`producer`, `topic`, `services`, `ports`, `stack`, `monitoring`, `secrets`)."""
+        extras = {field: info.json_schema_extra for field, info in cls.model_fields.items()}
+        return [field for field, extra in extras.items() if isinstance(extra, dict) and extra.get("group") == name]
+
+    @classmethod
     def load(cls, **overrides: Any) -> Settings:
         """Read the environment and the env file.
 
@@ -188,7 +194,7 @@ class Settings(ProducerSettings):
             SettingError: naming each bad setting and what is wrong with it.
         """
         try:
-            return cls(_env_file=env_file(), **overrides)  # type: ignore[call-arg]  # an init argument of BaseSettings
+            return cls(_env_file=env_file(), **overrides)
         except ValidationError as error:
             raise SettingError(explain(error)) from error
 

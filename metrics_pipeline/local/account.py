@@ -8,6 +8,7 @@ import pwd
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from metrics_pipeline.errors import InstallError
 
@@ -22,6 +23,10 @@ class Account:
     name: str
     uid: int
     gid: int
+
+    def as_arguments(self) -> dict[str, Any]:
+        """What makes `subprocess` drop to this account."""
+        return {"user": self.uid, "group": self.gid, "extra_groups": []}
 
     def own(self, path: Path, mode: int) -> None:
         """Hand a file or folder to this account."""

@@ -132,7 +132,7 @@ def _initialise(settings: Settings, place: Cluster) -> None:
         raise InstallError(
             f"{place.data} is no PostgreSQL cluster and not empty: move it away, or run `metrics-pipeline reset`"
         )
-    who = {"user": place.account.uid, "group": place.account.gid, "extra_groups": []} if place.account else {}
+    who = place.account.as_arguments() if place.account else {}
     with tempfile.NamedTemporaryFile("w", dir=place.home) as password:
         password.write(settings.postgres_password.get_secret_value() + "\n")
         password.flush()
@@ -147,7 +147,7 @@ def _initialise(settings: Settings, place: Cluster) -> None:
             "--encoding=UTF8",
             "--no-locale",
         ]
-        done = subprocess.run(command, env=minimal(), cwd="/", capture_output=True, text=True, check=False, **who)  # type: ignore[call-overload]
+        done = subprocess.run(command, env=minimal(), cwd="/", capture_output=True, text=True, check=False, **who)
     if done.returncode != 0:
         raise InstallError(f"initdb failed in {place.data}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
     main = place.data / "postgresql.conf"

@@ -108,7 +108,7 @@ class Service:
         """Start the process in a session of its own: a Ctrl-C at the terminal reaches the keeper alone."""
         self.prepare()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        who = {"user": self.account.uid, "group": self.account.gid, "extra_groups": []} if self.account else {}
+        who = self.account.as_arguments() if self.account else {}
         with self.log.open("ab") as log:
             self._child = subprocess.Popen(
                 self.command,
@@ -118,7 +118,7 @@ class Service:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                **who,  # type: ignore[arg-type]  # three keyword arguments of three types
+                **who,
             )
         with contextlib.suppress(psutil.NoSuchProcess):
             self.process = psutil.Process(self._child.pid)

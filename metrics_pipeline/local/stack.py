@@ -24,7 +24,7 @@ from metrics_pipeline import postgres as database
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.local import broker, connect, dagster, jars, postgres
 from metrics_pipeline.local.budget import Budget
-from metrics_pipeline.local.environment import for_python
+from metrics_pipeline.local.environment import dagster_home, for_python
 from metrics_pipeline.local.service import Service, tail
 from metrics_pipeline.settings import Settings, external_services
 
@@ -183,7 +183,7 @@ class Stack:
             child = subprocess.Popen(
                 command,
                 env=for_python(self.settings),
-                cwd=dagster.dagster_home(self.settings),
+                cwd=dagster_home(self.settings),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
