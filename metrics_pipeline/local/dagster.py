@@ -103,11 +103,10 @@ def code_problem(settings: Settings) -> str | None:
     """None when the definitions are loaded and served, else why not."""
     with grpc.insecure_channel(f"127.0.0.1:{settings.dagster_code_port}") as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(service="DagsterApi"), timeout=3
-            )
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            answer = stub.Check(health_pb2.HealthCheckRequest(service="DagsterApi"), timeout=3)
         except grpc.RpcError as error:
-            return f"no answer ({error.code().name if isinstance(error, grpc.Call) else error})"
+            return f"no answer ({type(error).__name__})"
     return None if answer.status == health_pb2.HealthCheckResponse.SERVING else "not serving"
 
 

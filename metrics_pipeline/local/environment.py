@@ -12,3 +12,64 @@ from metrics_pipeline.errors import InstallError
 from metrics_pipeline.settings import Settings, env_file
 
 SECRETS = tuple(name.upper() for name in Settings.group("secrets"))
+
+
+def write_secrets() -> None:
+    """Give each secret that neither the environment nor the env file sets a random value, in the env file (mode 0600).
+
+    Raises:
+        InstallError: the file cannot be written.
+    """
+    known = dotenv_values(env_file()) if env_file().exists() else {}
+    missing = {name: secrets.token_urlsafe(24) for name in SECRETS if not (os.environ.get(name) or known.get(name))}
+    remember(missing)
+
+
+def remember(values: dict[str, str]) -> None:
+    """Set variables in the env file, leaving the user's own lines alone.
+
+    Raises:
+        InstallError: the file cannot be written.
+    """
+    path = env_file()
+    known = dotenv_values(path) if path.exists() else {}
+    try:
+        path.touch(mode=0o600)
+        path.chmod(0o600)
+        for name, value in values.items():
+            if known.get(name) != value:
+                set_key(path, name, value, quote_mode="auto")
+        path.chmod(0o600)
+    except OSError as error:
+        raise InstallError(
+            f"cannot write {path}: {error.strerror}; make the folder writable, or set PIPELINE_ENV_FILE to a file elsewhere"
+        ) from error
+
+
+def dagster_home(settings: Settings) -> Path:
+    """Dagster's folder of this stack; its `dagster.yaml` is the checkout's."""
+    return settings.data_dir / "dagster_home"
+
+
+def for_python(settings: Settings) -> dict[str, str]:
+    """Environment of our own Python processes (Dagster's among them): ports and folders as this stack chose them.
+
+    Passwords are read from the env file, except the one in Dagster's own URL, which `dagster.yaml` refers to.
+    """
+    ports = {name.upper(): str(getattr(settings, name)) for name in Settings.model_fields if name.endswith("_port")}
+    return (
+        os.environ
+        | ports
+        | {
+            "PIPELINE_ENV_FILE": str(env_file().absolute()),
+            "PIPELINE_DATA_DIR": str(settings.data_dir),
+            "DAGSTER_HOME": str(dagster_home(settings)),
+            "DAGSTER_POSTGRES_URL": settings.dagster_postgres_url,
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
+
+
+def minimal() -> dict[str, str]:
+    """Environment of processes that need nothing of the user's."""
+    return {"PATH": os.defpath, "LANG": "C.UTF-8", "TZ": "UTC"}
