@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, TypedDict
+from types import TracebackType
+from typing import Literal, Self, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +115,14 @@ class Comparison:
         self._since = np.full(self._partitions, NEVER, np.int64)
         self._unmatched = Spill(folder, _UNMATCHED, buckets=1)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._unmatched.close()
+
     def bucket(self, records: Rows, rows: Rows) -> None:
         """Compare one bucket.
 
@@ -190,7 +199,6 @@ class Comparison:
             late = waiting["created_at"] > self._since[homes]
             self.counts.unverifiable += int((~late).sum())
             self._sort_out(waiting[late])
-        self._unmatched.close()
         return self.counts
 
     def _rejected(self, partition: npt.NDArray[np.int64], offset: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

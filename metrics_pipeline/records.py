@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import struct
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 from confluent_kafka import (
     TIMESTAMP_LOG_APPEND_TIME,
     Consumer,
@@ -23,7 +25,7 @@ from metrics_pipeline.comparison import EPOCH, NEVER
 from metrics_pipeline.errors import RecordError, ServiceError
 from metrics_pipeline.kafka import TIMEOUT_SECONDS, client_config
 from metrics_pipeline.metric import decode
-from metrics_pipeline.settings import Settings
+from metrics_pipeline.settings import DEAD_LETTER_TOPIC, TOPIC, Settings
 from metrics_pipeline.spill import RECORD, Rows
 
 STALL_SECONDS = 60.0
@@ -211,6 +213,26 @@ class Decoder:
                 self._digests.clear()
             digest = self._digests[known] = tags_digest(tags)
         return digest
+
+
+def dead_letters(settings: Settings) -> dict[int, npt.NDArray[np.int64]]:
+    """Offsets of the topic that stand among the dead letters, per partition."""
+    reader = Reader(settings, DEAD_LETTER_TOPIC)
+    ends = reader.ends()
+    found: dict[int, array[int]] = {}
+    for messages in reader.read(
+        {partition: low for partition, (low, _) in ends.items()},
+        {partition: high for partition, (_, high) in ends.items()},
+    ):
+        for message in messages:
+            headers = dict(message.headers() or [])
+            topic, partition, offset = (
+                headers.get(f"__connect.errors.{name}") for name in ("topic", "partition", "offset")
+            )
+            # What Connect did not write says nothing about a record of ours.
+            if topic == TOPIC.encode() and partition and offset:
+                found.setdefault(int(partition), array("q")).append(int(offset))
+    return {partition: np.unique(np.frombuffer(offsets, np.int64)) for partition, offsets in found.items()}
 
 
 def _place(message: Message) -> tuple[int, int]:

@@ -1,0 +1,78 @@
+"""The table as fixed-width entries that can be compared with records of the topic, out of one snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import psycopg
+
+from metrics_pipeline import postgres
+from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.spill import ROW, Rows
+
+_HEADER_BYTES = 19
+_COPIED = np.dtype(
+    [
+        ("fields", ">i2"),
+        ("device_id_size", ">i4"),
+        ("device_id", "V16"),
+        ("published_at_size", ">i4"),
+        ("published_at", ">i8"),
+        ("metric_name_size", ">i4"),
+        ("metric_name", ">i2"),
+        ("value_size", ">i4"),
+        ("value", ">u8"),
+        ("tags_size", ">i4"),
+        ("tags", "V16"),
+        ("created_at_size", ">i4"),
+        ("created_at", ">i8"),
+    ]
+)
+"""A row of `verify_rows.sql` as binary COPY sends it."""
+
+
+def take_snapshot(connection: postgres.Connection) -> int:
+    """Begin a transaction that sees one state of the table; returns about how many rows that has."""
+    connection.execute("SET LOCAL statement_timeout = 0")
+    found = connection.execute("SELECT greatest(reltuples, 0)::bigint FROM pg_class WHERE oid = 'metrics'::regclass")
+    (estimate,) = found.fetchone() or (0,)
+    return int(estimate)
+
+
+def read_rows(connection: postgres.Connection) -> Iterator[Rows]:
+    """The whole table as `spill.ROW` entries, some thousands at a time, in the connection's transaction.
+
+    Raises:
+        ServiceError: PostgreSQL broke off, or the table is not of the shape that the migrations give it.
+    """
+    statement = f"COPY (\n{postgres.query('verify_rows')}\n) TO STDOUT (FORMAT binary)"
+    try:
+        with connection.cursor() as cursor, cursor.copy(statement.encode()) as copy:
+            waiting, size, skip = [], 0, _HEADER_BYTES
+            for data in copy:
+                waiting.append(bytes(data))
+                size += len(waiting[-1])
+                if size >= 4 * 2**20:
+                    whole = b"".join(waiting)
+                    count = (len(whole) - skip) // _COPIED.itemsize
+                    yield _rows(np.frombuffer(whole, _COPIED, count, skip))
+                    waiting = [whole[skip + count * _COPIED.itemsize :]]
+                    size, skip = len(waiting[0]), 0
+            whole = b"".join(waiting)
+            yield _rows(np.frombuffer(whole, _COPIED, (len(whole) - skip) // _COPIED.itemsize, skip))
+    except psycopg.Error as error:
+        raise ServiceError(f"reading the table metrics failed: {error}; see `metrics-pipeline status`") from error
+
+
+def _rows(copied: Rows) -> Rows:
+    names = ("device_id", "published_at", "metric_name", "value", "tags", "created_at")
+    widths = {name: _COPIED[name].itemsize for name in names}
+    if not all((copied[f"{name}_size"] == width).all() for name, width in widths.items()):
+        raise ServiceError("the table metrics is not as the migrations make it: `metrics-pipeline migrate status`")
+    rows = np.empty(len(copied), ROW)
+    for name in names[:3]:
+        rows["key"][name] = copied[name]
+    for name in names[3:]:
+        rows[name] = copied[name]
+    return rows

@@ -1,0 +1,260 @@
+"""The topic against the table, key by key and value by value over the offsets retained, and the producers' runs against both.
+
+Works while producers and the sink run: what must be in the table is what the sink had committed before the table was read
+in one snapshot; what arrived between that and the snapshot may be there or not. Records and rows are split by key
+on disk and compared part by part, so memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metrics_pipeline import kafka, postgres
+from metrics_pipeline.claims import Claim, anomalies, unclaimed
+from metrics_pipeline.comparison import Bounds, Comparison, Counts, Finding
+from metrics_pipeline.errors import InstallError, RecordError, ServiceError
+from metrics_pipeline.metric import MetricName, decode
+from metrics_pipeline.records import Decoder, Reader, dead_letters
+from metrics_pipeline.rows import read_rows, take_snapshot
+from metrics_pipeline.settings import CONNECTOR_GROUP, TOPIC, Settings
+from metrics_pipeline.spill import RECORD, ROW, Spill, buckets_for
+
+EXAMPLES = 10
+"""Keys named of each kind of finding."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is (0: unknown)."""
+
+
+@dataclass
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        records: messages read from the topic.
+        rows: rows in the table.
+        counts: what the comparison of their keys and values found.
+        tombstones: messages without a value, which the sinks skip.
+        undecodable: messages that are not the wire format, by reason.
+        unaccounted: such messages that the sink had passed and that do not stand among the dead letters.
+        acknowledged: what the producers' runs counted, over all runs still in the ledger.
+        unclaimed: records that no run wrote down: of other producers, or of a run that was killed.
+        anomalies: signs that an acknowledged record is not in the topic.
+        retained: first offset and the offset after the last compared, per partition.
+        examples: findings, up to ten of each kind, one line each.
+        seconds: how long it took.
+        strict: whether a lost sign of -0.0 counts as a difference.
+    """
+
+    records: int = 0
+    rows: int = 0
+    counts: Counts = field(default_factory=Counts)
+    tombstones: int = 0
+    undecodable: dict[str, int] = field(default_factory=dict)
+    unaccounted: int = 0
+    acknowledged: int = 0
+    unclaimed: int = 0
+    anomalies: list[str] = field(default_factory=list)
+    retained: dict[int, tuple[int, int]] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    strict: bool = False
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is lost, unexpected, different or unaccounted for."""
+        counts = self.counts
+        wrong = counts.lost + counts.unexpected + counts.different + self.unaccounted + len(self.anomalies)
+        return not wrong and not (self.strict and counts.signless_zero)
+
+    def document(self) -> dict[str, Any]:
+        """The report as one JSON object."""
+        document = asdict(self)
+        return {"clean": self.clean, **document.pop("counts"), **document}
+
+    def lines(self) -> list[str]:
+        """The report for people: the verdict, the counts that matter, then each finding."""
+        counts = self.counts
+        verdict = "clean" if self.clean else "NOT CLEAN"
+        lines = [
+            f"{verdict}: {self.records:,} records, {self.rows:,} rows, {counts.compared:,} compared in {self.seconds:.1f} s",
+            f"{counts.lost:,} lost, {counts.unexpected:,} unexpected, {counts.different:,} different",
+            f"{self.unaccounted:,} records unaccounted for, {len(self.anomalies):,} anomalies in the ledger",
+        ]
+        notes = {
+            "rows older than the records retained, which nothing can verify": counts.unverifiable,
+            "rows that hold 0.0 where the record says -0.0": counts.signless_zero,
+            "valid records among the dead letters": counts.rejected,
+            "messages that are not the wire format": sum(self.undecodable.values()),
+            "tombstones": self.tombstones,
+            "records that no producer run wrote down": self.unclaimed,
+        }
+        lines += [f"{count:,} {what}" for what, count in notes.items() if count]
+        return lines + self.anomalies[:EXAMPLES] + self.examples
+
+
+def verify(
+    settings: Settings, *, timeout: float = 120.0, strict: bool = False, progress: Progress | None = None
+) -> Report:
+    """Compare the topic with the table.
+
+    Args:
+        settings: where broker and PostgreSQL are, and the data folder, which needs 130 bytes a record for the time it takes.
+        timeout: seconds without progress after which waiting for the sink is given up.
+        strict: count a lost sign of -0.0, which the JDBC sink does not keep, as a difference.
+        progress: told how far it is.
+
+    Raises:
+        ServiceError: broker or PostgreSQL cannot be used, or the sink does not advance.
+        InstallError: too little disk.
+    """
+    told = progress or (lambda *_: None)
+    started = time.monotonic()
+    # In this order: a claim read first must lie below an end read later.
+    with postgres.connect(settings, "metrics_reader") as connection:
+        claims = read_claims(connection)
+    ends = {partition: high for partition, (_, high) in kafka.watermarks(settings).items()}
+    _wait_for_sink(settings, ends, timeout, told)
+
+    with ExitStack() as spills:
+        with postgres.connect(settings, "metrics_reader") as connection:
+            estimate = take_snapshot(connection)
+            # All that the snapshot shows was in the topic by now.
+            marks = kafka.watermarks(settings)
+            low = {partition: first for partition, (first, _) in marks.items()}
+            stop = {partition: end for partition, (_, end) in marks.items()}
+            expected = sum(stop.values()) - sum(low.values())
+            folder = _folder(settings, expected * RECORD.itemsize + estimate * ROW.itemsize)
+            buckets = buckets_for(max(expected, estimate))
+            rows = spills.enter_context(Spill(folder, ROW, buckets))
+            for entries in read_rows(connection):
+                rows.append(entries)
+                told("reading the table", rows.count, max(estimate, rows.count))
+
+        records = spills.enter_context(Spill(folder, RECORD, buckets))
+        reader, decoder, read = Reader(settings, TOPIC), Decoder(), 0
+        for messages in reader.read(low, stop):
+            records.append(decoder.entries(messages))
+            read += len(messages)
+            told("reading the topic", read, expected)
+
+        bounds = Bounds(reader.low, {partition: ends.get(partition, 0) for partition in marks}, dead_letters(settings))
+        comparison = spills.enter_context(Comparison(bounds, folder, EXAMPLES))
+        for bucket in range(buckets):
+            comparison.bucket(records.bucket(bucket), rows.bucket(bucket))
+            told("comparing", bucket + 1, buckets)
+        counts = comparison.finish()
+
+    missing = unaccounted(decoder.undecodable, bounds)
+    return Report(
+        records=read,
+        rows=rows.count,
+        counts=counts,
+        tombstones=decoder.tombstones,
+        undecodable=decoder.reasons,
+        unaccounted=len(missing),
+        acknowledged=sum(claim.acknowledged for claim in claims),
+        unclaimed=unclaimed(claims, reader.low, ends),
+        anomalies=anomalies(claims, ends, reader.holes),
+        retained={partition: (reader.low[partition], stop[partition]) for partition in marks},
+        examples=[_line(finding, settings) for finding in comparison.findings]
+        + [_reason(reader, partition, offset) for partition, offset in missing[:EXAMPLES]],
+        seconds=time.monotonic() - started,
+        strict=strict,
+    )
+
+
+def read_claims(connection: postgres.Connection) -> list[Claim]:
+    """What the producers' runs wrote down."""
+    rows = connection.execute(postgres.query("verify_claims").encode()).fetchall()
+    return [
+        Claim(run_id, partition, acknowledged, [(start, end) for start, end in ranges])
+        for run_id, partition, acknowledged, ranges in rows
+    ]
+
+
+def unaccounted(undecodable: Mapping[int, list[int]], bounds: Bounds) -> list[tuple[int, int]]:
+    """Partition and offset of each undecodable record that the sink had passed and that is no dead letter."""
+    return [
+        (partition, offset)
+        for partition, offsets in sorted(undecodable.items())
+        for offset in np.setdiff1d(offsets, bounds.rejected.get(partition, [])).astype(int).tolist()
+        if bounds.low[partition] <= offset < bounds.end[partition]
+    ]
+
+
+def _wait_for_sink(settings: Settings, ends: Mapping[int, int], timeout: float, told: Progress) -> None:
+    """Return once the sink's committed offsets have reached `ends`."""
+    best, since = -1, time.monotonic()
+    while True:
+        offsets = kafka.committed(settings, CONNECTOR_GROUP)
+        low = {partition: first for partition, (first, _) in kafka.watermarks(settings).items()}
+        behind = {
+            partition: end - max(offsets.get(partition, 0), low.get(partition, 0))
+            for partition, end in ends.items()
+            if end > offsets.get(partition, 0) and end > low.get(partition, 0)
+        }
+        if not behind:
+            return
+        done = sum(ends.values()) - sum(behind.values())
+        told("waiting for the sink", done, sum(ends.values()))
+        if done > best:
+            best, since = done, time.monotonic()
+        elif time.monotonic() - since > timeout:
+            raise ServiceError(
+                f"the sink {CONNECTOR_GROUP} has not advanced for {timeout:.0f} s and is {sum(behind.values()):,} records "
+                "behind: see the tasks in `metrics-pipeline status`, then verify again"
+            )
+        time.sleep(0.5)
+
+
+def _folder(settings: Settings, needed: int) -> Path:
+    """The folder for what does not fit in memory, when its disk has room."""
+    folder = settings.data_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InstallError(
+            f"{folder}: comparing topic and table takes about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free: "
+            "free some, or set PIPELINE_DATA_DIR to a larger disk"
+        )
+    return folder
+
+
+def _line(finding: Finding, settings: Settings) -> str:
+    """One finding for people: the key, where its record is, and both values."""
+    name = MetricName(finding.metric_name).name.lower()
+    text = (
+        f"{finding.kind}: device_id {finding.device_id}, published_at {finding.published_at}, "
+        f"metric_name {finding.metric_name} ({name}), partition {finding.partition}"
+    )
+    if finding.offset is not None:
+        text += f", offset {finding.offset}: record {finding.record_value!r}"
+    else:
+        text += ": no record"
+    text += ", no row" if finding.row_value is None else f", row {finding.row_value!r}"
+    if finding.tags_differ and finding.offset is not None:
+        message = Reader(settings, TOPIC).one(finding.partition, finding.offset)
+        key = (finding.device_id, finding.published_at, finding.metric_name)
+        with postgres.connect(settings, "metrics_reader") as connection:
+            row = connection.execute(postgres.query("verify_tags").encode(), key).fetchone()
+        tags = decode(message.key(), message.value()).tags if message else "no longer retained"
+        text += f"; tags: record {tags}, row {row[0] if row else 'deleted since'}"
+    return text
+
+
+def _reason(reader: Reader, partition: int, offset: int) -> str:
+    message = reader.one(partition, offset)
+    try:
+        reason = "no longer retained" if message is None else str(decode(message.key(), message.value()))
+    except RecordError as error:
+        reason = str(error)
+    return f"unaccounted: partition {partition}, offset {offset}: {reason}; not among the dead letters"
