@@ -34,10 +34,15 @@ def service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: Pa
         CONNECT_BOOTSTRAP_SERVERS=settings.bootstrap_servers,
         CONNECT_LISTENERS=f"http://127.0.0.1:{settings.connect_port}",
         CONNECT_ADVERTISED_HOST="127.0.0.1",
-        CONNECT_PLUGINS=str(plugin.parent),
         CONNECT_REPLICATION_FACTOR=str(min(settings.topic_replication_factor, 3)),
         **sink_environment(settings),
     )
+
+    worker = settings.data_dir / "config" / "worker.properties"
+
+    def prepare() -> None:
+        worker.parent.mkdir(parents=True, exist_ok=True)
+        worker.write_text(f"{WORKER_FILE.read_text()}plugin.path={plugin}\n")
 
     def check() -> str | None:
         return connect_problem(settings.connect_rest)
@@ -48,13 +53,14 @@ def service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: Pa
         url=settings.connect_rest,
         command=java.command(
             "org.apache.kafka.connect.cli.ConnectDistributed",
-            [str(WORKER_FILE)],
+            [str(worker)],
             budget.connect_heap,
             "-XX:+UseParallelGC",
         ),
         environment=environment,
         log=settings.data_dir / "logs" / "connect.log",
         check=check,
+        prepare=prepare,
         needs=("postgres", "broker"),
         cwd=settings.data_dir,
         stop_seconds=45,
