@@ -1,0 +1,1 @@
+"""The Dagster definitions, a file for each stage; nothing outside this package imports Dagster."""

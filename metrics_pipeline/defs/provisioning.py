@@ -1,0 +1,159 @@
+"""Schema, then topic, then connector: each brought to its configured state, each checked by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import dagster as dg
+
+from metrics_pipeline import connect, kafka, postgres
+from metrics_pipeline.change import Change
+from metrics_pipeline.defs.resources import OWNERS, Pipeline, active_runs, plain_errors
+from metrics_pipeline.errors import PipelineError
+from metrics_pipeline.settings import Settings
+
+GROUP = "provisioning"
+
+COLUMNS = dg.TableSchema(
+    columns=[
+        dg.TableColumn("device_id", "uuid", "the device", dg.TableColumnConstraints(nullable=False)),
+        dg.TableColumn("published_at", "timestamptz", "when it measured", dg.TableColumnConstraints(nullable=False)),
+        dg.TableColumn(
+            "metric_name", "smallint", "what: a code of metric_names", dg.TableColumnConstraints(nullable=False)
+        ),
+        dg.TableColumn("value", "double precision", "in the metric's unit", dg.TableColumnConstraints(nullable=False)),
+        dg.TableColumn("tags", "text[]", "free labels", dg.TableColumnConstraints(nullable=False)),
+        dg.TableColumn(
+            "created_at", "timestamptz", "when it was first stored", dg.TableColumnConstraints(nullable=False)
+        ),
+    ],
+    constraints=dg.TableConstraints(other=["PRIMARY KEY (device_id, published_at, metric_name)"]),
+)
+
+
+class TopicConfig(dg.Config):
+    """What the topic is only given when asked."""
+
+    grow_partitions: bool = False
+
+
+def _result(change: Change) -> dg.MaterializeResult[None]:
+    return dg.MaterializeResult(metadata={"state": change.state, "details": dg.MetadataValue.json(change.details)})
+
+
+def _verdict(pipeline: Pipeline, drift: Callable[[Settings], list[str]]) -> dg.AssetCheckResult:
+    """Red with each difference named; a service that does not answer is red, too, with its reason."""
+    try:
+        found = drift(pipeline.load())
+    except PipelineError as error:
+        found = [str(error)]
+    return dg.AssetCheckResult(
+        passed=not found,
+        description="; ".join(found) or "as configured",
+        metadata={"differences": len(found), "drift": dg.MetadataValue.json(found)},
+    )
+
+
+@dg.asset(group_name=GROUP, kinds={"postgres", "sql"}, owners=OWNERS)
+def metrics_schema(pipeline: Pipeline) -> dg.MaterializeResult[None]:
+    """Tables, constraints and grants in PostgreSQL at the newest migration of `sql/migrations`."""
+    with plain_errors():
+        settings = pipeline.load()
+        before = postgres.migration_status(settings)
+        applied = postgres.migrate(settings)
+    if not applied:
+        return _result(Change("unchanged"))
+    return _result(Change("changed" if before.applied else "created", [f"applied {name}" for name in applied]))
+
+
+@dg.asset_check(asset=metrics_schema, blocking=True)
+def schema_at_head(pipeline: Pipeline) -> dg.AssetCheckResult:
+    """The database has exactly the migrations of this checkout."""
+
+    def drift(settings: Settings) -> list[str]:
+        status = postgres.migration_status(settings)
+        return [f"migration {name} is not applied" for name in status.pending] + [
+            f"migration {version} is applied, but not among the files" for version in status.missing
+        ]
+
+    return _verdict(pipeline, drift)
+
+
+@dg.asset(group_name=GROUP, kinds={"kafka"}, owners=OWNERS, deps=[metrics_schema])
+def metrics_topic(config: TopicConfig, pipeline: Pipeline) -> dg.MaterializeResult[None]:
+    """The topic of the readings: partitions, retention by bytes, timestamps by the broker.
+
+    Partitions only grow, and only with `grow_partitions: true`, since keys then move to other partitions.
+    """
+    with plain_errors():
+        return _result(kafka.ensure_topic(pipeline.load(), grow=config.grow_partitions))
+
+
+@dg.asset_check(asset=metrics_topic, blocking=True)
+def topic_as_configured(pipeline: Pipeline) -> dg.AssetCheckResult:
+    """Partitions, replicas and settings of the topic are those of the configuration."""
+    return _verdict(pipeline, kafka.topic_drift)
+
+
+@dg.asset(group_name=GROUP, kinds={"kafka", "postgres"}, owners=OWNERS, deps=[metrics_topic])
+def metrics_sink_connector(pipeline: Pipeline) -> dg.MaterializeResult[None]:
+    """The JDBC sink in Kafka Connect: `connect/metrics-postgres-sink.json` put as it stands, all its tasks running."""
+    with plain_errors():
+        return _result(connect.ensure_connector(pipeline.load()))
+
+
+@dg.asset_check(asset=metrics_sink_connector, blocking=True)
+def connector_as_configured(pipeline: Pipeline) -> dg.AssetCheckResult:
+    """The connector's settings are those of its file, and it and all its tasks are RUNNING."""
+    return _verdict(pipeline, connect.connector_drift)
+
+
+metrics = dg.AssetSpec(
+    "metrics",
+    deps=[metrics_sink_connector],
+    group_name="readings",
+    kinds={"postgres", "table"},
+    owners=OWNERS,
+    description="The stored readings, each key once: filled by the sink, not by Dagster.",
+    metadata={"dagster/column_schema": COLUMNS, "dagster/table_name": "public.metrics"},
+)
+
+provision = dg.define_asset_job(
+    "provision",
+    selection=[metrics_schema, metrics_topic, metrics_sink_connector],
+    executor_def=dg.in_process_executor,
+    description="Bring schema, topic and connector to their configured state, in this order. Changes nothing that is right.",
+)
+
+check_provisioning = dg.define_asset_job(
+    "check_provisioning",
+    selection=dg.AssetSelection.checks(schema_at_head, topic_as_configured, connector_as_configured),
+    executor_def=dg.in_process_executor,
+    description="See drift without mending it.",
+)
+
+
+def not_provisioned(instance: dg.DagsterInstance) -> str | None:
+    """Why the pipeline is not ready to be used, or None once `provision` went through."""
+    if active_runs(instance, provision.name):
+        return "provisioning is under way"
+    keys = [metrics_schema.key, metrics_topic.key, metrics_sink_connector.key]
+    done = {
+        record.asset_entry.asset_key
+        for record in instance.get_asset_records(keys)
+        if record.asset_entry.last_materialization is not None
+    }
+    missing = [key.to_user_string() for key in keys if key not in done]
+    return f"{', '.join(missing)} not provisioned yet: run the `provision` job" if missing else None
+
+
+@dg.schedule(
+    job=check_provisioning,
+    cron_schedule="* * * * *",
+    execution_timezone="UTC",
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+)
+def check_provisioning_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+    """Every minute, so that drift is seen red before it is mended."""
+    reason = not_provisioned(context.instance)
+    return dg.SkipReason(reason) if reason else dg.RunRequest()

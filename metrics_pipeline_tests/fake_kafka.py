@@ -1,0 +1,125 @@
+"""A broker's administration in memory, with the answers of `confluent_kafka.admin.AdminClient`."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import ConfigResource, NewPartitions, NewTopic, OffsetSpec
+
+
+@dataclass
+class FakeTopic:
+    """Offsets are (low, high) by partition."""
+
+    replicas: int
+    offsets: dict[int, tuple[int, int]]
+    config: dict[str, str]
+
+
+@dataclass
+class FakeBroker:
+    """The cluster behind every FakeAdmin; `created_by_another` is a topic that appears when we want to create it."""
+
+    topics: dict[str, FakeTopic] = field(default_factory=dict)
+    commits: dict[str, list[TopicPartition]] = field(default_factory=dict)
+    defaults: dict[str, str] = field(default_factory=lambda: {"retention.bytes": "-1", "retention.ms": "604800000"})
+    created_by_another: FakeTopic | None = None
+    down: bool = False
+
+    def add(self, name: str, topic: FakeTopic) -> None:
+        """Have a topic, its settings laid over the defaults."""
+        topic.config = self.defaults | topic.config
+        self.topics[name] = topic
+
+    def admin(self, config: dict[str, Any]) -> FakeAdmin:
+        """Stands in for the class AdminClient."""
+        return FakeAdmin(self, config)
+
+
+class FakeAdmin:
+    """One client."""
+
+    def __init__(self, broker: FakeBroker, config: dict[str, Any]) -> None:
+        self._broker = broker
+        self._config = config
+
+    def poll(self, timeout: float = -1) -> int:
+        if self._broker.down:
+            self._config["error_cb"](
+                KafkaError(KafkaError._TRANSPORT, "broker: Connect to x failed: Connection refused (after 0ms)")
+            )
+        return 0
+
+    def list_topics(self, timeout: float = -1) -> Any:
+        if self._broker.down:
+            raise KafkaException(KafkaError(KafkaError._TRANSPORT, "Failed to get metadata"))
+        return SimpleNamespace(
+            topics={
+                name: SimpleNamespace(
+                    error=None,
+                    partitions={
+                        number: SimpleNamespace(id=number, leader=1, replicas=list(range(topic.replicas)))
+                        for number in topic.offsets
+                    },
+                )
+                for name, topic in self._broker.topics.items()
+            }
+        )
+
+    def create_topics(self, topics: list[NewTopic]) -> dict[str, Future[None]]:
+        (new,) = topics
+        if self._broker.created_by_another:
+            self._broker.add(new.topic, self._broker.created_by_another)
+            error = KafkaException(KafkaError(KafkaError.TOPIC_ALREADY_EXISTS, "Topic exists"))
+            return {new.topic: _failed(error)}
+        offsets = dict.fromkeys(range(new.num_partitions), (0, 0))
+        self._broker.add(new.topic, FakeTopic(new.replication_factor, offsets, dict(new.config or {})))
+        return {new.topic: _done(None)}
+
+    def create_partitions(self, partitions: list[NewPartitions]) -> dict[str, Future[None]]:
+        (new,) = partitions
+        topic = self._broker.topics[new.topic]
+        for number in range(len(topic.offsets), new.new_total_count):
+            topic.offsets[number] = (0, 0)
+        return {new.topic: _done(None)}
+
+    def describe_configs(self, resources: list[ConfigResource]) -> dict[ConfigResource, Future[Any]]:
+        (resource,) = resources
+        config = self._broker.topics[resource.name].config
+        return {resource: _done({name: SimpleNamespace(value=value) for name, value in config.items()})}
+
+    def incremental_alter_configs(self, resources: list[ConfigResource]) -> dict[ConfigResource, Future[None]]:
+        (resource,) = resources
+        for entry in resource.incremental_configs:
+            self._broker.topics[resource.name].config[entry.name] = str(entry.value)
+        return {resource: _done(None)}
+
+    def list_offsets(self, asked: dict[TopicPartition, OffsetSpec]) -> dict[TopicPartition, Future[Any]]:
+        def offset(place: TopicPartition, spec: OffsetSpec) -> int:
+            low, high = self._broker.topics[place.topic].offsets[place.partition]
+            return low if spec is OffsetSpec.earliest() else high
+
+        return {place: _done(SimpleNamespace(offset=offset(place, spec))) for place, spec in asked.items()}
+
+    def list_consumer_group_offsets(self, asked: list[ConsumerGroupTopicPartitions]) -> dict[str, Future[Any]]:
+        (request,) = asked
+        if request.group_id not in self._broker.commits:
+            error = KafkaException(KafkaError(KafkaError.GROUP_ID_NOT_FOUND, "no group"))
+            return {request.group_id: _failed(error)}
+        return {request.group_id: _done(SimpleNamespace(topic_partitions=self._broker.commits[request.group_id]))}
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+def _failed(error: Exception) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future

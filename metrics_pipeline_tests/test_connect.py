@@ -1,0 +1,187 @@
+"""The connector is put as its file stands, and only when it differs; failures say what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from metrics_pipeline import connect
+from metrics_pipeline.connect import ConnectClient, SinkState, TaskState
+from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.settings import CONNECTOR, ROOT, Settings
+from metrics_pipeline_tests.fake_connect import FakeConnect, serving
+
+TRACE = """org.apache.kafka.connect.errors.ConnectException: Exiting WorkerSinkTask due to unrecoverable exception.
+\tat org.apache.kafka.connect.runtime.WorkerSinkTask.deliverMessages(WorkerSinkTask.java:633)
+Caused by: org.hibernate.exception.DataException: error executing work [ERROR: bad]
+\t... 10 more
+Caused by: org.postgresql.util.PSQLException: ERROR: invalid byte sequence for encoding "UTF8": 0x00
+\tat org.postgresql.core.v3.QueryExecutorImpl.receiveErrorResponse(QueryExecutorImpl.java:2736)
+"""
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeConnect]:
+    with serving() as fake:
+        yield fake
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connect, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(connect, "FAILED_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(connect, "RUNNING_SECONDS", 0.5)
+
+
+def at(fake: FakeConnect) -> Settings:
+    return Settings(connect_url=fake.url)
+
+
+def test_the_connector_is_put_as_its_file_stands_and_once(fake: FakeConnect) -> None:
+    assert connect.connector_drift(at(fake)) == [f"connector {CONNECTOR} does not exist"]
+    assert connect.ensure_connector(at(fake)).state == "created"
+    in_file = json.loads((ROOT / "connect" / "metrics-postgres-sink.json").read_text())
+    assert fake.configs[CONNECTOR] == {**in_file, "name": CONNECTOR}
+    assert connect.connector_drift(at(fake)) == []
+    assert connect.ensure_connector(at(fake)).state == "unchanged"
+    assert fake.requests == [f"PUT /connectors/{CONNECTOR}/config"]
+
+
+def test_the_file_names_no_host_and_no_secret() -> None:
+    config = connect.connector_config()
+    assert config["connection.password"] == "${env:SINK_PG_PASSWORD}"
+    assert config["connection.username"] == "${env:SINK_PG_USER}"
+    assert config["connection.url"].startswith(
+        "jdbc:postgresql://${env:SINK_PG_HOST}:${env:SINK_PG_PORT}/${env:SINK_PG_DB}?"
+    )
+
+
+def test_connect_reads_consumer_settings_of_a_connector_only_with_override() -> None:
+    assert not [
+        name for name in connect.connector_config() if name.startswith("consumer.") and ".override." not in name
+    ]
+
+
+def test_every_setting_that_differs_is_named_and_put_back(fake: FakeConnect) -> None:
+    connect.ensure_connector(at(fake))
+    config = fake.configs[CONNECTOR]
+    config |= {"batch.size": "10", "extra": "x", "connection.password": "in-the-clear"}
+    del config["tasks.max"]
+    drift = connect.connector_drift(at(fake))
+    assert drift == [
+        "batch.size is 10, configured 2500",
+        "connection.password is (hidden), configured ${env:SINK_PG_PASSWORD}",
+        "extra is x, not configured",
+        "tasks.max is missing, configured 6",
+    ]
+    change = connect.ensure_connector(at(fake))
+    assert (change.state, change.details) == ("changed", drift)
+    assert connect.connector_drift(at(fake)) == []
+
+
+def test_tasks_that_do_not_run_are_drift_with_their_cause(fake: FakeConnect) -> None:
+    connect.ensure_connector(at(fake))
+    fake.fail(CONNECTOR, TRACE, 1)
+    assert connect.connector_drift(at(fake)) == [
+        'task 1 is FAILED: org.postgresql.util.PSQLException: ERROR: invalid byte sequence for encoding "UTF8": 0x00'
+    ]
+
+
+def test_failed_tasks_of_a_connector_as_configured_are_restarted(fake: FakeConnect) -> None:
+    connect.ensure_connector(at(fake))
+    fake.fail(CONNECTOR, TRACE, 1)
+    change = connect.ensure_connector(at(fake))
+    assert change.state == "changed"
+    assert change.details[0].startswith("restarted, task 1 is FAILED: org.postgresql")
+    assert connect.sink_state(at(fake)).running
+
+
+def test_a_task_that_cannot_start_is_an_error_with_its_cause_and_the_next_step(fake: FakeConnect) -> None:
+    fake.poison = TRACE
+    with pytest.raises(ServiceError, match=r"task 0 is FAILED: .*invalid byte sequence.*logs connect"):
+        connect.ensure_connector(at(fake))
+
+
+def test_tasks_that_never_start_are_an_error_within_the_bound(fake: FakeConnect) -> None:
+    fake.tasks = 0
+    with pytest.raises(ServiceError, match=r"has no tasks after 0 s|has no tasks"):
+        connect.ensure_connector(at(fake))
+
+
+@pytest.mark.parametrize("state", ["PAUSED", "STOPPED"])
+def test_a_paused_connector_is_drift_and_is_resumed(fake: FakeConnect, state: str) -> None:
+    connect.ensure_connector(at(fake))
+    fake.states[CONNECTOR] = state
+    assert connect.connector_drift(at(fake)) == [f"connector {CONNECTOR} is {state}"]
+    assert connect.ensure_connector(at(fake)).details == [f"resumed, was {state}"]
+
+
+def test_a_rebalance_is_waited_for(fake: FakeConnect) -> None:
+    fake.rebalances = 2
+    assert connect.ensure_connector(at(fake)).state == "created"
+
+
+def test_a_rebalance_without_end_is_an_error(fake: FakeConnect) -> None:
+    fake.rebalances = 10**6
+    with pytest.raises(ServiceError, match="still rebalancing after 0 s"):
+        ConnectClient(fake.url, patience=0.2).put(CONNECTOR, {})
+
+
+def test_a_refused_file_says_what_connect_says(fake: FakeConnect) -> None:
+    fake.refuse = "Connector configuration is invalid and contains the following 1 error(s):\nInvalid value x\n"
+    with pytest.raises(
+        ServiceError, match=r"\(400\): .*1 error\(s\): Invalid value x: mend connect/metrics-postgres-sink.json"
+    ):
+        connect.ensure_connector(at(fake))
+
+
+@pytest.mark.parametrize("version", ["4.1.1", "3.9.0", ""])
+def test_an_older_connect_is_refused(fake: FakeConnect, version: str) -> None:
+    fake.version = version
+    with pytest.raises(ServiceError, match=r"needs 4\.2 or newer"):
+        connect.ensure_connector(at(fake))
+    assert CONNECTOR not in fake.configs
+
+
+@pytest.mark.parametrize("version", ["4.2.0", "4.3.1-SNAPSHOT", "10.0"])
+def test_newer_ones_are_not(fake: FakeConnect, version: str) -> None:
+    fake.version = version
+    assert ConnectClient(fake.url).version() == version
+
+
+def test_an_unreachable_connect_is_named_with_the_setting() -> None:
+    with pytest.raises(
+        ServiceError, match=r"http://127\.0\.0\.1:1 cannot be reached \(Connection refused\): .*CONNECT_URL"
+    ):
+        connect.sink_state(Settings(connect_url="http://127.0.0.1:1"), patience=0.1)
+
+
+def test_the_cause_of_a_failure_is_the_innermost() -> None:
+    assert TaskState(0, "FAILED", TRACE).cause.startswith("org.postgresql.util.PSQLException: ERROR: invalid byte")
+    assert (
+        TaskState(0, "FAILED", "java.lang.OutOfMemoryError: heap\n\tat x").cause == "java.lang.OutOfMemoryError: heap"
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "problems"),
+    [
+        (SinkState("RUNNING", (TaskState(0, "RUNNING"),)), []),
+        (SinkState("RUNNING"), [f"connector {CONNECTOR} has no tasks"]),
+        (SinkState("MISSING"), [f"connector {CONNECTOR} does not exist"]),
+        (SinkState("RUNNING", (TaskState(0, "UNASSIGNED"),)), ["task 0 is UNASSIGNED"]),
+        (SinkState("FAILED", (TaskState(0, "RUNNING"),), "x.Y: z"), [f"connector {CONNECTOR} is FAILED: x.Y: z"]),
+    ],
+)
+def test_running_means_the_connector_and_all_tasks(state: SinkState, problems: list[str]) -> None:
+    assert state.problems == problems
+    assert state.running is (not problems)
+
+
+def test_delete_is_done_when_there_is_nothing_to_delete(fake: FakeConnect) -> None:
+    ConnectClient(fake.url).delete(CONNECTOR)
+    connect.ensure_connector(at(fake))
+    ConnectClient(fake.url).delete(CONNECTOR)
+    assert connect.sink_state(at(fake)).connector == "MISSING"
