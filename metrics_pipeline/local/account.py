@@ -59,16 +59,21 @@ def reachable(path: Path) -> bool:
 
 
 def postgres_home(data_dir: Path, account: Account | None) -> Path:
-    """Folder for PostgreSQL's binaries and data: in the data folder, or where the account can reach it.
-
-    A folder outside remembers which data folder it belongs to; those whose data folder is gone are removed.
-    """
+    """Folder for PostgreSQL's binaries and data: in the data folder, or where the account can reach it."""
     if account is None or reachable(data_dir):
         return data_dir / "postgres"
-    home = SHARED_STATE / hashlib.sha256(bytes(data_dir)).hexdigest()[:12]
-    home.mkdir(parents=True, exist_ok=True, mode=0o755)
-    (home / "belongs-to").write_text(f"{data_dir}\n")
-    _remove_orphans()
+    return SHARED_STATE / hashlib.sha256(bytes(data_dir)).hexdigest()[:12]
+
+
+def claim_home(data_dir: Path, account: Account | None) -> Path:
+    """Make that folder. One outside the data folder notes where it belongs; those whose data folder is gone are removed."""
+    home = postgres_home(data_dir, account)
+    home.mkdir(parents=True, exist_ok=True)
+    if account is not None:
+        home.chmod(0o755)
+    if home.parent == SHARED_STATE:
+        (home / "belongs-to").write_text(f"{data_dir}\n")
+        _remove_orphans()
     return home
 
 

@@ -53,7 +53,10 @@ def examine(settings: Settings) -> list[Finding]:
         _jars(settings),
         Finding("env file", f"{env_file()} ({'there' if env_file().exists() else 'the first `up` writes it'})"),
         Finding("data", str(settings.data_dir)),
-        Finding("PostgreSQL's files", f"{postgres_folder(settings)}, as {account.name if account else 'this user'}"),
+        Finding(
+            "PostgreSQL's files",
+            f"{postgres_home(settings.data_dir, account)}, as {account.name if account else 'this user'}",
+        ),
         Finding("JVM heaps", f"broker {budget.broker_heap // MIB} MiB, Connect {budget.connect_heap // MIB} MiB"),
     ]
     external = external_services()
@@ -61,11 +64,6 @@ def examine(settings: Settings) -> list[Finding]:
     findings += _ports(settings, external)
     findings += [Finding(f"PostgreSQL {name}", value) for name, value in configuration(settings, budget).items()]
     return findings
-
-
-def postgres_folder(settings: Settings) -> str:
-    """Where PostgreSQL's files are or would be."""
-    return str(postgres_home(settings.data_dir, unprivileged()))
 
 
 def _memory(budget: Budget) -> Finding:

@@ -12,7 +12,7 @@ import psutil
 import psycopg
 
 from metrics_pipeline.errors import InstallError
-from metrics_pipeline.local.account import Account, postgres_home, unprivileged
+from metrics_pipeline.local.account import Account, claim_home, unprivileged
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.environment import minimal
 from metrics_pipeline.local.jars import unpack_postgres
@@ -42,10 +42,7 @@ class Cluster:
 def cluster(settings: Settings, archive: Path) -> Cluster:
     """Unpack the binaries if need be and say where everything is."""
     account = unprivileged()
-    home = postgres_home(settings.data_dir, account)
-    home.mkdir(parents=True, exist_ok=True)
-    if account is not None:
-        home.chmod(0o755)
+    home = claim_home(settings.data_dir, account)
     return Cluster(home, unpack_postgres(archive, home) / "bin", home / "data", account)
 
 
