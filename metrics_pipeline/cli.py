@@ -7,24 +7,18 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-import uuid
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from metrics_pipeline.errors import BusyError, PipelineError, SettingError
-from metrics_pipeline.settings import ROOT, Settings
+from metrics_pipeline.settings import Settings
 
 app = typer.Typer(
     name="metrics-pipeline",
@@ -192,12 +186,10 @@ def doctor() -> None:
 
     settings = Settings.load()
     findings = examine(settings)
-    grid = Table(box=None, show_header=False, padding=(0, 2))
+    width = max(len(finding.what) for finding in findings)
     for finding in findings:
-        grid.add_row(
-            {True: "[green]ok[/]", False: "[red]no[/]", None: ""}[finding.ok], finding.what, _escape(finding.value)
-        )
-    out.print(grid)
+        mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "  "}[finding.ok]
+        out.print(f"{mark}  {finding.what:<{width}}  {_escape(finding.value)}")
     raise typer.Exit(1 if any(finding.ok is False for finding in findings) else 0)
 
 
@@ -294,3 +286,28 @@ def sql(
             grid.add_row(*("" if value is None else _escape(str(value)) for value in row))
         out.print(grid)
         out.print(f"{len(result.rows)} row{'' if len(result.rows) == 1 else 's'}")
+
+
+@app.command()
+def verify(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="a lost sign of -0.0 counts as a difference too")] = False,
+    timeout: Annotated[float, typer.Option("--timeout", help="seconds without progress of the sink before giving up")] = 120,
+) -> None:
+    """Compare topic and table, key by key and value by value; exit code 0 only when nothing is lost, added or changed."""
+    from metrics_pipeline.verify import verify as compare
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("looking")
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total or None)
+
+        report = compare(Settings.load(), timeout=timeout, strict=strict, progress=show)
+    if as_json:
+        sys.stdout.write(json.dumps(report.document()) + "\n")
+    else:
+        for line in report.lines():
+            _say(line)
+    raise typer.Exit(0 if report.clean else 1)
