@@ -130,7 +130,8 @@ class Comparison:
             records: `spill.RECORD` entries, each offset once, in any order; those below `low` are left out of account.
             rows: `spill.ROW` entries, each key once.
         """
-        records = records[records["offset"] >= _per_partition(self._bounds.low, self._partitions)[records["partition"]]]
+        low = _per_partition(self._bounds.low, self._partitions)
+        records = records[records["offset"] >= low[records["partition"].astype(np.int64)]]
         groups, row_of = _grouped(records["key"], rows["key"])
         partition = records["partition"].astype(np.int64)
         offset = records["offset"].astype(np.int64)
@@ -213,7 +214,7 @@ class Comparison:
         stored = row >= 0
         created = rows["created_at"][row[stored]].astype(np.int64)
         fresh = created >= records["timestamp"][stored]
-        np.minimum.at(self._since, records["partition"][stored][fresh], created[fresh])
+        np.minimum.at(self._since, records["partition"][stored][fresh].astype(np.int64), created[fresh])
 
     def _sort_out(self, unmatched: Rows) -> None:
         self.counts.unexpected += len(unmatched)
@@ -282,7 +283,7 @@ def _per_partition(offsets: Mapping[int, int], partitions: int) -> npt.NDArray[n
 
 def _grouped(record_keys: Rows, row_keys: Rows) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """A number for each distinct key: of every record, and the index of the row (or -1) by number."""
-    both = np.concatenate([np.ascontiguousarray(record_keys), np.ascontiguousarray(row_keys)])
+    both = np.concatenate([record_keys, row_keys], dtype=KEY)
     distinct, number = np.unique(both.view(f"S{KEY.itemsize}"), return_inverse=True)
     row_of = np.full(len(distinct), -1, np.int64)
     row_of[number[len(record_keys) :]] = np.arange(len(row_keys))

@@ -121,7 +121,8 @@ class Spill:
     def _write(self) -> None:
         if not self._waiting:
             return
-        entries = np.concatenate(self._waiting)
+        # Without the type numpy would turn the numbers into the machine's byte order.
+        entries = np.concatenate(self._waiting, dtype=self._dtype)
         self._waiting, self._waiting_count = [], 0
         homes = bucket_of(entries["key"], self.buckets)
         order = np.argsort(homes, kind="stable")
