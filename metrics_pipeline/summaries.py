@@ -1,0 +1,219 @@
+"""Summaries of the stored readings: kept by adding what changed, equal at every tick to a count over all readings.
+
+How it stays exact is told in `sql/migrations/20261122000002_summaries.sql`; the same figures counted the plain way are
+`sql/queries/*_plain.sql`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import groupby
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from psycopg.pq import TransactionStatus
+
+from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.postgres import Connection, connect, one_line, query
+from metrics_pipeline.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_TABLES = ("ingestion_minutes", "device_slots", "device_metric_summary", "device_summary")
+
+
+@dataclass(frozen=True)
+class Minute:
+    """Readings stored in one minute, by created_at."""
+
+    minute: datetime
+    rows: int
+
+
+@dataclass(frozen=True)
+class IngestionRate:
+    """Inserts over the last ten minutes.
+
+    Attributes:
+        minutes: oldest first, the current (unfinished) one last, minutes without inserts included.
+        rows_last_10_minutes: their sum.
+        rows_per_second: mean over the last finished minute.
+        newest: when the newest reading was stored; None in an empty table.
+        rows: all readings there are.
+    """
+
+    minutes: list[Minute]
+    rows_last_10_minutes: int
+    rows_per_second: float
+    newest: datetime | None
+    rows: int
+
+
+@dataclass(frozen=True)
+class MetricSummary:
+    """Readings of one metric of one device."""
+
+    metric_name: str
+    rows: int
+    min: float
+    mean: float
+    max: float
+
+
+@dataclass(frozen=True)
+class DeviceSummary:
+    """Readings of one device; first and last seen are published_at."""
+
+    device_id: UUID
+    rows: int
+    first_seen: datetime
+    last_seen: datetime
+    metrics: list[MetricSummary]
+
+
+@dataclass(frozen=True)
+class DeviceSummaries:
+    """All devices together, and those with the most readings one by one."""
+
+    devices: int
+    rows: int
+    first: list[DeviceSummary]
+
+
+def ingestion_rate(settings: Settings) -> IngestionRate:
+    """Bring the summaries up to date, write the table `ingestion_rate`, and return what it holds.
+
+    Raises:
+        ServiceError: PostgreSQL is not reachable, or refused.
+    """
+    with connect(settings, "metrics_summarizer", autocommit=True) as conn, _errors():
+        _refresh_index(conn)
+        with _tick(conn):
+            rows = _absorb(conn)
+            conn.execute(query("ingestion_rate_refresh"))
+            stored = conn.execute("SELECT minute, rows FROM ingestion_rate ORDER BY minute")
+            minutes = [Minute(minute, count) for minute, count in stored]
+            newest = _value(conn, query("newest"))
+    return IngestionRate(
+        minutes=minutes,
+        rows_last_10_minutes=sum(minute.rows for minute in minutes),
+        rows_per_second=minutes[-2].rows / 60,
+        newest=newest,
+        rows=rows,
+    )
+
+
+def device_summary(settings: Settings, *, limit: int = 100) -> DeviceSummaries:
+    """Bring the tables `device_summary` and `device_metric_summary` up to date, and return the devices with most readings.
+
+    Args:
+        settings: where PostgreSQL is.
+        limit: how many devices to return one by one.
+
+    Raises:
+        ServiceError: PostgreSQL is not reachable, or refused.
+    """
+    with connect(settings, "metrics_summarizer", autocommit=True) as conn, _errors():
+        _refresh_index(conn)
+        with _tick(conn):
+            rows = _absorb(conn)
+            devices = _value(conn, "SELECT count(*) FROM device_summary")
+            found = conn.execute(query("device_metrics"), {"limit": limit}).fetchall()
+    first = []
+    for (device_id, count, first_seen, last_seen), metrics in groupby(found, key=lambda row: row[:4]):
+        first.append(
+            DeviceSummary(device_id, count, first_seen, last_seen, [MetricSummary(*metric[4:]) for metric in metrics])
+        )
+    return DeviceSummaries(devices=devices, rows=rows, first=first)
+
+
+def absorb(conn: Connection) -> int:
+    """Bring all summaries up to date in one transaction, and return how many readings there are.
+
+    Two at once wait for each other. What is not committed yet is found by a later call, however late.
+
+    Args:
+        conn: of the role `metrics_summarizer`, with no transaction open.
+    """
+    with _tick(conn):
+        return _absorb(conn)
+
+
+def row_count(conn: Connection) -> int:
+    """Exactly how many readings there are; costs what came since the last tick. Any role that reads may ask."""
+    count: int | None = _value(conn, query("row_count"))
+    if count is None:
+        count = _value(conn, "SELECT count(*) FROM metrics")
+    return count
+
+
+@contextmanager
+def _tick(conn: Connection) -> Iterator[None]:
+    """A transaction that sees one state of the readings, while no other tick runs and no TRUNCATE begins."""
+    if conn.info.transaction_status != TransactionStatus.IDLE:
+        raise ValueError("a tick needs a connection without an open transaction")
+    with conn.transaction():
+        conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        # Before the first query, which takes the snapshot: it has to contain what the last tick wrote.
+        conn.execute("LOCK TABLE summary_state IN EXCLUSIVE MODE")
+        conn.execute("LOCK TABLE metrics IN ACCESS SHARE MODE")
+        # Ticks leave the other cores to the sink, and are too short for compiled plans.
+        conn.execute("SET LOCAL max_parallel_workers_per_gather = 0")
+        conn.execute("SET LOCAL jit = off")
+        conn.execute("SET LOCAL work_mem = '64MB'")
+        yield
+
+
+def _absorb(conn: Connection) -> int:
+    conn.execute(query("absorb_begin"))
+    if _value(conn, "SELECT source IS NOT DISTINCT FROM metrics_source() FROM summary_state"):
+        for low, high in conn.execute(query("absorb_spans")).fetchall():
+            _run(conn, "absorb_inserted", low=low, high=high)
+        _run(conn, "absorb_changed")
+    else:
+        log.warning("counting all readings anew: the table was truncated, rewritten or restored since the last tick")
+        for table in _TABLES:
+            conn.execute(f"DELETE FROM {table}")  # noqa: S608  # a constant
+        conn.execute("UPDATE summary_state SET rows = 0")
+        _run(conn, "absorb_everything")
+    # Its size decides how the merges find their rows.
+    conn.execute("ANALYZE summary_delta")
+    _run(conn, "merge_ingestion_minutes")
+    _run(conn, "merge_device_slots")
+    _run(conn, "mend_device_slots")
+    _run(conn, "merge_device_metric_summary")
+    _run(conn, "mend_device_metric_summary")
+    _run(conn, "merge_device_summary")
+    rows: int = _value(conn, query("absorb_end"))
+    return rows
+
+
+def _run(conn: Connection, name: str, **parameters: Any) -> None:
+    # Never prepared: a plan for any span would not be the plan for this one.
+    conn.execute(query(name), parameters, prepare=False)
+
+
+def _value(conn: Connection, statement: str) -> Any:
+    row = conn.execute(statement).fetchone()
+    return row[0] if row else None
+
+
+def _refresh_index(conn: Connection) -> None:
+    """Page ranges that the index does not know yet are read whole by every tick until it does."""
+    if _value(conn, "SELECT refresh_created_at_index()") is None:
+        log.debug("left the index on created_at to the vacuum that is at work")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except psycopg.errors.UndefinedTable as error:
+        raise ServiceError(f"summaries: {one_line(error)}: run `metrics-pipeline migrate up`") from error
+    except psycopg.Error as error:
+        raise ServiceError(f"summaries: {one_line(error)}: look at the PostgreSQL log, then try again") from error

@@ -1,0 +1,16 @@
+-- All readings there are, for summaries that begin anew.
+INSERT INTO summary_delta
+SELECT
+    device_id,
+    metric_name,
+    date_bin('10 minutes', published_at, '2000-01-01 00:00:00+00') AS slot,
+    date_bin('1 minute', created_at, '2000-01-01 00:00:00+00') AS minute,
+    false,
+    count(*),
+    sum(value::text::numeric),
+    min(value),
+    max(value),
+    min(published_at),
+    max(published_at)
+FROM metrics
+GROUP BY device_id, metric_name, slot, minute

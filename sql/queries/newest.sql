@@ -1,0 +1,6 @@
+-- When was the newest reading stored? As of the summaries; only the readings of its minute are looked at.
+SELECT max(m.created_at)
+FROM metrics AS m
+WHERE
+    m.created_at >= (SELECT max(minute) FROM ingestion_minutes)
+    AND m.created_at < (SELECT max(minute) FROM ingestion_minutes) + interval '1 minute'
