@@ -292,12 +292,20 @@ def sql(
 def verify(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="a lost sign of -0.0 counts as a difference too")] = False,
-    timeout: Annotated[float, typer.Option("--timeout", help="seconds without progress of the sink before giving up")] = 120,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="seconds without progress of the sink before giving up")
+    ] = 120,
 ) -> None:
     """Compare topic and table, key by key and value by value; exit code 0 only when nothing is lost, added or changed."""
     from metrics_pipeline.verify import verify as compare
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("looking")
 
@@ -311,3 +319,65 @@ def verify(
         for line in report.lines():
             _say(line)
     raise typer.Exit(0 if report.clean else 1)
+
+
+@app.command()
+def produce(
+    seconds: Annotated[int | None, typer.Option("--seconds", help="how long; default PRODUCER_RUN_SECONDS")] = None,
+    changed: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="another setting of the producer for this run; repeatable"),
+    ] = None,
+) -> None:
+    """Publish simulated readings in this process; exit code 0 only when all of them were acknowledged."""
+    from metrics_pipeline.producer import run_producer
+    from metrics_pipeline.settings import ProducerSettings
+
+    overrides: dict[str, Any] = {} if seconds is None else {"producer_run_seconds": seconds}
+    for assignment in changed or []:
+        name, _, value = assignment.partition("=")
+        if name.lower() not in ProducerSettings.model_fields:
+            raise SettingError(
+                f"--set {assignment}: there is no producer setting {name!r}; see `metrics-pipeline produce --help` and the README"
+            )
+        overrides[name.lower()] = value
+    settings = Settings.load(**overrides)
+    with _stop_on_signals() as stop, _counter() as count:
+        report = run_producer(settings, stop=stop, on_progress=count)
+    _say(report.summary())
+    raise typer.Exit(0 if report.clean else 1)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second signal acts as ever."""
+    stop = threading.Event()
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+    for number in former:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _counter() -> Iterator[Callable[[Snapshot], None]]:
+    """Shows a producer's snapshots on the terminal, in one line that stays up to date."""
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), console=err, transient=True, disable=not err.is_terminal
+    ) as progress:
+        task = progress.add_task("starting")
+
+        def show(snapshot: Snapshot) -> None:
+            text = f"{snapshot.acknowledged:,} acknowledged, {snapshot.acknowledged_per_second:,.0f}/s, {snapshot.in_flight:,} in flight"
+            progress.update(task, description=text + (f"; paused: {snapshot.paused}" if snapshot.paused else ""))
+
+        yield show
