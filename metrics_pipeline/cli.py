@@ -7,18 +7,27 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from metrics_pipeline.errors import BusyError, PipelineError, SettingError
 from metrics_pipeline.settings import Settings
+
+if TYPE_CHECKING:  # it brings the HTTP server, which most commands need not load
+    from metrics_pipeline.health import Snapshot
 
 app = typer.Typer(
     name="metrics-pipeline",
