@@ -48,6 +48,8 @@ def main() -> None:
     logging.basicConfig(
         level=os.environ.get("LOG_LEVEL", "WARNING"), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    # What librdkafka says of each lost connection is said again, once and with its next step, by the command itself.
+    logging.getLogger("metrics_pipeline.librdkafka").setLevel(logging.CRITICAL)
     try:
         app()
     except PipelineError as error:

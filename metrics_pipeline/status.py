@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -45,9 +46,9 @@ class Sampler:
             "dagster": self._dagster,
         }
         futures = {name: self._pool.submit(part) for name, part in parts.items()}
-        lag = self._pool.submit(self._lag)
         found = {name: future.result() for name, future in futures.items()}
         rows = found["postgres"].pop("rows", None)
+        lag = found["broker"].pop("lag", None)
         published = found["producer"].pop("published", {})
         if not found["producer"]["healthy"] and found["postgres"].pop("between_runs", False):
             found["producer"] |= {"healthy": True, "state": "between two runs"}
@@ -58,7 +59,7 @@ class Sampler:
             "rows": rows,
             "rows_per_second": self._rate(),
             "acknowledged_per_second": published.get("acknowledged_per_second", 0.0),
-            "lag": lag.result(),
+            "lag": lag,
             "latency_seconds": published.get("latency_seconds") or {"p50": None, "p99": None},
         }
 
@@ -96,7 +97,11 @@ class Sampler:
         return round(max(after - before, 0) / (last - then), 1) if last > then else None
 
     def _broker(self) -> Sample:
-        return _part(broker_problem(self._settings), self._settings.bootstrap_servers)
+        answer = _part(broker_problem(self._settings), self._settings.bootstrap_servers)
+        if answer["healthy"]:
+            with suppress(PipelineError):
+                answer["lag"] = kafka.consumer_lag(self._settings, CONNECTOR_GROUP).total
+        return answer
 
     def _connect(self) -> Sample:
         answer: Sample = {"healthy": False, "url": self._settings.connect_rest, "connector": None, "tasks": []}
@@ -130,12 +135,6 @@ class Sampler:
         settings = self._settings
         problem = web_problem(settings) or code_problem(settings) or daemon_problem(settings)
         return _part(problem, settings.dagster_http)
-
-    def _lag(self) -> int | None:
-        try:
-            return kafka.consumer_lag(self._settings, CONNECTOR_GROUP).total
-        except PipelineError:
-            return None
 
 
 def _part(problem: str | None, url: str) -> Sample:
