@@ -81,11 +81,14 @@ class SinkState:
             found.append(f"connector {CONNECTOR} is {self.connector}{reason}")
         if not self.tasks:
             found.append(f"connector {CONNECTOR} has no tasks")
-        return found + [
-            f"task {task.id} is {task.state}" + (f": {task.cause}" if task.trace else "")
-            for task in self.tasks
-            if task.state != "RUNNING"
-        ]
+        alike: dict[tuple[str, str], list[int]] = {}
+        for task in self.tasks:
+            if task.state != "RUNNING":
+                alike.setdefault((task.state, f": {task.cause}" if task.trace else ""), []).append(task.id)
+        for (state, cause), numbers in alike.items():
+            which = f"task {numbers[0]} is" if len(numbers) == 1 else f"tasks {', '.join(map(str, numbers))} are"
+            found.append(f"{which} {state}{cause}")
+        return found
 
 
 class _RebalancingError(Exception):

@@ -241,8 +241,11 @@ class SinkRepair:
 
     def _begin_anew(self) -> None:
         """Forget failures, but not where the partitions stand and since when."""
-        places = {number: Place(offset=place.offset, since=place.since) for number, place in self._state.places.items()}
-        self._state = RepairState(places=places, running_since=self._state.running_since)
+        state = self._state
+        state.restarts, state.not_before = 0, 0.0
+        state.gave_up, state.gave_up_at, state.signature = "", {}, ""
+        for place in state.places.values():
+            place.failures = 0
 
     def _watch(self, offsets: Offsets, now: float) -> None:
         """Note where each partition stands; begin anew when one that made the repair give up has moved."""

@@ -100,7 +100,7 @@ def test_failed_tasks_of_a_connector_as_configured_are_restarted(fake: FakeConne
 
 def test_a_task_that_cannot_start_is_an_error_with_its_cause_and_the_next_step(fake: FakeConnect) -> None:
     fake.poison = TRACE
-    with pytest.raises(ServiceError, match=r"task 0 is FAILED: .*invalid byte sequence.*logs connect"):
+    with pytest.raises(ServiceError, match=r"tasks 0, 1 are FAILED: .*invalid byte sequence.*logs connect"):
         connect.ensure_connector(at(fake))
 
 

@@ -1,0 +1,316 @@
+"""The repair restarts what failed with back-off, and knows when that cannot help. Time is a number here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from metrics_pipeline import connect, repair
+from metrics_pipeline.connect import ConnectClient
+from metrics_pipeline.repair import ATTEMPTS, STALL_SECONDS, Offsets, SinkRepair, Tick
+from metrics_pipeline.settings import CONNECTOR, Settings
+from metrics_pipeline_tests.fake_connect import FakeConnect, serving
+
+POISON = "org.apache.kafka.connect.errors.ConnectException: x\nCaused by: org.postgresql.util.PSQLException: ERROR: bad row 17"
+
+
+@dataclass
+class World:
+    """Everything that the repair sees. Offsets: two partitions of a hundred records, the second one read to its end."""
+
+    connect: FakeConnect
+    now: float = 1000.0
+    database: str | None = None
+    committed: dict[int, int] | None = field(default_factory=lambda: {0: 40, 1: 100})
+    end: int = 100
+    state: str | None = None
+
+    def offsets(self, settings: Settings) -> Offsets | None:
+        if self.committed is None:
+            return None
+        return Offsets(
+            dict(self.committed), {number: max(0, self.end - offset) for number, offset in self.committed.items()}
+        )
+
+    def tick(self, seconds: float = 1.0) -> Tick:
+        """Some time later, by a repair that knows only what the one before wrote down: so a sensor runs it."""
+        self.now += seconds
+        sink = SinkRepair(
+            Settings(),
+            self.state,
+            client=ConnectClient(self.connect.url, patience=0.1),
+            offsets=self.offsets,
+            database=lambda _settings: self.database,
+            clock=lambda: self.now,
+            jitter=lambda: 1.0,
+        )
+        outcome = sink.tick()
+        self.state = sink.dump()
+        return outcome
+
+    def until_given_up(self) -> Tick:
+        for _ in range(300):
+            outcome = self.tick()
+            if [event.action for event in outcome.events] == ["give up"]:
+                return outcome
+        raise AssertionError("never gave up")
+
+    @property
+    def restarts(self) -> list[str]:
+        return [request for request in self.connect.requests if "/restart" in request]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with serving() as fake:
+        ConnectClient(fake.url).put(CONNECTOR, connect.connector_config())
+        yield World(fake)
+
+
+def test_a_sink_that_runs_is_left_alone(world: World) -> None:
+    outcome = world.tick()
+    assert outcome == Tick("connector and 2 tasks RUNNING, 60 records waiting", healthy=True)
+    assert world.restarts == []
+
+
+def test_failed_tasks_are_restarted_and_nothing_else(world: World) -> None:
+    world.connect.fail(CONNECTOR, POISON, 1)
+    outcome = world.tick()
+    assert [event.action for event in outcome.events] == ["restart failed tasks"]
+    assert "bad row 17" in outcome.events[0].reason
+    assert world.restarts == [f"POST /connectors/{CONNECTOR}/restart?includeTasks=true&onlyFailed=true"]
+    world.committed = {0: 50, 1: 100}
+    assert world.tick().healthy
+
+
+def test_restarts_come_at_growing_distances(world: World) -> None:
+    world.connect.poison = POISON
+    world.connect.fail(CONNECTOR, POISON)
+    times = []
+    for _ in range(200):
+        world.committed = {0: (world.committed or {})[0] + 1, 1: 100}  # it moves: the repair goes on trying
+        if world.tick().events:
+            times.append(world.now)
+    assert [int(b - a) for a, b in pairwise(times)] == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_progress_begins_the_distances_anew(world: World) -> None:
+    for _ in range(3):
+        world.connect.fail(CONNECTOR, POISON)
+        assert world.tick(100).events
+        world.committed = {0: (world.committed or {})[0] + 5, 1: 100}
+        assert world.tick().healthy
+    world.connect.fail(CONNECTOR, POISON)
+    (event,) = world.tick().events
+    assert event.attempt == 1
+
+
+def test_after_repeated_failures_at_one_offset_it_stops_and_says_where_and_why(world: World) -> None:
+    world.connect.poison = POISON
+    world.connect.fail(CONNECTOR, POISON)
+    outcome = world.until_given_up()
+    assert len(world.restarts) == ATTEMPTS
+    assert f"{ATTEMPTS} restarts without progress at topic metrics, partition 0, offset 40: " in outcome.message
+    assert "PSQLException: ERROR: bad row 17" in outcome.message
+    assert "`provision`" in outcome.message
+    for _ in range(100):
+        again = world.tick(10)
+        assert (again.message, again.events) == (outcome.message, [])
+    assert len(world.restarts) == ATTEMPTS
+
+
+def test_healthy_partitions_that_move_do_not_hide_the_one_that_is_held_up(world: World) -> None:
+    world.connect.poison = POISON
+    world.connect.fail(CONNECTOR, POISON)
+    world.committed, world.end = {0: 40, 1: 50}, 1000
+    for _ in range(300):
+        world.committed[1] += 1
+        outcome = world.tick()
+        if [event.action for event in outcome.events] == ["give up"]:
+            break
+    assert "at topic metrics, partition 0, offset 40:" in outcome.message
+    assert "partition 1" not in outcome.message
+
+
+def test_a_task_that_shows_running_between_failures_is_no_progress(world: World) -> None:
+    world.connect.fail(CONNECTOR, POISON)
+    for _ in range(200):
+        outcome = world.tick()
+        if [event.action for event in outcome.events] == ["give up"]:
+            break
+        world.tick(0.5)  # it runs for a moment …
+        world.connect.fail(CONNECTOR, POISON)  # … and fails at the same record
+    assert len(world.restarts) == ATTEMPTS
+    assert "offset 40" in outcome.message
+
+
+def test_a_connector_that_cannot_start_before_any_record_is_given_up_too(world: World) -> None:
+    world.committed = {0: 100, 1: 100}
+    world.connect.poison = "org.postgresql.util.PSQLException: FATAL: password authentication failed"
+    world.connect.fail(CONNECTOR, world.connect.poison)
+    assert "topic metrics, before any record: org.postgresql" in world.until_given_up().message
+
+
+def given_up(world: World) -> None:
+    world.connect.poison = POISON
+    world.connect.fail(CONNECTOR, POISON)
+    world.until_given_up()
+    world.connect.poison = ""
+    world.connect.requests.clear()
+
+
+def test_it_tries_again_when_the_offset_moved(world: World) -> None:
+    given_up(world)
+    world.committed = {0: 41, 1: 100}
+    assert world.tick(60).events
+    assert world.tick().healthy
+
+
+def test_it_tries_again_when_the_configuration_changed(world: World) -> None:
+    given_up(world)
+    world.connect.configs[CONNECTOR]["batch.size"] = "1"
+    assert world.tick(60).events
+
+
+def test_it_tries_again_when_the_failure_is_another_one(world: World) -> None:
+    given_up(world)
+    world.connect.fail(CONNECTOR, "java.lang.OutOfMemoryError: heap")
+    assert world.tick(60).events
+
+
+def test_other_numbers_in_the_same_failure_are_not_another_one(world: World) -> None:
+    given_up(world)
+    world.connect.fail(CONNECTOR, POISON.replace("17", "42"))
+    assert world.tick(60).events == []
+
+
+@pytest.mark.parametrize("state", ["STOPPED", "PAUSED"])
+def test_a_person_who_stops_the_connector_is_not_overruled_and_begins_it_anew(world: World, state: str) -> None:
+    given_up(world)
+    world.connect.states[CONNECTOR] = state
+    outcome = world.tick()
+    assert (outcome.healthy, outcome.events) == (False, [])
+    assert f"is {state}: not touched" in outcome.message
+    world.connect.states[CONNECTOR] = "RUNNING"
+    assert world.tick().events
+
+
+def test_a_deleted_connector_is_said_to_be_missing(world: World) -> None:
+    given_up(world)
+    ConnectClient(world.connect.url).delete(CONNECTOR)
+    assert "does not exist" in world.tick().message
+    assert json.loads(world.state or "")["gave_up"] == ""
+
+
+def test_running_again_for_long_ends_it_even_without_records(world: World) -> None:
+    given_up(world)
+    world.committed = {0: 40, 1: 100}
+    world.end = 40
+    world.connect.start(CONNECTOR)
+    assert not world.tick().healthy
+    assert world.tick(STALL_SECONDS + 1).healthy
+
+
+def test_a_second_repair_that_still_tries_does_not_wake_the_first(world: World) -> None:
+    """Sensor and keeper count apart: the restarts of one must not look like a person's to the other."""
+    given_up(world)
+    first = world.state
+    world.connect.poison = POISON
+    world.state = None
+    for _ in range(100):
+        world.tick()
+        mine, world.state = world.state, first
+        assert world.tick(0).events == []
+        first, world.state = world.state, mine
+    assert len(world.restarts) == ATTEMPTS
+
+
+def test_nothing_is_restarted_while_postgresql_is_away_however_long(world: World) -> None:
+    world.connect.fail(CONNECTOR, POISON)
+    world.database = "PostgreSQL at x cannot be reached"
+    for _ in range(50):
+        outcome = world.tick(10)
+        assert outcome.events == []
+    assert "restarted when PostgreSQL is back: PostgreSQL at x cannot be reached" in outcome.message
+    world.database = None
+    assert world.tick().events
+
+
+def test_an_unknown_offset_never_makes_it_give_up(world: World) -> None:
+    world.committed = None
+    world.connect.poison = POISON
+    world.connect.fail(CONNECTOR, POISON)
+    for _ in range(20):
+        assert [event.action for event in world.tick(61).events] == ["restart failed tasks"]
+
+
+def test_running_without_progress_is_restarted_whole_once_per_wait(world: World) -> None:
+    world.tick()
+    assert world.tick(STALL_SECONDS).events == []
+    outcome = world.tick(2)
+    assert [event.action for event in outcome.events] == ["restart all"]
+    assert "partition 0, offset 40" in outcome.message
+    assert world.restarts == [f"POST /connectors/{CONNECTOR}/restart?includeTasks=true&onlyFailed=false"]
+    assert world.tick(STALL_SECONDS - 5).events == []
+    assert world.tick(10).events
+
+
+def test_a_partition_at_its_end_is_not_stuck(world: World) -> None:
+    world.committed = {0: 100, 1: 100}
+    for _ in range(10):
+        assert world.tick(STALL_SECONDS).healthy
+    world.end = 101  # one new record: the wait begins now
+    assert world.tick().healthy
+
+
+def test_one_stuck_partition_is_seen_although_the_other_moves(world: World) -> None:
+    world.end = 10**6
+    actions = []
+    for _ in range(10):
+        assert world.committed is not None
+        world.committed[1] += 10
+        actions += [event.action for event in world.tick(10).events]
+    assert actions == ["restart all"]
+
+
+def test_connect_away_is_said_and_no_crash(world: World) -> None:
+    world.connect.url = "http://127.0.0.1:1"
+    outcome = world.tick()
+    assert not outcome.healthy
+    assert "cannot be reached" in outcome.message
+
+
+def test_unassigned_tasks_are_waited_for(world: World) -> None:
+    world.connect.task_states[CONNECTOR][1] = ("UNASSIGNED", "")
+    assert world.tick() == Tick("task 1 is UNASSIGNED", healthy=False)
+
+
+@pytest.mark.parametrize("cursor", ["", "nonsense", '{"restarts": "many"}', '{"unknown": 1}'])
+def test_a_cursor_of_another_version_begins_anew(world: World, cursor: str) -> None:
+    world.state = cursor
+    assert world.tick().healthy
+
+
+def test_restarts_are_recorded_in_a_file_that_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(pipeline_data_dir=tmp_path / "new")
+    event = repair.Restart("2026-11-22T16:00:00+00:00", "restart all", "because", 1)
+    repair.record(settings, [], "keeper")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(repair, "RECORD_BYTES", 1000)
+    for _ in range(100):
+        repair.record(settings, [event], "keeper")
+    path = tmp_path / "new" / "repairs.jsonl"
+    lines = path.read_text().splitlines()
+    assert json.loads(lines[-1]) == {
+        "at": "2026-11-22T16:00:00+00:00",
+        "action": "restart all",
+        "reason": "because",
+        "attempt": 1,
+        "by": "keeper",
+    }
+    assert path.stat().st_size < 1500
