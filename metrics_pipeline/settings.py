@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -25,6 +26,9 @@ CONNECTOR = "metrics-postgres-sink"
 CONNECTOR_GROUP = f"connect-{CONNECTOR}"
 """The consumer group that Kafka Connect derives from the connector's name."""
 
+SERVICE_URLS = {"postgres": "POSTGRES_URL", "kafka": "KAFKA_URL", "connect": "CONNECT_URL"}
+"""Services that somebody else may run, and the variable that says where."""
+
 Role = Literal["metrics_owner", "metrics_writer", "metrics_summarizer", "metrics_reader", "metrics_producer"]
 """The database roles; the superuser (`POSTGRES_USER`) only makes them."""
 
@@ -32,13 +36,30 @@ Role = Literal["metrics_owner", "metrics_writer", "metrics_summarizer", "metrics
 def _is_postgres_url(url: str) -> str:
     if url and urlsplit(url).scheme not in ("postgresql", "postgres"):
         raise ValueError("must begin with postgresql://")
+    _check_port(url)
     return url
 
 
 def _is_http_url(url: str) -> str:
     if url and urlsplit(url).scheme not in ("http", "https"):
         raise ValueError("must begin with http:// or https://")
+    _check_port(url)
     return url.rstrip("/")
+
+
+def _are_brokers(url: str) -> str:
+    for broker in url.split(",") if url else ():
+        if "://" in broker or not urlsplit(f"//{broker}").hostname or not _check_port(f"//{broker}"):
+            raise ValueError("must be host:port, several of them separated by commas")
+    return url
+
+
+def _check_port(url: str) -> int | None:
+    try:
+        return urlsplit(url).port
+    except ValueError:
+        # Python's own message would repeat what stands there, a password if it was written in the wrong place.
+        raise ValueError("the port must be a number up to 65535") from None
 
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -103,7 +124,10 @@ class ProducerSettings(BaseSettings):
 class Settings(ProducerSettings):
     """All settings of the pipeline."""
 
-    model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, env_file_encoding="utf-8")
+    # A URL may hold a password: no error, and no error's cause, repeats what was given.
+    model_config = SettingsConfigDict(
+        extra="ignore", env_ignore_empty=True, env_file_encoding="utf-8", hide_input_in_errors=True
+    )
 
     topic_partitions_metrics: Positive = _setting(
         6, "partitions of the topic; growing an existing topic needs `provision` to be asked for it", "topic"
@@ -119,8 +143,9 @@ class Settings(ProducerSettings):
         "",
         "an existing PostgreSQL 17 (with a role that may make roles); set in the real environment, none is started",
         "services",
+        repr=False,
     )
-    kafka_url: str = _setting(
+    kafka_url: Annotated[str, AfterValidator(_are_brokers)] = _setting(
         "", "an existing broker, host:port[,host:port…]; set in the real environment, none is started", "services"
     )
     connect_url: Annotated[str, AfterValidator(_is_http_url)] = _setting(
@@ -193,6 +218,7 @@ class Settings(ProducerSettings):
         Raises:
             SettingError: naming each bad setting and what is wrong with it.
         """
+        _refuse_services_in(env_file())
         try:
             return cls(_env_file=env_file(), **overrides)
         except ValidationError as error:
@@ -236,7 +262,7 @@ class Settings(ProducerSettings):
     @property
     def metrics_database(self) -> str:
         """Name of the database of the readings: the URL's, when one is set."""
-        return (urlsplit(self.postgres_url).path.strip("/") if self.postgres_url else "") or self.postgres_db
+        return (unquote(urlsplit(self.postgres_url).path.strip("/")) if self.postgres_url else "") or self.postgres_db
 
     def role_url(self, role: Role) -> str:
         """`postgresql://` URL of a role, password included: hand it to clients, never to a log."""
@@ -245,7 +271,7 @@ class Settings(ProducerSettings):
     def admin_url(self, database: str = "postgres") -> str:
         """`postgresql://` URL of the superuser (or of the role that `POSTGRES_URL` names)."""
         if self.postgres_url:
-            return urlunsplit(urlsplit(self.postgres_url)._replace(path=f"/{database}"))
+            return urlunsplit(urlsplit(self.postgres_url)._replace(path=f"/{quote(database, safe='')}"))
         return self._url(self.postgres_user, self.postgres_password, database)
 
     @property
@@ -255,12 +281,32 @@ class Settings(ProducerSettings):
 
     def _url(self, user: str, password: SecretStr, database: str) -> str:
         secret = quote(password.get_secret_value(), safe="")
-        return f"postgresql://{quote(user, safe='')}:{secret}@{self.postgres_host}:{self.postgres_host_port}/{quote(database, safe='')}"
+        host = f"[{self.postgres_host}]" if ":" in self.postgres_host else self.postgres_host
+        return (
+            f"postgresql://{quote(user, safe='')}:{secret}@{host}:{self.postgres_host_port}/{quote(database, safe='')}"
+        )
 
 
 def env_file() -> Path:
     """The file that holds what `up` generated and what the user set for good."""
     return Path(os.environ.get("PIPELINE_ENV_FILE") or ROOT / ".env")
+
+
+def _refuse_services_in(path: Path) -> None:
+    """A URL there would be met by clients, while `up`, which looks at the environment, starts a service of its own."""
+    try:
+        known = dotenv_values(path) if path.is_file() else {}
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SettingError(
+            f"cannot read {path}: {reason}; run as the user who owns it, or set PIPELINE_ENV_FILE to a file of your own"
+        ) from error
+    for name in SERVICE_URLS.values():
+        if known.get(name):
+            raise SettingError(
+                f"{name} stands in {path}, which is the embedded stack's own file: "
+                "to use a service that exists, set it in the environment (`export`) and remove it there"
+            )
 
 
 def explain(error: ValidationError) -> str:
@@ -280,4 +326,4 @@ def explain(error: ValidationError) -> str:
 
 def external_services() -> frozenset[str]:
     """Which of postgres, kafka and connect the real environment points elsewhere. The env file never does: it is ours."""
-    return frozenset(name for name in ("postgres", "kafka", "connect") if os.environ.get(f"{name.upper()}_URL"))
+    return frozenset(name for name, variable in SERVICE_URLS.items() if os.environ.get(variable))
