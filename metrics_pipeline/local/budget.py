@@ -72,26 +72,30 @@ def postgres_memory(total: int) -> dict[str, str]:
     }
 
 
-def memory_limit() -> tuple[int, str]:
-    """Bytes this process may use, and what sets that limit: the machine, or the tightest of its cgroups."""
+def memory_limit(root: Path = Path("/")) -> tuple[int, str]:
+    """Bytes this process may use, and what sets that limit: the machine, or the tightest of its cgroups.
+
+    Args:
+        root: where `proc` and `sys` are mounted.
+    """
     physical = psutil.virtual_memory().total
     limits = [(physical, "physical memory")]
-    limits += [(limit, f"cgroup limit ({path})") for path, limit in _cgroup_limits()]
+    limits += [(limit, f"cgroup limit ({path})") for path, limit in _cgroup_limits(root)]
     return min(limits)
 
 
-def _cgroup_limits() -> list[tuple[Path, int]]:
+def _cgroup_limits(root: Path) -> list[tuple[Path, int]]:
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
     found = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # version 2: the limit of any ancestor binds too
-            base, name = Path("/sys/fs/cgroup"), "memory.max"
+            base, name = root / "sys/fs/cgroup", "memory.max"
         elif "memory" in controllers.split(","):
-            base, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+            base, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
         else:
             continue
         folder = base / path.lstrip("/")
