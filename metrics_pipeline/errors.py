@@ -28,7 +28,7 @@ class RecordError(PipelineError):
     """A reading is refused.
 
     Attributes:
-        reason: a short code for counting, such as `bad_uuid`; one of `metric.REASONS`.
+        reason: a short code for counting, such as `bad_uuid`; one of `metric.REASONS`, or `bad_line` of a replayed file.
         detail: what was wrong with which field.
     """
 
