@@ -1,0 +1,236 @@
+"""The whole pipeline as `metrics-pipeline up` runs it, with parts of it killed under load.
+
+A stack of its own, Dagster included, at its own ports and folder. The tests share it and leave it healthy; each may run alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from metrics_pipeline.local.account import postgres_home, unprivileged
+from metrics_pipeline.local.ports import free_ports
+from metrics_pipeline.local.state import StackState
+from metrics_pipeline.settings import Settings
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A running pipeline.
+
+    Attributes:
+        environment: ports and folders of its own.
+        data: its data folder.
+    """
+
+    environment: dict[str, str]
+    data: Path
+
+    def cli(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Run a command of ours against it."""
+        command = [sys.executable, "-m", "metrics_pipeline", *arguments]
+        return subprocess.run(
+            command,
+            env=self.environment,
+            cwd=self.data.parent,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def status(self) -> dict[str, Any]:
+        """The sample that `status --json` prints."""
+        sample: dict[str, Any] = json.loads(self.cli("status", "--json").stdout)
+        return sample
+
+    def wait(self, what: str, condition: Callable[[dict[str, Any]], bool], limit: float = 90) -> float:
+        """Wait until a sample satisfies the condition; the seconds it took."""
+        began = time.monotonic()
+        sample: dict[str, Any] = {}
+        while time.monotonic() - began < limit:
+            sample = self.status()
+            if condition(sample):
+                return time.monotonic() - began
+        pytest.fail(f"not {what} after {limit:.0f} s: {json.dumps(sample)}")
+
+    def wait_healthy(self, limit: float = 90) -> float:
+        """Wait until every part is healthy and rows keep coming."""
+        return self.wait(
+            "healthy",
+            lambda s: (
+                all(s[part]["healthy"] for part in ("postgres", "broker", "connect", "producer", "dagster"))
+                and (s["rows_per_second"] or 0) > 0
+            ),
+            limit,
+        )
+
+    def child(self, name: str) -> psutil.Process:
+        """The process of a service."""
+        found = StackState.read(self.data).children[name].find()
+        assert found is not None, f"{name} does not run"
+        return found
+
+    def verify(self) -> None:
+        """Nothing lost, nothing added, nothing changed."""
+        report = self.cli("verify", "--json", timeout=600)
+        assert report.returncode == 0, report.stdout + report.stderr
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Iterator[Pipeline]:
+    """`metrics-pipeline up --detach`, ended by `down`."""
+    folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-up-"))
+    names = [name.upper() for name in Settings.model_fields if name.endswith("_port")]
+    environment = dict(os.environ) | {
+        "PIPELINE_ENV_FILE": str(folder / "env"),
+        "PIPELINE_DATA_DIR": str(folder / "data"),
+        "PIPELINE_MEMORY_GB": "4",
+        "PRODUCER_RUN_SECONDS": "60",
+        **{name: str(port) for name, port in zip(names, free_ports(len(names)), strict=True)},
+    }
+    running = Pipeline(environment, folder / "data")
+    try:
+        started = running.cli("up", "--detach", timeout=400)
+        assert started.returncode == 0, started.stdout + started.stderr
+        running.wait_healthy()
+        yield running
+    finally:
+        stopped = running.cli("down")
+        shutil.rmtree(postgres_home(folder / "data", unprivileged()), ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+
+
+def test_it_runs_and_verifies(pipeline: Pipeline) -> None:
+    pipeline.wait(
+        "fast", lambda s: (s["acknowledged_per_second"] or 0) > 1000 and s["latency_seconds"]["p99"] is not None
+    )
+    pipeline.verify()
+
+
+def test_a_second_keeper_is_refused(pipeline: Pipeline) -> None:
+    second = pipeline.cli("up")
+    assert second.returncode == 1
+    assert "is running already" in second.stderr
+
+
+@pytest.mark.parametrize("name", ["connect", "broker"])
+def test_a_killed_service_comes_back(pipeline: Pipeline, name: str) -> None:
+    pipeline.wait_healthy()
+    process = pipeline.child(name)
+    process.kill()
+    time.sleep(2)
+    pipeline.wait_healthy()
+    assert pipeline.child(name).pid != process.pid
+    pipeline.verify()
+
+
+def test_postgres_restarted_by_hand(pipeline: Pipeline) -> None:
+    pipeline.wait_healthy()
+    old = pipeline.child("postgres")
+    arguments = old.cmdline()
+    data = arguments[arguments.index("-D") + 1]
+    account = unprivileged()
+    who = account.as_arguments() if account else {}
+    command = [
+        str(Path(arguments[0]).with_name("pg_ctl")),
+        "restart",
+        "-m",
+        "immediate",
+        "-D",
+        data,
+        "-l",
+        "/dev/null",
+        "-w",
+    ]
+    subprocess.run(command, check=True, capture_output=True, cwd="/", timeout=60, env={"LANG": "C.UTF-8"}, **who)
+    pipeline.wait_healthy()
+    assert pipeline.child("postgres").pid != old.pid
+    pipeline.verify()
+
+
+def test_a_killed_keeper_is_followed_by_one_that_takes_over(pipeline: Pipeline) -> None:
+    pipeline.wait_healthy()
+    state = StackState.read(pipeline.data)
+    assert state.keeper is not None
+    os.kill(state.keeper.pid, signal.SIGKILL)
+    time.sleep(1)
+    assert pipeline.child("broker").is_running()
+    again = pipeline.cli("up", "--detach", timeout=300)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert StackState.read(pipeline.data).children["broker"] == state.children["broker"], (
+        "the broker was adopted, not restarted"
+    )
+    pipeline.wait_healthy()
+    pipeline.verify()
+
+
+def test_no_secret_shows(pipeline: Pipeline) -> None:
+    lines = [
+        line.split("=", 1)
+        for line in Path(pipeline.environment["PIPELINE_ENV_FILE"]).read_text().splitlines()
+        if "PASSWORD=" in line
+    ]
+    secrets = [value.strip("'\"") for _, value in lines]
+    assert len(secrets) == 7
+    import requests
+
+    sample = pipeline.status()
+    places = {f"log {path.name}": path.read_text(errors="replace") for path in (pipeline.data / "logs").glob("*.log")}
+    for process in psutil.process_iter(["cmdline"]):
+        places[f"ps {process.pid}"] = " ".join(process.info["cmdline"] or [])
+    connect, dagster, producer = sample["connect"]["url"], sample["dagster"]["url"], sample["producer"]["url"]
+    for path in (
+        "/",
+        "/connectors?expand=info&expand=status",
+        "/connectors/metrics-postgres-sink/config",
+        "/connector-plugins",
+    ):
+        places[f"Connect {path}"] = requests.get(connect + path, timeout=10).text
+    query = "{ runsOrError { ... on Runs { results { runConfigYaml tags { value } } } } instance { info } workspaceOrError { __typename } }"
+    places["Dagster"] = requests.post(f"{dagster}/graphql", json={"query": query}, timeout=10).text
+    for path in ("/metrics", "/status", "/health"):
+        places[f"producer {path}"] = requests.get(producer + path, timeout=10).text
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in pipeline.environment.items():
+            patch.setenv(name, value)
+        settings = Settings.load()
+    import psycopg
+
+    with psycopg.connect(settings.dagster_postgres_url) as connection:
+        places["Dagster's event log"] = str(
+            connection.execute("SELECT string_agg(event, '') FROM event_logs").fetchone()
+        )
+        places["Dagster's runs"] = str(connection.execute("SELECT string_agg(run_body, '') FROM runs").fetchone())
+    assert [place for place, text in places.items() if any(secret in text for secret in secrets)] == []
+
+
+def test_everything_listens_on_loopback_only(pipeline: Pipeline) -> None:
+    family = {
+        process.pid
+        for child in StackState.read(pipeline.data).children.values()
+        if (found := child.find())
+        for process in [found, *found.children(recursive=True)]
+    }
+    listening = {
+        c.laddr.ip.removeprefix("::ffff:")
+        for c in psutil.net_connections("tcp")
+        if c.pid in family and c.status == psutil.CONN_LISTEN and c.laddr
+    }
+    assert listening == {"127.0.0.1"}
