@@ -1,0 +1,71 @@
+"""What holds a producer back."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from metrics_pipeline.errors import InstallError
+from metrics_pipeline.guards import LagWatch, check_disk
+from metrics_pipeline_tests.fakes import until
+
+
+@pytest.mark.parametrize(("limit", "stops"), [(5.0, True), (4.0, False), (0.0, False)])
+def test_disk_free_limit_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float, stops: bool) -> None:
+    asked: list[Path] = []
+
+    def usage(place: Path) -> SimpleNamespace:
+        asked.append(place)
+        return SimpleNamespace(free=4.5 * 2**30)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    folder = tmp_path / "not" / "there yet"
+    if stops:
+        with pytest.raises(InstallError, match=r"4\.5 GiB are free .* below DISK_FREE_LIMIT_GB=5: .*lower DISK_FREE"):
+            check_disk(folder, limit)
+    else:
+        check_disk(folder, limit)
+    assert asked == [tmp_path]
+
+
+def test_lag_pauses_and_resumes() -> None:
+    lag = [10_000]
+    watch = LagWatch(lambda: lag[0], 10_000, interval=0.01)
+    watch.start()
+    assert until(lambda: watch.paused)
+    assert watch.paused == "consumer lag is 10,000 records, PRODUCER_MAX_LAG is 10,000: waiting for the sink"
+    lag[0] = 9_999
+    assert until(lambda: watch.paused is None)
+    watch.stop()
+
+
+def test_an_answer_that_fails_leaves_the_last_one_standing() -> None:
+    answers = iter([100])
+    asked = []
+
+    def lag() -> int:
+        asked.append(1)
+        return next(answers)
+
+    watch = LagWatch(lag, 50, interval=0.01)
+    watch.start()
+    assert until(lambda: len(asked) > 3)
+    assert watch.paused
+    watch.stop()
+
+
+def test_a_slow_answer_holds_nobody_up() -> None:
+    def lag() -> int:
+        time.sleep(3)
+        return 1
+
+    watch = LagWatch(lag, 1)
+    watch.start()
+    begun = time.monotonic()
+    assert watch.paused is None
+    watch.stop()
+    assert time.monotonic() - begun < 2
