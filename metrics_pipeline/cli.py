@@ -214,9 +214,10 @@ def reset(yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False
     lock = take_lock(settings.data_dir)
     if any(child.find() for child in StackState.read(settings.data_dir).children.values()):
         raise BusyError("services of this stack still run: `metrics-pipeline down` first")
-    folders = [
-        folder for folder in (settings.data_dir, postgres_home(settings.data_dir, unprivileged())) if folder.exists()
-    ]
+    home = postgres_home(settings.data_dir, unprivileged())
+    folders = [settings.data_dir]
+    if home.exists() and not home.is_relative_to(settings.data_dir):
+        folders.append(home)
     if not yes and not typer.confirm(f"Delete {' and '.join(map(str, folders))} with all stored readings?"):
         raise typer.Exit(1)
     for folder in folders:
