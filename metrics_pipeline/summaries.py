@@ -25,6 +25,7 @@ from metrics_pipeline.settings import Settings
 log = logging.getLogger(__name__)
 
 _TABLES = ("ingestion_minutes", "device_slots", "device_metric_summary", "device_summary")
+_OTHER_JOINS = ("enable_nestloop", "enable_mergejoin", "enable_sort")
 
 
 @dataclass(frozen=True)
@@ -133,20 +134,23 @@ def device_summary(settings: Settings, *, limit: int = 100) -> DeviceSummaries:
 
 
 def absorb(conn: Connection) -> int:
-    """Bring all summaries up to date in one transaction, and return how many readings there are.
+    """Bring all summaries up to date in one transaction, and return exactly how many readings there are.
 
-    Two at once wait for each other. What is not committed yet is found by a later call, however late.
+    Two at once wait for each other. What is not committed yet is found by a later call, however late. Calls may be as
+    frequent as once a second: each costs about 10 ms and 1 µs a row that is new.
 
     Args:
-        conn: of the role `metrics_summarizer`, with no transaction open.
+        conn: of the role `metrics_summarizer`, autocommit.
     """
+    _refresh_index(conn)
     with _tick(conn):
         return _absorb(conn)
 
 
 def row_count(conn: Connection) -> int:
     """Exactly how many readings there are; costs what came since the last tick. Any role that reads may ask."""
-    count: int | None = _value(conn, query("row_count"))
+    with conn.transaction(), _hash_joins(conn):
+        count: int | None = _value(conn, query("row_count"))
     if count is None:
         count = _value(conn, "SELECT count(*) FROM metrics")
     return count
@@ -172,8 +176,11 @@ def _tick(conn: Connection) -> Iterator[None]:
 def _absorb(conn: Connection) -> int:
     conn.execute(query("absorb_begin"))
     if _value(conn, "SELECT source IS NOT DISTINCT FROM metrics_source() FROM summary_state"):
-        for low, high in conn.execute(query("absorb_spans")).fetchall():
-            _run(conn, "absorb_inserted", low=low, high=high)
+        spans = conn.execute(query("absorb_spans")).fetchall()
+        with _hash_joins(conn):
+            for low, high in spans:
+                _run(conn, "absorb_inserted", low=low, high=high)
+            _run(conn, "absorb_removed")
         _run(conn, "absorb_changed")
     else:
         log.warning("counting all readings anew: the table was truncated, rewritten or restored since the last tick")
@@ -191,6 +198,16 @@ def _absorb(conn: Connection) -> int:
     _run(conn, "merge_device_summary")
     rows: int = _value(conn, query("absorb_end"))
     return rows
+
+
+@contextmanager
+def _hash_joins(conn: Connection) -> Iterator[None]:
+    """The logs grow and shrink faster than statistics follow: joined as the planner sees fit, they cost their square."""
+    for way in _OTHER_JOINS:
+        conn.execute(f"SET LOCAL {way} = off")
+    yield
+    for way in _OTHER_JOINS:
+        conn.execute(f"SET LOCAL {way} = on")
 
 
 def _run(conn: Connection, name: str, **parameters: Any) -> None:

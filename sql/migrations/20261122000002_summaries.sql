@@ -50,10 +50,14 @@ CREATE TABLE ingestion_rate (
 ) WITH (fillfactor = 50);
 COMMENT ON TABLE ingestion_rate IS 'Inserts per minute over the last ten minutes, the current one included, at the newest tick.';
 
+-- The digits of a quotient depend on the scale of the dividend, and a sum keeps the scale of what has been taken off again.
 -- The least double is 5e-324, and the server refuses to cast what rounds to zero.
 CREATE FUNCTION metric_mean(total numeric, rows bigint) RETURNS double precision
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
-RETURN CASE WHEN abs(total / rows) < 2.5e-324 THEN 0 ELSE (total / rows)::double precision END;
+RETURN CASE
+    WHEN abs(trim_scale(total) / rows) < 2.5e-324 THEN 0
+    ELSE (trim_scale(total) / rows)::double precision
+END;
 COMMENT ON FUNCTION metric_mean IS 'Mean of readings whose exact decimal values add up to total.';
 
 CREATE TABLE device_slots (

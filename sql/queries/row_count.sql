@@ -20,7 +20,15 @@ SELECT
                         WHERE k.device_id = m.device_id AND k.published_at = m.published_at AND k.metric_name = m.metric_name
                     )
             )
-            + (SELECT count(*) FROM keys INNER JOIN metrics USING (device_id, published_at, metric_name))
+            + (
+                -- A lookup by key, whatever the planner may think of loops.
+                SELECT count(*)
+                FROM keys AS k
+                WHERE (
+                    SELECT true FROM metrics AS m
+                    WHERE m.device_id = k.device_id AND m.published_at = k.published_at AND m.metric_name = k.metric_name
+                )
+            )
             - (
                 SELECT count(*)
                 FROM summary_changes AS c
