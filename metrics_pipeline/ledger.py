@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal
 from uuid import UUID
@@ -202,6 +203,34 @@ class RunLedger:
             connection.execute(postgres.query("end_abandoned_runs"), {"run_id": self._run_id})
         except psycopg.Error as error:
             raise _failure("the producer's lock could not be taken", error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The database session that has the producer's lock.
+
+    Attributes:
+        name: of the session; a producer's holds its run's id.
+        since: when it connected.
+    """
+
+    name: str
+    since: datetime
+
+
+def holder(settings: Settings) -> Holder | None:
+    """Who has the producer's lock, or None.
+
+    Raises:
+        ServiceError: PostgreSQL cannot be used.
+    """
+    # A role of less rights would not be shown the names of the producer's sessions.
+    with postgres.connect(settings, "metrics_producer", autocommit=True, connect_timeout=3) as connection:
+        try:
+            found = connection.execute(postgres.query("producer_lock_holder"), {"key": LOCK_KEY}).fetchone()
+        except psycopg.Error as error:
+            raise _failure("the holder of the producer's lock could not be read", error) from error
+    return Holder(str(found[0]), found[2]) if found else None
 
 
 def _failure(what: str, error: psycopg.Error) -> ServiceError:

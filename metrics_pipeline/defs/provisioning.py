@@ -1,7 +1,5 @@
 """Schema, then topic, then connector: each brought to its configured state, each checked by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import dagster as dg
@@ -157,3 +155,11 @@ def check_provisioning_schedule(context: dg.ScheduleEvaluationContext) -> dg.Run
     """Every minute, so that drift is seen red before it is mended."""
     reason = not_provisioned(context.instance)
     return dg.SkipReason(reason) if reason else dg.RunRequest()
+
+
+DEFINITIONS = dg.Definitions(
+    assets=[metrics_schema, metrics_topic, metrics_sink_connector, metrics],
+    asset_checks=[schema_at_head, topic_as_configured, connector_as_configured],
+    jobs=[provision, check_provisioning],
+    schedules=[check_provisioning_schedule],
+)

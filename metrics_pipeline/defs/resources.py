@@ -1,7 +1,5 @@
 """What the definitions share: the settings, and errors and states that read well in the UI."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,9 +28,6 @@ class Pipeline(dg.ConfigurableResource[Settings]):
         return Settings.load(**overrides)
 
 
-RESOURCES = {"pipeline": Pipeline()}
-
-
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Show our own errors as the one line they are; they stay as the cause."""
@@ -45,3 +40,6 @@ def plain_errors() -> Iterator[None]:
 def active_runs(instance: dg.DagsterInstance, job: str) -> Sequence[dg.RunRecord]:
     """Runs of a job that have not ended, newest first."""
     return instance.get_run_records(dg.RunsFilter(job_name=job, statuses=ACTIVE), limit=10)
+
+
+DEFINITIONS = dg.Definitions(resources={"pipeline": Pipeline()}, executor=dg.in_process_executor)

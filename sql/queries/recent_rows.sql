@@ -1,0 +1,4 @@
+-- How many readings were stored within the last seconds, and how many seconds ago the newest of them (null: none)?
+SELECT count(*), extract(EPOCH FROM now() - max(created_at))::double precision
+FROM metrics
+WHERE created_at > now() - make_interval(secs => %(seconds)s)
