@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -169,13 +170,14 @@ class Service:
         if process is None or not self.alive():
             self.process = None
             return
-        family = _session(process)
+        session = _session_led_by(process)
+        family = _family(process, session)
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(self.stop_signal)
         deadline = time.monotonic() + self.stop_seconds
         while self.alive() and time.monotonic() < deadline:
             time.sleep(0.05)
-        for left in {*family, *_session(process)}:
+        for left in family | _family(process, session):
             with contextlib.suppress(psutil.Error):
                 if left.is_running() and left.status() != psutil.STATUS_ZOMBIE:
                     left.kill()
@@ -185,7 +187,7 @@ class Service:
 
     def last_words(self) -> str:
         """The last telling line of the log: an error if there is one."""
-        lines = tail(self.log, 60)
+        lines = [line for line in tail(self.log, 60) if line.strip()]
         errors = [
             line for line in lines if any(word in line for word in ("ERROR", "FATAL", "PANIC", "Error:", "Exception"))
         ]
@@ -207,10 +209,24 @@ class Service:
             file.truncate(0)
 
 
-def _session(process: psutil.Process) -> list[psutil.Process]:
+def _session_led_by(process: psutil.Process) -> int | None:
+    """The id of the process's session; None when somebody else, such as a login shell, leads it."""
+    with contextlib.suppress(ProcessLookupError):
+        return session if (session := os.getsid(process.pid)) == process.pid else None
+    return None
+
+
+def _family(process: psutil.Process, session: int | None) -> set[psutil.Process]:
+    """The process, its descendants, and those of its session whose own parent has ended."""
+    family = {process}
     with contextlib.suppress(psutil.Error):
-        return [process, *process.children(recursive=True)]
-    return []
+        family.update(process.children(recursive=True))
+    if session is not None:
+        for other in psutil.process_iter():
+            with contextlib.suppress(OSError):
+                if os.getsid(other.pid) == session:
+                    family.add(other)
+    return family
 
 
 def tail(path: Path, lines: int) -> list[str]:
