@@ -72,12 +72,15 @@ def claim_home(data_dir: Path, account: Account | None) -> Path:
     if account is not None:
         home.chmod(0o755)
     if home.parent == SHARED_STATE:
+        SHARED_STATE.chmod(0o755)  # a strict umask would have closed it
         (home / "belongs-to").write_text(f"{data_dir}\n")
-        _remove_orphans()
+        _remove_orphans(home)
     return home
 
 
-def _remove_orphans() -> None:
+def _remove_orphans(claimed: Path) -> None:
     for note in SHARED_STATE.glob("*/belongs-to"):
+        if note.parent == claimed:
+            continue
         if not Path(note.read_text().strip()).exists() and not (note.parent / "data" / "postmaster.pid").exists():
             shutil.rmtree(note.parent, ignore_errors=True)

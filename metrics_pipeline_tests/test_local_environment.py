@@ -1,0 +1,98 @@
+"""The env file that the first `up` writes, and what child processes get."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from dotenv import dotenv_values
+
+from metrics_pipeline.errors import InstallError
+from metrics_pipeline.local.environment import SECRETS, for_python, minimal, remember, write_secrets
+from metrics_pipeline.settings import Settings
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "env"
+    monkeypatch.setenv("PIPELINE_ENV_FILE", str(path))
+    return path
+
+
+def test_every_password_is_made_once_and_differs(file: Path) -> None:
+    write_secrets()
+    made = dotenv_values(file)
+    assert set(made) == set(SECRETS)
+    assert len(set(made.values())) == len(SECRETS)
+    assert all(value and len(value) >= 32 for value in made.values())
+    write_secrets()
+    assert dotenv_values(file) == made
+
+
+def test_only_the_owner_may_read_it(file: Path) -> None:
+    write_secrets()
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o644)
+    remember({"KAFKA_PORT": "1"})
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_the_user_set_is_left_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = (
+        "# mine\nPRODUCER_FLEET_SIZE=77   # more of them\n\nexport DAGSTER_PASSWORD='a b#c'\nMETRICS_OWNER_PASSWORD=\n"
+    )
+    file.write_text(mine)
+    monkeypatch.setenv("METRICS_READER_PASSWORD", "from-the-environment")
+    write_secrets()
+    text = file.read_text()
+    assert text.startswith(
+        "# mine\nPRODUCER_FLEET_SIZE=77   # more of them\n\nexport DAGSTER_PASSWORD='a b#c'\nMETRICS_OWNER_PASSWORD="
+    )
+    assert "METRICS_READER_PASSWORD" not in text
+    settings = Settings.load()
+    assert settings.dagster_password.get_secret_value() == "a b#c"
+    assert settings.metrics_reader_password.get_secret_value() == "from-the-environment"
+    assert len(settings.metrics_owner_password.get_secret_value()) >= 32
+    assert settings.producer_fleet_size == 77
+
+
+@pytest.mark.parametrize("value", ["plain", "with space", "p'q\"r", "a#b", "$HOME", "back\\slash", "ünï"])
+def test_a_value_comes_back_as_it_was(value: str, file: Path) -> None:
+    remember({"DAGSTER_PASSWORD": value})
+    assert Settings.load().dagster_password.get_secret_value() == value
+
+
+def test_a_value_is_replaced_where_it_stands(file: Path) -> None:
+    file.write_text("KAFKA_PORT=1\nLAG_LIMIT=5\n")
+    remember({"KAFKA_PORT": "2"})
+    assert [line.replace("'", "") for line in file.read_text().splitlines()] == ["KAFKA_PORT=2", "LAG_LIMIT=5"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_ENV_FILE", str(tmp_path / "no-such-folder" / "env"))
+    with pytest.raises(InstallError, match=r"cannot write .*env: No such file or directory; .*PIPELINE_ENV_FILE"):
+        write_secrets()
+
+
+def test_python_children_get_the_chosen_ports_and_no_password_but_dagsters(
+    file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_secrets()
+    monkeypatch.setenv("KAFKA_PORT", "1")
+    settings = Settings.load(kafka_port=2, pipeline_data_dir=tmp_path / "data")
+    variables = for_python(settings)
+    assert variables["KAFKA_PORT"] == "2"
+    assert variables["PIPELINE_ENV_FILE"] == str(file)
+    assert variables["DAGSTER_HOME"] == str(tmp_path / "data" / "dagster_home")
+    assert variables["PATH"] == os.environ["PATH"]
+    for name in Settings.group("ports"):
+        assert name.upper() in variables
+    secret = {name: getattr(settings, name).get_secret_value() for name in Settings.group("secrets")}
+    holding = {(name, key) for name, value in secret.items() for key, text in variables.items() if value in text}
+    assert holding == {("dagster_password", "DAGSTER_POSTGRES_URL")}
+
+
+def test_other_children_get_nothing_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    assert set(minimal()) == {"PATH", "LANG", "TZ"}

@@ -1,0 +1,144 @@
+"""What a keeper writes down: one at a time, and the next one finds what a killed one left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from metrics_pipeline.errors import BusyError
+from metrics_pipeline.local.service import ProcessId, Service, identify
+from metrics_pipeline.local.state import StackState, take_lock
+
+Make = Callable[[str], Service]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """A service that sleeps."""
+    made: list[Service] = []
+
+    def build(name: str) -> Service:
+        service = Service(
+            name=name,
+            title=name,
+            url="",
+            command=["sleep", "60"],
+            environment={"PATH": os.defpath},
+            log=tmp_path / f"{name}.log",
+            check=lambda: None,
+        )
+        made.append(service)
+        return service
+
+    yield build
+    for service in made:
+        service.stop()
+
+
+def test_a_state_survives_writing_and_reading(tmp_path: Path) -> None:
+    state = StackState(
+        keeper=ProcessId(1, 2.5), children={"broker": ProcessId(3, 4.25)}, fingerprints={"broker": "abc"}, ready=True
+    )
+    state.write(tmp_path)
+    assert StackState.read(tmp_path) == state
+    assert [path.name for path in tmp_path.iterdir()] == ["stack.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"keeper": null}', '{"keeper": {"pid": 1}, "children": {}}', "\x00"])
+def test_a_state_that_cannot_be_understood_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "stack.json").write_text(text)
+    assert StackState.read(tmp_path) == StackState()
+
+
+def test_no_state_is_none(tmp_path: Path) -> None:
+    assert StackState.read(tmp_path / "nowhere") == StackState()
+
+
+def test_a_second_keeper_is_told_what_to_do(tmp_path: Path) -> None:
+    first = take_lock(tmp_path / "data")
+    with pytest.raises(BusyError, match=r"is running already: see `metrics-pipeline status`, or stop it with"):
+        take_lock(tmp_path / "data")
+    first.close()
+    take_lock(tmp_path / "data").close()
+
+
+def test_the_lock_of_a_killed_keeper_is_free(tmp_path: Path) -> None:
+    code = f"import pathlib; from metrics_pipeline.local.state import take_lock; file = take_lock(pathlib.Path({str(tmp_path)!r})); print('ok', flush=True); input()"
+    keeper = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert keeper.stdout is not None
+        assert keeper.stdout.readline() == b"ok\n"
+        with pytest.raises(BusyError):
+            take_lock(tmp_path)
+    finally:
+        keeper.kill()
+        keeper.communicate()
+    take_lock(tmp_path).close()
+
+
+def test_a_child_does_not_keep_the_lock_of_its_killed_keeper(tmp_path: Path, make: Make) -> None:
+    lock = take_lock(tmp_path)
+    make("part").start()
+    lock.close()
+    take_lock(tmp_path).close()
+
+
+def test_a_new_keeper_adopts_what_runs_as_it_would_start_it(tmp_path: Path, make: Make) -> None:
+    service = make("part")
+    service.start()
+    assert service.process is not None
+    state = StackState(keeper=ProcessId(1, 1))
+    state.note([service, make("not started")])
+    state.write(tmp_path)
+    assert set(json.loads((tmp_path / "stack.json").read_text())["children"]) == {"part"}
+
+    after = make("part")
+    assert StackState.read(tmp_path).adopt([after]) == []
+    assert after.process == service.process
+    assert after.alive()
+
+
+def test_what_would_be_started_otherwise_now_is_named_stale(tmp_path: Path, make: Make) -> None:
+    service = make("part")
+    service.start()
+    state = StackState()
+    state.note([service])
+    after = make("part")
+    after.environment = {"PATH": os.defpath, "POSTGRES_PORT": "6000"}
+    assert state.adopt([after]) == [after]
+    assert after.alive()
+
+
+def test_what_ended_is_not_adopted(make: Make) -> None:
+    service = make("part")
+    service.start()
+    state = StackState()
+    state.note([service])
+    service.stop()
+    after = make("part")
+    assert state.adopt([after]) == []
+    assert not after.alive()
+
+
+def test_a_pid_of_another_program_is_not_adopted(make: Make) -> None:
+    me = identify(psutil.Process())
+    state = StackState(children={"part": ProcessId(me.pid, me.created - 1000)}, fingerprints={"part": "x"})
+    after = make("part")
+    assert state.adopt([after]) == []
+    assert not after.alive()
+
+
+def test_an_instance_that_nobody_wrote_down_is_found_by_the_service_itself(make: Make) -> None:
+    service = make("part")
+    service.start()
+    after = make("part")
+    after.find = lambda: service.process
+    assert StackState().adopt([after]) == [after]  # how it was started is not known
+    assert after.process == service.process
