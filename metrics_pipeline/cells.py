@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from functools import lru_cache
 from math import isfinite
 from typing import Final, Literal
 from uuid import UUID, uuid5
@@ -172,7 +171,6 @@ def device_id(cell: object) -> UUID:
     raise RecordError("bad_uuid", "is empty" if cell is None else f"{shown(cell)} is neither a UUID nor a name")
 
 
-@lru_cache(maxsize=1 << 16)
 def _device_of(name: str) -> UUID:
     if not name:
         raise RecordError("bad_uuid", "is empty")

@@ -96,13 +96,14 @@ class Columns:
     mapping: Mapping[str, int]
 
     @classmethod
-    def find(cls, columns: Sequence[str], options: ReplayOptions, where: str) -> Columns:
+    def find(cls, columns: Sequence[str], options: ReplayOptions, where: str, *, uniform: bool = True) -> Columns:
         """Decide what each column means.
 
         Args:
             columns: names in the file's header, or in its first lines.
             options: what the user said.
             where: the file, for messages.
+            uniform: whether every line has all the columns.
 
         Raises:
             SettingError: time, device or metrics are missing, or there are two for one; names the columns there are.
@@ -140,7 +141,7 @@ class Columns:
             mapping,
         )
         try:
-            places = result.places(tuple(columns))
+            places = result.places(columns, uniform=uniform)
         except RecordError as error:
             raise SettingError(f"{where}: {error.detail}") from error
         if not long and not places.metrics:
@@ -150,8 +151,12 @@ class Columns:
             )
         return result
 
-    def places(self, columns: Sequence[str]) -> Places:
+    def places(self, columns: Sequence[str], *, uniform: bool = True) -> Places:
         """Where the cells stand in lines with these columns, which may differ from line to line in NDJSON.
+
+        Args:
+            columns: in their order.
+            uniform: False when they are those of several lines together, which may name one metric in several ways.
 
         Raises:
             RecordError: a column that every line needs is missing, or stands there twice.
@@ -174,7 +179,7 @@ class Columns:
                     code = None if code in mapped else code
                 if code is None:
                     continue
-                if code in metrics:
+                if code in metrics and uniform:
                     raise RecordError("bad_metric", f"columns {names([metrics[code][1], name])} are the same metric")
                 metrics[code] = (at, name, code)
                 used.add(at)

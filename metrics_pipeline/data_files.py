@@ -62,6 +62,9 @@ class DataFile(ABC):
     unit: ClassVar[str] = ""
     """What stands before the number of a line in messages."""
 
+    uniform: ClassVar[bool] = True
+    """Whether every line has all the columns."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = path.stat().st_size
@@ -228,6 +231,8 @@ def _fit(sample: list[str], delimiter: str) -> tuple[bool, int, int]:
 
 class NdjsonFile(TextFile):
     """One JSON object a line; the lines need not have the same fields."""
+
+    uniform = False
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)

@@ -104,12 +104,19 @@ class Replay:
         self._options = options
         self._batch_size = batch_size
         self._clock = Clock(options.tz, options.repeated)
-        self._files = [(file, Columns.find(file.columns, options, str(file.path))) for file in files]
+        self._files = [
+            (file, Columns.find(file.columns, options, str(file.path), uniform=file.uniform)) for file in files
+        ]
         self._devices: dict[str, UUID] = {}
-        self._device = self._device_id(options.device) if options.device is not None else None
+        self._device: UUID | None = None
+        if options.device is not None:
+            try:
+                self._device = self._device_id(options.device)
+            except RecordError as error:
+                raise SettingError(f"--device: {error.detail}; give a UUID or a name") from error
         self._keys = array("q")
         for file, columns in self._files:
-            self._note_ignored(columns.places(file.columns))
+            self._note_ignored(columns.places(file.columns, uniform=file.uniform))
 
     @property
     def bytes_read(self) -> int:
