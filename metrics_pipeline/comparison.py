@@ -154,7 +154,7 @@ class Comparison:
         same_tags = theirs["tags"] == ours["tags"]
         bits = theirs["value"].astype(np.uint64) ^ ours["value"].astype(np.uint64)
         equal[stored] = same_tags & (bits == 0)
-        near[stored] = same_tags & (bits == _SIGN) & (theirs["value"].astype(np.uint64) & ~_SIGN == 0)
+        near[stored] = same_tags & (bits == _SIGN) & (theirs["value"] == 0)
 
         count = len(row_of)
         known = _any(groups, np.ones(len(groups), bool), count)
