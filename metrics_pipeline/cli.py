@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from metrics_pipeline.errors import BusyError, PipelineError, SettingError
 from metrics_pipeline.settings import Settings
@@ -39,8 +40,8 @@ app = typer.Typer(
 migrations = typer.Typer(help="The database schema: sql/migrations, applied by dbmate.", no_args_is_help=True)
 app.add_typer(migrations, name="migrate")
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def main() -> None:
@@ -53,18 +54,14 @@ def main() -> None:
     try:
         app()
     except PipelineError as error:
-        err.print(f"[bold red]error:[/] {_escape(str(error))}")
+        err.print("[bold red]error:[/]", Text(str(error)))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
 def _say(text: str) -> None:
-    out.print(_escape(text))
+    out.print(text, markup=False)
 
 
 @app.command()
@@ -200,7 +197,7 @@ def doctor() -> None:
     width = max(len(finding.what) for finding in findings)
     for finding in findings:
         mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "  "}[finding.ok]
-        out.print(f"{mark}  {finding.what:<{width}}  {_escape(finding.value)}")
+        out.print(f"{mark}  {finding.what:<{width}} ", Text(finding.value))
     raise typer.Exit(1 if any(finding.ok is False for finding in findings) else 0)
 
 
@@ -211,18 +208,17 @@ def reset(yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False
     from metrics_pipeline.local.state import StackState, take_lock
 
     settings = Settings.load()
-    lock = take_lock(settings.data_dir)
-    if any(child.find() for child in StackState.read(settings.data_dir).children.values()):
-        raise BusyError("services of this stack still run: `metrics-pipeline down` first")
-    home = postgres_home(settings.data_dir, unprivileged())
-    folders = [settings.data_dir]
-    if home.exists() and not home.is_relative_to(settings.data_dir):
-        folders.append(home)
-    if not yes and not typer.confirm(f"Delete {' and '.join(map(str, folders))} with all stored readings?"):
-        raise typer.Exit(1)
-    for folder in folders:
-        shutil.rmtree(folder)
-    lock.close()
+    with take_lock(settings.data_dir):
+        if any(child.find() for child in StackState.read(settings.data_dir).children.values()):
+            raise BusyError("services of this stack still run: `metrics-pipeline down` first")
+        home = postgres_home(settings.data_dir, unprivileged())
+        folders = [settings.data_dir]
+        if home.exists() and not home.is_relative_to(settings.data_dir):
+            folders.append(home)
+        if not yes and not typer.confirm(f"Delete {' and '.join(map(str, folders))} with all stored readings?"):
+            raise typer.Exit(1)
+        for folder in folders:
+            shutil.rmtree(folder)
     _say("Deleted. `metrics-pipeline up` starts afresh.")
 
 
@@ -277,10 +273,14 @@ def sql(
 
     if (query is None) == (file is None):
         raise SettingError("give either a query or --file")
+    if plain + as_csv + as_json > 1:
+        raise SettingError("give one of --plain, --csv and --json")
     try:
-        text = query if query is not None else file.read_text() if file else ""
+        text = query if query is not None else file.read_text("utf-8") if file else ""
     except OSError as error:
         raise SettingError(f"--file {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SettingError(f"--file {file}: it is not UTF-8 text") from error
     result = postgres.run_sql(Settings.load(), text)
     if plain:
         for row in result.rows:
@@ -295,7 +295,7 @@ def sql(
     else:
         grid = Table(*result.columns)
         for row in result.rows:
-            grid.add_row(*("" if value is None else _escape(str(value)) for value in row))
+            grid.add_row(*(Text("" if value is None else str(value)) for value in row))
         out.print(grid)
         out.print(f"{len(result.rows)} row{'' if len(result.rows) == 1 else 's'}")
 

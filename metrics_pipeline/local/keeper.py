@@ -237,6 +237,8 @@ def stop_running(settings: Settings, report: Report) -> bool:
                 f"the keeper (pid {keeper.pid}) has not ended after 180 s: see {settings.data_dir / 'logs'}"
             ) from error
         return True
+    if not settings.data_dir.exists():  # else a first `down` would fetch all the jars to find nothing
+        return False
     lock = take_lock(settings.data_dir)
     try:
         stack = build(settings)

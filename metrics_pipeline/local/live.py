@@ -7,6 +7,7 @@ import time
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from metrics_pipeline.settings import Settings
@@ -72,7 +73,7 @@ def table(sample: Sample) -> Table:
         grid.add_row(f"[bold]{name}[/]", value)
     for part in ("postgres", "broker", "connect", "producer", "dagster"):
         state = sample[part]
-        mark = "[green]●[/] healthy" if state["healthy"] else f"[red]●[/] {state.get('reason', 'not healthy')}"
+        mark = "[green]●[/] healthy" if state["healthy"] else f"[red]●[/] {escape(state.get('reason', 'not healthy'))}"
         if part == "connect" and state["connector"]:
             mark += f"   connector {state['connector']}, tasks {task_states(sample)}"
         grid.add_row(part, f"{mark}   [dim]{state['url']}[/]")
