@@ -12,6 +12,7 @@ from typing import Final
 from metrics_pipeline.errors import InstallError
 
 LAG_SECONDS: Final = 3.0
+"""Time between two questions for the lag."""
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +39,15 @@ def check_disk(folder: Path, limit_gb: float) -> None:
 class LagWatch:
     """Asks for the consumer lag in a thread of its own, because the answer may take seconds."""
 
-    def __init__(self, lag: Callable[[], int], limit: int, interval: float = LAG_SECONDS) -> None:
+    def __init__(self, lag: Callable[[], int], limit: int) -> None:
         """Prepare.
 
         Args:
             lag: records between the end of the topic and what the sink committed; may raise.
             limit: records from which the producer pauses.
-            interval: seconds between two questions.
         """
         self._lag = lag
         self._limit = limit
-        self._interval = interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lag-watch", daemon=True)
         self.paused: str | None = None
@@ -75,5 +74,5 @@ class LagWatch:
                     if behind >= self._limit
                     else None
                 )
-            if self._stop.wait(self._interval):
+            if self._stop.wait(LAG_SECONDS):
                 return

@@ -7,7 +7,7 @@ ledger and closes the client before the caller's exception goes on its way.
 
 from __future__ import annotations
 
-import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,10 +29,9 @@ from metrics_pipeline.probe import LatencyProbe
 from metrics_pipeline.publisher import TICK_SECONDS, KafkaClient, Message, Publisher
 from metrics_pipeline.settings import ProducerSettings, Settings
 
+PROGRESS_SECONDS: Final = 1.0
 LEDGER_SECONDS: Final = 30.0
 """How long the last write of the ledger may wait for a PostgreSQL that restarts."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +148,7 @@ class Producer:
             simulated(settings) if source is None else source,
             self._deliveries,
             make_client,
-            stop=self.stop,
+            stop=self._stops,
             watch=self._guard,
             paused=lambda: self._pause_reason() is not None,
             round_seconds=settings.producer_publish_interval / 1000 if simulation else 0.0,
@@ -157,6 +156,7 @@ class Producer:
             messages_per_second=messages_per_second,
         )
         self._begun = time.monotonic()
+        self._worked = False
         self._ended: State | None = None
         self._interrupt: BaseException | None = None
         self._error: BaseException | None = None
@@ -171,29 +171,30 @@ class Producer:
             BaseException: whatever interrupts the wait, after the run was brought to its end.
         """
         worker = threading.Thread(target=self._work, name="producer")
-        started = False
         while True:
+            # Plain assignments and sleeps only: an exception in the middle of a lock or a join would leave it broken.
             try:
-                if not started:
-                    started = True
-                    worker.start()
-                self._wait_for(worker)
+                if not worker.ident:
+                    _start_undisturbed(worker)
+                self._wait()
                 break
             except BaseException as error:  # raised again below
                 self._interrupt = self._interrupt or error
-                self.stop.set()
         if self._interrupt is not None:
             raise self._interrupt
         if self._error is not None:
             raise self._error
         return self.report
 
-    def _wait_for(self, worker: threading.Thread) -> None:
-        next_progress = time.monotonic() + 1
-        while worker.is_alive():
-            worker.join(TICK_SECONDS)
+    def _stops(self) -> bool:
+        return self._interrupt is not None or self.stop.is_set()
+
+    def _wait(self) -> None:
+        next_progress = time.monotonic() + PROGRESS_SECONDS
+        while not self._worked:
+            time.sleep(TICK_SECONDS / 2)
             if self._on_progress and self._interrupt is None and time.monotonic() >= next_progress:
-                next_progress = time.monotonic() + 1
+                next_progress = time.monotonic() + PROGRESS_SECONDS
                 self._on_progress(self.snapshot())
 
     def snapshot(self) -> Snapshot:
@@ -225,6 +226,12 @@ class Producer:
 
     def _work(self) -> None:
         """The whole run, in the thread that no signal reaches."""
+        try:
+            self._run_to_its_end()
+        finally:
+            self._worked = True
+
+    def _run_to_its_end(self) -> None:
         self._begun = time.monotonic()
         state: State = "failed"
         problem = None
@@ -239,7 +246,7 @@ class Producer:
                 self._ledger.start(self._deliveries.tally)
                 try:
                     self._publisher.run()
-                    state = "stopped" if self.stop.is_set() else "finished"
+                    state = "stopped" if self._stops() else "finished"
                 except BaseException as error:  # raised again in the caller's thread
                     self._error = error
                 if isinstance(self._interrupt, Exception):
@@ -262,7 +269,15 @@ class Producer:
             ledger_problem=problem,
         )
         self._ended = state
-        log.info("%s", self.report.summary())
+
+
+def _start_undisturbed(thread: threading.Thread) -> None:
+    """Start a thread with signals held back, since `Thread.start` waits on a lock; the thread keeps them blocked."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def run_producer(settings: Settings, source: Iterable[list[Message]] | None = None, **options: Any) -> Report:

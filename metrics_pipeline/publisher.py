@@ -61,7 +61,7 @@ def client_config(settings: Settings) -> dict[str, Any]:
 
 
 class Publisher:
-    """Publishes what a source gives, until the source ends, the time is up or `stop` is set.
+    """Publishes what a source gives, until the source ends, the time is up or `stop` says so.
 
     Everything happens in the thread that calls `run`, which must not be the main one: an exception out of a signal
     handler could end a delivery report half-way. The attributes may be read from any thread.
@@ -74,7 +74,7 @@ class Publisher:
         deliveries: Deliveries,
         make_client: Callable[[dict[str, Any]], KafkaClient],
         *,
-        stop: threading.Event,
+        stop: Callable[[], bool],
         watch: Callable[[], None] = lambda: None,
         paused: Callable[[], bool] = lambda: False,
         round_seconds: float = 0.0,
@@ -88,7 +88,7 @@ class Publisher:
             source: lists of keys and values; an empty one means that it is too early to ask.
             deliveries: counts.
             make_client: makes the Kafka client out of its configuration.
-            stop: set it to end.
+            stop: whether to end.
             watch: called a few times a second; what it raises ends the run.
             paused: whether to publish nothing for now.
             round_seconds: from the begin of one list to the begin of the next.
@@ -164,7 +164,7 @@ class Publisher:
         """
         servers = self._settings.bootstrap_servers
         deadline = time.monotonic() + START_SECONDS
-        while not self._stop.is_set():
+        while not self._stop():
             self._client.poll(0)
             try:
                 # All topics: naming one that does not exist makes some brokers create it.
@@ -222,7 +222,7 @@ class Publisher:
 
     def _ending(self) -> bool:
         """Whether to take no more from the source; the first time, the time for flushing begins."""
-        if not self._stop.is_set() and time.monotonic() < self._run_until:
+        if not self._stop() and time.monotonic() < self._run_until:
             return False
         if self._flush_until is None:
             self._flush_until = time.monotonic() + self._settings.producer_flush_seconds

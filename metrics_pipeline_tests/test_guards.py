@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from metrics_pipeline import guards
 from metrics_pipeline.errors import InstallError
 from metrics_pipeline.guards import LagWatch, check_disk
 from metrics_pipeline_tests.fakes import until
@@ -32,9 +33,14 @@ def test_disk_free_limit_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert asked == [tmp_path]
 
 
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "LAG_SECONDS", 0.01)
+
+
 def test_lag_pauses_and_resumes() -> None:
     lag = [10_000]
-    watch = LagWatch(lambda: lag[0], 10_000, interval=0.01)
+    watch = LagWatch(lambda: lag[0], 10_000)
     watch.start()
     assert until(lambda: watch.paused)
     assert watch.paused == "consumer lag is 10,000 records, PRODUCER_MAX_LAG is 10,000: waiting for the sink"
@@ -51,7 +57,7 @@ def test_an_answer_that_fails_leaves_the_last_one_standing() -> None:
         asked.append(1)
         return next(answers)
 
-    watch = LagWatch(lag, 50, interval=0.01)
+    watch = LagWatch(lag, 50)
     watch.start()
     assert until(lambda: len(asked) > 3)
     assert watch.paused

@@ -32,9 +32,14 @@ class Run:
         names = {name: options.pop(name) for name in list(options) if name.startswith(("producer_", "kafka_"))}
         self.topic = topic or FakeTopic()
         self.deliveries = Deliveries()
-        self.stop: threading.Event = options.setdefault("stop", threading.Event())
+        self.stop = threading.Event()
         self.publisher = Publisher(
-            Settings(kafka_url="broker:1", **names), source, self.deliveries, self.topic.client, **options
+            Settings(kafka_url="broker:1", **names),
+            source,
+            self.deliveries,
+            self.topic.client,
+            stop=self.stop.is_set,
+            **options,
         )
 
     def run(self) -> Run:
@@ -73,8 +78,8 @@ def test_everything_is_published_in_order_and_the_client_closed() -> None:
 @pytest.mark.parametrize(("concurrency", "size"), [(1, 250), (8, 250), (3, 100), (1, 1)])
 def test_queue_concurrency_times_batch_size_bounds_what_is_in_flight(concurrency: int, size: int) -> None:
     run = Run(
-        [messages(min(2000, concurrency * size * 5))],
-        FakeTopic(latency=0.002),
+        [messages(concurrency * size * 3)],
+        FakeTopic(latency=0.1),
         producer_queue_concurrency=concurrency,
         kafka_batch_size=size,
     ).run()
@@ -456,7 +461,7 @@ def test_on_librdkafka_itself() -> None:
         [messages(5000), messages(5000, 5000)],
         deliveries,
         client,
-        stop=threading.Event(),
+        stop=lambda: False,
     ).run()
     tally = deliveries.tally()
     assert sum(counts.acknowledged for counts in tally.values()) == 10_000
