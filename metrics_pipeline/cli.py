@@ -14,13 +14,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -42,6 +52,13 @@ app.add_typer(migrations, name="migrate")
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+class OnError(StrEnum):
+    """What a replay does at a bad line."""
+
+    stop = "stop"
+    skip = "skip"
 
 
 def main() -> None:
@@ -356,6 +373,58 @@ def produce(
     settings = Settings.load(**overrides)
     with _stop_on_signals() as stop, _counter() as count:
         report = run_producer(settings, stop=stop, on_progress=count)
+    _say(report.summary())
+    raise typer.Exit(0 if report.clean else 1)
+
+
+@app.command()
+def replay(
+    files: Annotated[list[Path], typer.Argument(help="CSV, NDJSON or Parquet, also with .gz")],
+    device: Annotated[str | None, typer.Option("--device", help="device of all readings: a UUID, or a name")] = None,
+    device_column: Annotated[str | None, typer.Option("--device-column", help="column that holds the device")] = None,
+    time_column: Annotated[str | None, typer.Option("--time", help="column that holds the time")] = None,
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="COLUMN=METRIC", help="a column that is not named as its metric is"),
+    ] = None,
+    tz: Annotated[str, typer.Option("--tz", help="zone of times that name none")] = "UTC",
+    on_error: Annotated[
+        OnError, typer.Option("--on-error", help="at a bad line: stop, or count it and go on")
+    ] = OnError.stop,
+    rate: Annotated[float | None, typer.Option("--rate", help="messages a second; default: as fast as it goes")] = None,
+) -> None:
+    """Publish readings out of files; exit code 0 only when all of them were acknowledged."""
+    from metrics_pipeline.columns import ReplayOptions, parse_mapping
+    from metrics_pipeline.producer import run_producer
+    from metrics_pipeline.replay import open_replay
+
+    settings = Settings.load()
+    options = ReplayOptions(
+        mapping=parse_mapping(mapping or []),
+        device=device,
+        device_column=device_column,
+        time_column=time_column,
+        tz=tz,
+        skip_bad=on_error is OnError.skip,
+    )
+    source = open_replay(files, options)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with (
+        _stop_on_signals() as stop,
+        Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress,
+    ):
+        task = progress.add_task("replaying", total=source.total_bytes)
+
+        def show(snapshot: Snapshot) -> None:
+            progress.update(task, completed=source.bytes_read, description=f"{snapshot.acknowledged:,} acknowledged")
+
+        try:
+            report = run_producer(
+                settings, source.messages(), kind="replay", stop=stop, on_progress=show, messages_per_second=rate
+            )
+        finally:
+            for line in source.report.text():
+                _say(line)
     _say(report.summary())
     raise typer.Exit(0 if report.clean else 1)
 
