@@ -130,7 +130,7 @@ class Stack:
                 return f"{service.title} was running already: {service.url}"
             service.start()
             service.wait_until_healthy(self.cancelled.is_set)
-            return f"{service.title} is up{': ' + service.url if service.url else ''}"
+            return f"{service.title} {'is up: ' + service.url if service.url else 'has started'}"
 
         return run
 
