@@ -21,6 +21,7 @@ import confluent_kafka
 
 from metrics_pipeline import kafka
 from metrics_pipeline.delivery import Deliveries, Ranges, merged
+from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.generator import Generator
 from metrics_pipeline.guards import LagWatch, check_disk
 from metrics_pipeline.health import HealthServer, ProducerMetrics, Snapshot
@@ -281,6 +282,17 @@ def _start_undisturbed(thread: threading.Thread) -> None:
 
 
 def run_producer(settings: Settings, source: Iterable[list[Message]] | None = None, **options: Any) -> Report:
-    """Run a `Producer` to its end, guarded by the sink's lag; takes the same options."""
+    """Run a `Producer` to its end, guarded by the sink's lag; takes the same options.
+
+    Raises:
+        PipelineError: what ended the run, with the counts when there are any.
+    """
     options.setdefault("lag", lambda: kafka.consumer_lag(settings).total)
-    return Producer(settings, source, **options).run()
+    producer = Producer(settings, source, **options)
+    try:
+        return producer.run()
+    except PipelineError as error:
+        report = producer.report
+        if report.acknowledged or report.failed or report.unknown:
+            error.args = (f"{error} ({report.summary()})",)
+        raise

@@ -21,11 +21,11 @@ from confluent_kafka import KafkaError
 
 from metrics_pipeline import guards, ledger, producer, publisher
 from metrics_pipeline.delivery import NO_PARTITION
-from metrics_pipeline.errors import BusyError, InstallError, ServiceError
+from metrics_pipeline.errors import BusyError, InstallError, RecordError, ServiceError
 from metrics_pipeline.health import Snapshot
 from metrics_pipeline.ledger import RunLedger, Source
 from metrics_pipeline.probe import LatencyProbe
-from metrics_pipeline.producer import Producer, Report
+from metrics_pipeline.producer import Producer, Report, run_producer
 from metrics_pipeline.publisher import Message
 from metrics_pipeline.settings import ProducerSettings, Settings
 from metrics_pipeline_tests.fakes import FakePostgres, FakeTopic, until
@@ -58,6 +58,14 @@ class World:
         self.server = FakePostgres()
         self.port = free_port()
 
+    def options(self, settings: Settings, kind: Source, run_id: UUID) -> dict[str, Any]:
+        """Kafka and PostgreSQL in memory."""
+        return {
+            "make_client": self.topic.client,
+            "ledger": RunLedger(settings, run_id, kind, connect=self.server.connect),
+            "probe": LatencyProbe(settings, connect=self.server.connect),
+        }
+
     def producer(
         self, source: Iterable[list[Message]] | None = None, kind: Source = "simulated", **options: Any
     ) -> Producer:
@@ -70,9 +78,7 @@ class World:
             source,
             kind=kind,
             run_id=run_id,
-            make_client=self.topic.client,
-            ledger=RunLedger(settings, run_id, kind, connect=self.server.connect),
-            probe=LatencyProbe(settings, connect=self.server.connect),
+            **self.options(settings, kind, run_id),
             **options,
         )
 
@@ -246,6 +252,20 @@ def test_a_broker_that_never_answers_ends_the_run(world: World, monkeypatch: pyt
         made.run()
     world.check(made.report)
     assert world.rows(made.run_id)[NO_PARTITION]["state"] == "failed"
+
+
+def test_an_error_says_what_was_acknowledged_before_it(world: World) -> None:
+    def source() -> Iterator[list[Message]]:
+        yield messages(10)
+        raise RecordError("bad_value", "a.csv:12: 'x' is not a number")
+
+    settings, run_id = Settings(disk_free_limit_gb=0), uuid4()
+    options = world.options(settings, "replay", run_id)
+    with pytest.raises(RecordError, match=r"bad_value: a\.csv:12: 'x' is not a number \(run .*: 10 acknowledged"):
+        run_producer(settings, source(), kind="replay", run_id=run_id, lag=lambda: 0, **options)
+    world.topic.partitions = 0
+    with pytest.raises(ServiceError, match=r"does not exist.*provision`$"):
+        run_producer(settings, [], kind="replay", lag=lambda: 0, **world.options(settings, "replay", run_id))
 
 
 # --- Interrupts --------------------------------------------------------------------------------------------------
