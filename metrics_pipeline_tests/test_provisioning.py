@@ -1,0 +1,217 @@
+"""Schema, topic, connector: in order, idempotent, each gated by a check that names drift."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from metrics_pipeline import connect, kafka, postgres
+from metrics_pipeline.definitions import defs
+from metrics_pipeline.defs import provisioning
+from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.postgres import MigrationStatus
+from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
+from metrics_pipeline_tests.fake_connect import FakeConnect, serving
+from metrics_pipeline_tests.fake_kafka import FakeBroker
+
+SECRET = "s3cret-of-nobody"
+
+
+@dataclass
+class FakeSchema:
+    """Migrations as `postgres` tells of them; `broken` is why it cannot."""
+
+    files: list[str] = field(default_factory=lambda: ["1_metrics", "2_summaries"])
+    applied: list[str] = field(default_factory=list)
+    broken: str = ""
+
+    def status(self, settings: Settings) -> MigrationStatus:
+        if self.broken:
+            raise ServiceError(self.broken)
+        return MigrationStatus(
+            applied=list(self.applied), pending=[name for name in self.files if name not in self.applied]
+        )
+
+    def migrate(self, settings: Settings) -> list[str]:
+        new = self.status(settings).pending
+        self.applied += new
+        return new
+
+
+@dataclass
+class Parts:
+    """Everything that is provisioned, and Dagster's memory of it."""
+
+    schema: FakeSchema
+    broker: FakeBroker
+    connect: FakeConnect
+    instance: dg.DagsterInstance
+
+    def run(self, job: str = "provision", **config: Any) -> dg.ExecuteInProcessResult:
+        definition = defs.resolve_job_def(job)
+        return definition.execute_in_process(instance=self.instance, raise_on_error=False, run_config=config)
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
+    schema, broker = FakeSchema(), FakeBroker()
+    monkeypatch.setattr(postgres, "migration_status", schema.status)
+    monkeypatch.setattr(postgres, "migrate", schema.migrate)
+    monkeypatch.setattr(kafka, "AdminClient", broker.admin)
+    monkeypatch.setattr(connect, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(connect, "FAILED_GRACE_SECONDS", 0.0)
+    monkeypatch.setenv("POSTGRES_PASSWORD", SECRET)
+    with serving() as fake, dg.instance_for_test() as instance:
+        monkeypatch.setenv("CONNECT_URL", fake.url)
+        yield Parts(schema, broker, fake, instance)
+
+
+def states(result: dg.ExecuteInProcessResult) -> list[tuple[str, object]]:
+    """Name and state of each asset, in the order in which they were made."""
+    return [
+        (event.materialization.asset_key.to_user_string(), event.materialization.metadata["state"].value)
+        for event in result.get_asset_materialization_events()
+    ]
+
+
+def red(result: dg.ExecuteInProcessResult) -> dict[str, str]:
+    """Name and description of each check that failed."""
+    found = result.get_asset_check_evaluations()
+    return {check.check_name: check.description or "" for check in found if not check.passed}
+
+
+ALL = ["metrics_schema", "metrics_topic", "metrics_sink_connector"]
+
+
+def test_created_in_order_and_then_left_alone(parts: Parts) -> None:
+    first = parts.run()
+    assert first.success
+    assert states(first) == [(name, "created") for name in ALL]
+    assert len(first.get_asset_check_evaluations()) == 3
+    assert red(first) == {}
+    second = parts.run()
+    assert states(second) == [(name, "unchanged") for name in ALL]
+
+
+def test_a_new_migration_is_a_change_that_names_it(parts: Parts) -> None:
+    parts.run()
+    parts.schema.files.append("3_more")
+    assert red(parts.run("check_provisioning")) == {"schema_at_head": "migration 3_more is not applied"}
+    result = parts.run()
+    assert states(result) == [("metrics_schema", "changed"), *[(name, "unchanged") for name in ALL[1:]]]
+    details = result.asset_materializations_for_node("metrics_schema")[0].metadata["details"].value
+    assert details == ["applied 3_more"]
+
+
+def test_what_changed_by_hand_is_seen_red_and_then_mended(parts: Parts) -> None:
+    parts.run()
+    parts.broker.topics[TOPIC].config["retention.bytes"] = "1000"
+    parts.connect.configs[CONNECTOR]["batch.size"] = "1"
+    assert red(parts.run("check_provisioning")) == {
+        "topic_as_configured": "retention.bytes is 1000, configured 1789569706",
+        "connector_as_configured": "batch.size is 1, configured 2500",
+    }
+    assert parts.broker.topics[TOPIC].config["retention.bytes"] == "1000", "a check mends nothing"
+    mended = parts.run()
+    assert states(mended) == [
+        ("metrics_schema", "unchanged"),
+        ("metrics_topic", "changed"),
+        ("metrics_sink_connector", "changed"),
+    ]
+    assert red(parts.run("check_provisioning")) == {}
+
+
+def test_a_deleted_connector_and_a_failed_task_are_red(parts: Parts) -> None:
+    parts.run()
+    parts.connect.fail(CONNECTOR, "x.Y: broken", 1)
+    assert red(parts.run("check_provisioning")) == {"connector_as_configured": "task 1 is FAILED: x.Y: broken"}
+    del parts.connect.configs[CONNECTOR]
+    checked = parts.run("check_provisioning")
+    assert red(checked) == {"connector_as_configured": f"connector {CONNECTOR} does not exist"}
+    assert not checked.success
+    assert states(parts.run())[-1] == ("metrics_sink_connector", "created")
+
+
+def test_an_asset_that_fails_blocks_what_is_downstream(parts: Parts) -> None:
+    parts.schema.broken = "PostgreSQL at x cannot be reached: start it"
+    result = parts.run()
+    assert not result.success
+    assert states(result) == []
+    assert TOPIC not in parts.broker.topics
+    (failure,) = [event for event in result.get_failed_step_keys() if event == "metrics_schema"]
+    error = result.failure_data_for_node(failure)
+    assert error is not None
+    assert error.user_failure_data is not None
+    assert error.user_failure_data.description == "PostgreSQL at x cannot be reached: start it"
+
+
+def test_a_check_that_fails_blocks_what_is_downstream(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "migrate", lambda _settings: [])  # it does not bring the schema to its head
+    result = parts.run()
+    assert red(result) == {"schema_at_head": "migration 1_metrics is not applied; migration 2_summaries is not applied"}
+    assert states(result) == [("metrics_schema", "unchanged")]
+    assert TOPIC not in parts.broker.topics
+
+
+def test_a_service_that_does_not_answer_is_red_with_its_reason(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts.run()
+    parts.broker.down = True
+    found = red(parts.run("check_provisioning"))
+    assert list(found) == ["topic_as_configured"]
+    assert "cannot be reached" in found["topic_as_configured"]
+
+
+def test_partitions_grow_when_the_run_is_asked_to(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts.run()
+    monkeypatch.setenv("TOPIC_PARTITIONS_METRICS", "8")
+    refused = parts.run()
+    assert not refused.success
+    failed = refused.failure_data_for_node("metrics_topic")
+    assert failed is not None
+    assert failed.user_failure_data is not None
+    assert "grow_partitions: true" in (failed.user_failure_data.description or "")
+    assert parts.run(ops={"metrics_topic": {"config": {"grow_partitions": True}}}).success
+    assert len(parts.broker.topics[TOPIC].offsets) == 8
+
+
+def test_no_secret_reaches_the_event_log(parts: Parts) -> None:
+    result = parts.run()
+    logged = "".join(str(record) for record in parts.instance.all_logs(result.run_id))
+    assert "metrics_topic" in logged
+    assert SECRET not in logged
+
+
+def test_the_pipeline_is_provisioned_when_all_three_were_made(parts: Parts) -> None:
+    reason = provisioning.not_provisioned(parts.instance)
+    assert (
+        reason == "metrics_schema, metrics_topic, metrics_sink_connector not provisioned yet: run the `provision` job"
+    )
+    parts.schema.files = []
+    parts.broker.down = True
+    parts.run()
+    assert provisioning.not_provisioned(parts.instance) == reason.replace("metrics_schema, ", "")
+    parts.broker.down = False
+    parts.run()
+    assert provisioning.not_provisioned(parts.instance) is None
+
+
+def test_while_provisioning_runs_the_pipeline_is_not_ready(parts: Parts) -> None:
+    parts.run()
+    parts.instance.create_run_for_job(defs.resolve_job_def("provision"), status=dg.DagsterRunStatus.STARTED)
+    assert provisioning.not_provisioned(parts.instance) == "provisioning is under way"
+
+
+def test_checks_wait_for_the_first_provisioning(parts: Parts) -> None:
+    def tick() -> dg.RunRequest | dg.SkipReason:
+        with dg.build_schedule_context(parts.instance) as context:
+            answer = provisioning.check_provisioning_schedule(context)
+            assert isinstance(answer, dg.RunRequest | dg.SkipReason)
+            return answer
+
+    assert isinstance(tick(), dg.SkipReason)
+    parts.run()
+    assert isinstance(tick(), dg.RunRequest)
