@@ -6,6 +6,7 @@ import hashlib
 import random
 import struct
 import tempfile
+import tracemalloc
 import uuid
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field, replace
@@ -326,6 +327,36 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: full.open("r+b", buffering=0))
     with Spill(tmp_path, ROW, 1, chunk=1) as spill, pytest.raises(InstallError, match=r"no space .* PIPELINE_DATA_DIR"):
         spill.append(entries([Row(A, 1.0)], ROW))
+
+
+def test_memory_does_not_grow_with_what_is_compared(tmp_path: Path) -> None:
+    step, steps, buckets = 20_000, 30, 32
+
+    def part(dtype: np.dtype[Any], number: int) -> Rows:
+        entries = np.zeros(step, dtype)
+        entries["key"]["published_at"] = np.arange(number * step, (number + 1) * step)
+        if "offset" in (dtype.names or ()):
+            entries["offset"] = entries["key"]["published_at"]
+        return entries
+
+    tracemalloc.start()
+    try:
+        with (
+            Spill(tmp_path, RECORD, buckets, step) as records,
+            Spill(tmp_path, ROW, buckets, step) as rows,
+            Comparison(whole(step * steps, 1), tmp_path) as comparison,
+        ):
+            for number in range(steps):
+                records.append(part(RECORD, number))
+                rows.append(part(ROW, number))
+            for bucket in range(buckets):
+                comparison.bucket(records.bucket(bucket), rows.bucket(bucket))
+            assert comparison.finish() == Counts(compared=step * steps)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    size = step * steps * (RECORD.itemsize + ROW.itemsize)
+    assert peak < size / 4, f"{peak:,} bytes for {size:,}"
 
 
 # --- Partitions --------------------------------------------------------------------------------------------------
