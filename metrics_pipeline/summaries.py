@@ -25,7 +25,7 @@ from metrics_pipeline.settings import Settings
 log = logging.getLogger(__name__)
 
 _TABLES = ("ingestion_minutes", "device_slots", "device_metric_summary", "device_summary")
-_OTHER_JOINS = ("enable_nestloop", "enable_mergejoin", "enable_sort")
+_OTHER_WAYS = ("enable_nestloop", "enable_mergejoin", "enable_sort", "enable_seqscan")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def absorb(conn: Connection) -> int:
 
 def row_count(conn: Connection) -> int:
     """Exactly how many readings there are; costs what came since the last tick. Any role that reads may ask."""
-    with conn.transaction(), _hash_joins(conn):
+    with conn.transaction(), _fixed_plan(conn):
         count: int | None = _value(conn, query("row_count"))
     if count is None:
         count = _value(conn, "SELECT count(*) FROM metrics")
@@ -177,11 +177,11 @@ def _absorb(conn: Connection) -> int:
     conn.execute(query("absorb_begin"))
     if _value(conn, "SELECT source IS NOT DISTINCT FROM metrics_source() FROM summary_state"):
         spans = conn.execute(query("absorb_spans")).fetchall()
-        with _hash_joins(conn):
+        with _fixed_plan(conn):
             for low, high in spans:
                 _run(conn, "absorb_inserted", low=low, high=high)
+            _run(conn, "absorb_changed")
             _run(conn, "absorb_removed")
-        _run(conn, "absorb_changed")
     else:
         log.warning("counting all readings anew: the table was truncated, rewritten or restored since the last tick")
         for table in _TABLES:
@@ -201,12 +201,16 @@ def _absorb(conn: Connection) -> int:
 
 
 @contextmanager
-def _hash_joins(conn: Connection) -> Iterator[None]:
-    """The logs grow and shrink faster than statistics follow: joined as the planner sees fit, they cost their square."""
-    for way in _OTHER_JOINS:
+def _fixed_plan(conn: Connection) -> Iterator[None]:
+    """Find readings by the index on created_at, and join them by hash.
+
+    The logs, and the readings stored since the last analyze, are more than the planner knows of: as it sees fit, joins cost
+    the square of the log, and a new table is read whole.
+    """
+    for way in _OTHER_WAYS:
         conn.execute(f"SET LOCAL {way} = off")
     yield
-    for way in _OTHER_JOINS:
+    for way in _OTHER_WAYS:
         conn.execute(f"SET LOCAL {way} = on")
 
 

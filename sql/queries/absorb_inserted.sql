@@ -1,4 +1,4 @@
--- Readings of one span of created_at that logged statements inserted and nothing has changed since.
+-- Readings of one span of created_at that logged statements inserted, as far as they are what was inserted.
 INSERT INTO summary_delta
 WITH pending AS MATERIALIZED (
     SELECT DISTINCT xmin AS version, created_at
@@ -19,10 +19,5 @@ SELECT
     max(m.published_at)
 FROM metrics AS m
 INNER JOIN pending AS p ON m.xmin = p.version AND m.created_at = p.created_at
-WHERE
-    m.created_at BETWEEN %(low)s AND %(high)s
-    AND NOT EXISTS (
-        SELECT FROM summary_changes AS c
-        WHERE c.device_id = m.device_id AND c.published_at = m.published_at AND c.metric_name = m.metric_name
-    )
+WHERE m.created_at BETWEEN %(low)s AND %(high)s
 GROUP BY m.device_id, m.metric_name, slot, minute

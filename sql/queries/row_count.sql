@@ -1,49 +1,44 @@
--- How many readings are there? What the summaries have counted, and what is in the logs since; null when they must begin anew.
+-- How many readings are there? What the summaries have counted and the logs add; null when they must begin anew.
 WITH pending AS MATERIALIZED (
     SELECT DISTINCT xmin AS version, created_at FROM summary_inserts
 ),
-keys AS MATERIALIZED (
-    SELECT DISTINCT device_id, published_at, metric_name FROM summary_changes
+changes AS MATERIALIZED (
+    SELECT *, xmin AS version FROM summary_changes
+),
+inserted AS (
+    SELECT count(*) AS rows
+    FROM metrics AS m
+    INNER JOIN pending AS p ON m.xmin = p.version AND m.created_at = p.created_at
+    WHERE m.created_at BETWEEN (SELECT min(created_at) FROM pending) AND (SELECT max(created_at) FROM pending)
+),
+changed AS (
+    SELECT count(*) AS rows
+    FROM (SELECT DISTINCT device_id, published_at, metric_name FROM changes) AS k
+    CROSS JOIN LATERAL (
+        SELECT m.xmin AS version, m.created_at
+        FROM metrics AS m
+        WHERE m.device_id = k.device_id AND m.published_at = k.published_at AND m.metric_name = k.metric_name
+        -- Keeps this a lookup by key.
+        OFFSET 0
+    ) AS m
+    WHERE NOT EXISTS (SELECT FROM pending AS p WHERE p.version = m.version AND p.created_at = m.created_at)
+),
+removed AS (
+    SELECT count(*) AS rows
+    FROM changes AS c
+    WHERE
+        c.old_xmin IS NOT NULL
+        AND NOT EXISTS (SELECT FROM pending AS p WHERE p.version = c.old_xmin AND p.created_at = c.old_created_at)
+        AND NOT EXISTS (
+            SELECT FROM changes AS o
+            WHERE
+                o.version = c.old_xmin
+                AND o.device_id = c.device_id AND o.published_at = c.published_at AND o.metric_name = c.metric_name
+        )
 )
 SELECT
     CASE
-        WHEN s.source = metrics_source() THEN
-            s.rows
-            + (
-                SELECT count(*)
-                FROM metrics AS m
-                INNER JOIN pending AS p ON m.xmin = p.version AND m.created_at = p.created_at
-                WHERE
-                    m.created_at BETWEEN (SELECT min(created_at) FROM pending) AND (SELECT max(created_at) FROM pending)
-                    AND NOT EXISTS (
-                        SELECT FROM keys AS k
-                        WHERE k.device_id = m.device_id AND k.published_at = m.published_at AND k.metric_name = m.metric_name
-                    )
-            )
-            + (
-                -- A lookup by key, whatever the planner may think of loops.
-                SELECT count(*)
-                FROM keys AS k
-                WHERE (
-                    SELECT true FROM metrics AS m
-                    WHERE m.device_id = k.device_id AND m.published_at = k.published_at AND m.metric_name = k.metric_name
-                )
-            )
-            - (
-                SELECT count(*)
-                FROM summary_changes AS c
-                WHERE
-                    c.old_xmin IS NOT NULL
-                    AND NOT EXISTS (
-                        SELECT FROM pending AS p WHERE p.version = c.old_xmin AND p.created_at = c.old_created_at
-                    )
-                    AND NOT EXISTS (
-                        SELECT FROM summary_changes AS o
-                        WHERE
-                            o.xmin = c.old_xmin
-                            AND o.device_id = c.device_id AND o.published_at = c.published_at
-                            AND o.metric_name = c.metric_name
-                    )
-            )
+        WHEN source = metrics_source()
+            THEN rows + (SELECT rows FROM inserted) + (SELECT rows FROM changed) - (SELECT rows FROM removed)
     END
-FROM summary_state AS s
+FROM summary_state
