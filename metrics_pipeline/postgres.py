@@ -35,7 +35,8 @@ QUERIES = ROOT / "sql" / "queries"
 CONNECT_SECONDS = 10
 STATEMENT_SECONDS = 300
 
-_DATABASE_ROLES: tuple[Role, ...] = get_args(Role)
+ROLES: tuple[Role, ...] = get_args(Role)
+"""Those that use the database of the readings; `dagster` has its own."""
 _ROLE_SETTINGS: dict[str, dict[str, str]] = {
     # A migration that waits for a lock makes every later query wait behind it.
     "metrics_owner": {"lock_timeout": "30s"},
@@ -185,7 +186,7 @@ def bootstrap(settings: Settings) -> None:
         SettingError: a role's password is empty.
         ServiceError: PostgreSQL is not reachable, or the superuser may not do it.
     """
-    roles: tuple[str, ...] = (*_DATABASE_ROLES, "dagster")
+    roles: tuple[str, ...] = (*ROLES, "dagster")
     for role in roles:
         if not getattr(settings, f"{role}_password").get_secret_value():
             raise SettingError(
@@ -195,7 +196,7 @@ def bootstrap(settings: Settings) -> None:
         _serialise(conn)
         for role in roles:
             _role(conn, role, getattr(settings, f"{role}_password"))
-        _database(conn, settings.metrics_database, "metrics_owner", _DATABASE_ROLES)
+        _database(conn, settings.metrics_database, "metrics_owner", ROLES)
         for role in _TEMPORARY_TABLES:
             _do(conn, "GRANT TEMPORARY ON DATABASE {} TO {}", settings.metrics_database, role)
         _database(conn, "dagster", "dagster", ("dagster",))
