@@ -22,6 +22,7 @@ from typing import Any, get_args
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import TransactionStatus
 from pydantic import SecretStr
 
 from metrics_pipeline.errors import InstallError, ServiceError, SettingError
@@ -389,6 +390,9 @@ def run_sql(settings: Settings, statement: str, *, timeout_seconds: float = STAT
         except psycopg.errors.ReadOnlySqlTransaction as error:
             raise ServiceError(f"SQL refused: {one_line(error)}: this command only reads") from error
         except psycopg.Error as error:
+            if error.sqlstate is None and conn.info.transaction_status == TransactionStatus.ACTIVE:
+                conn.close()
+                raise ServiceError("SQL refused: COPY cannot be run here: write a SELECT, and choose --csv") from error
             at = _line(statement, error.diag.statement_position)
             raise ServiceError(f"SQL failed{at}: {one_line(error)}") from error
 

@@ -1,0 +1,402 @@
+"""Roles, rights, migrations and statements on a real server."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from pydantic import SecretStr
+
+from metrics_pipeline import postgres
+from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.settings import Role, Settings
+from metrics_pipeline_tests.conftest import RunningStack
+from metrics_pipeline_tests.databases import own_database
+
+pytestmark = pytest.mark.integration
+
+READING = (
+    "INSERT INTO metrics (device_id, published_at, metric_name, value, tags) "
+    "VALUES ('0f8fad5b-d9cb-469f-a165-70867728950e', '2026-11-22 16:00+00', 10, 45.2, '{site:a}')"
+)
+
+
+@pytest.fixture(scope="module")
+def database(stack: RunningStack) -> Iterator[Settings]:
+    with own_database(stack.settings) as own:
+        yield own
+
+
+@pytest.fixture
+def empty(stack: RunningStack) -> Iterator[Settings]:
+    """A database without a schema."""
+    with own_database(stack.settings, migrated=False) as own:
+        yield own
+
+
+def attempt(database: Settings, role: Role, statement: str, *parameters: Any) -> None:
+    """Run a statement as a role; what it did is rolled back."""
+    with postgres.connect(database, role) as conn, conn.transaction(force_rollback=True):
+        conn.execute(statement, parameters)
+
+
+def refused(database: Settings, role: Role, statement: str, *parameters: Any) -> None:
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        attempt(database, role, statement, *parameters)
+
+
+def test_the_readings_are_as_designed(database: Settings) -> None:
+    with postgres.connect(database, "metrics_reader") as conn:
+        columns = conn.execute(
+            "SELECT attname, format_type(atttypid, atttypmod), attnotnull, pg_get_expr(adbin, adrelid) "
+            "FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum "
+            "WHERE attrelid = 'metrics'::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum"
+        ).fetchall()
+        key = conn.execute(
+            "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'metrics_pkey'"
+        ).fetchall()
+        names = conn.execute("SELECT code, name FROM metric_names ORDER BY code").fetchall()
+    assert columns == [
+        ("device_id", "uuid", True, None),
+        ("published_at", "timestamp with time zone", True, None),
+        ("metric_name", "smallint", True, None),
+        ("value", "double precision", True, None),
+        ("tags", "text[]", True, "'{}'::text[]"),
+        ("created_at", "timestamp with time zone", True, "now()"),
+    ]
+    assert key == [("PRIMARY KEY (device_id, published_at, metric_name)",)]
+    assert names == [(0, "temperature"), (10, "humidity"), (20, "pressure"), (30, "co2"), (40, "light"), (50, "sound")]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "constraint"),
+    [
+        ("value", "NaN", "metrics_value_is_finite"),
+        ("value", "Infinity", "metrics_value_is_finite"),
+        ("value", "-Infinity", "metrics_value_is_finite"),
+        ("metric_name", "5", "metrics_metric_name_is_known"),
+        ("published_at", "infinity", "metrics_published_at_has_four_digit_year"),
+        ("published_at", "0001-01-01 00:00:00+00 BC", "metrics_published_at_has_four_digit_year"),
+        ("published_at", "10000-01-01 00:00:00+00", "metrics_published_at_has_four_digit_year"),
+        ("created_at", "-infinity", "metrics_created_at_has_four_digit_year"),
+    ],
+)
+def test_what_no_reading_can_be(database: Settings, column: str, value: str, constraint: str) -> None:
+    row = {"device_id": str(UUID(int=1)), "published_at": "2026-01-01 00:00+00", "metric_name": "10", "value": "1"}
+    row[column] = value
+    statement = f"INSERT INTO metrics ({', '.join(row)}) VALUES ({', '.join(['%s'] * len(row))})"
+    with pytest.raises(psycopg.errors.CheckViolation, match=constraint):
+        attempt(database, "metrics_owner", statement, *row.values())
+
+
+def test_extreme_readings_are_stored(database: Settings) -> None:
+    for value, year in (
+        ("5e-324", "0001-01-01 00:00:00+00"),
+        ("1.7976931348623157e308", "9999-12-31 23:59:59.999999+00"),
+    ):
+        attempt(
+            database,
+            "metrics_writer",
+            "INSERT INTO metrics (device_id, published_at, metric_name, value, tags) VALUES (%s, %s, 0, %s, %s)",
+            UUID(int=1),
+            year,
+            value,
+            ["a,b", '"', "{}", "\\", "\N{GRINNING FACE}"],
+        )
+
+
+def test_the_writer_writes_readings_and_nothing_else(database: Settings) -> None:
+    role: Role = "metrics_writer"
+    attempt(database, role, READING)
+    attempt(
+        database,
+        role,
+        READING + " ON CONFLICT (device_id, published_at, metric_name) DO UPDATE SET value = excluded.value",
+    )
+    attempt(database, role, "CREATE TEMP TABLE stage (LIKE metrics INCLUDING DEFAULTS)")
+    attempt(database, role, "SELECT * FROM metrics NATURAL JOIN (SELECT code AS metric_name FROM metric_names) AS n")
+    refused(database, role, READING.replace("tags)", "tags, created_at)").replace("'{site:a}')", "'{site:a}', now())"))
+    for statement in (
+        "DELETE FROM metrics",
+        "TRUNCATE metrics",
+        "SELECT * FROM summary_inserts",
+        "DELETE FROM summary_changes",
+        "SELECT * FROM producer_runs",
+        "UPDATE metric_names SET unit = 'K'",
+        "CREATE TABLE mine (a int)",
+        "CREATE SCHEMA mine",
+        "SELECT refresh_created_at_index()",
+        "SELECT log_inserts()",
+        "ALTER TABLE metrics DISABLE TRIGGER metrics_2_log_change",
+    ):
+        refused(database, role, statement)
+
+
+def test_the_reader_reads_everything_and_writes_nothing(database: Settings) -> None:
+    with postgres.connect(database, "metrics_owner") as conn:
+        tables = [row[0] for row in conn.execute("SELECT relname FROM pg_stat_user_tables ORDER BY 1").fetchall()]
+    assert {"metrics", "metric_names", "producer_runs", "device_summary"} <= set(tables)
+    for table in set(tables) - {"schema_migrations"}:
+        attempt(database, "metrics_reader", f"SELECT * FROM {table} LIMIT 1")
+    with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+        attempt(database, "metrics_reader", READING)
+    # Its session may switch that off, and still has no right to write.
+    refused(database, "metrics_reader", "SET transaction_read_only = off; " + READING)
+    refused(database, "metrics_reader", "SET transaction_read_only = off; CREATE TEMP TABLE mine (a int)")
+
+
+def test_a_later_table_can_be_read_by_the_reader_alone(database: Settings) -> None:
+    with postgres.connect(database, "metrics_owner", autocommit=True) as conn:
+        conn.execute("CREATE TABLE later (a int)")
+    try:
+        attempt(database, "metrics_reader", "SELECT * FROM later")
+        refused(database, "metrics_writer", "SELECT * FROM later")
+    finally:
+        with postgres.connect(database, "metrics_owner", autocommit=True) as conn:
+            conn.execute("DROP TABLE later")
+
+
+def test_the_producer_keeps_its_ledger_and_lock(database: Settings) -> None:
+    run = (
+        "INSERT INTO producer_runs (run_id, partition, source, state, started_at, updated_at, acknowledged, offsets) "
+        "VALUES (%s, 0, 'simulated', 'running', now(), now(), 3, '{[0,3)}')"
+    )
+    attempt(database, "metrics_producer", run, UUID(int=1))
+    attempt(database, "metrics_producer", "UPDATE producer_runs SET state = 'finished'")
+    attempt(database, "metrics_producer", "SELECT pg_try_advisory_lock(1), count(*) FROM metrics")
+    refused(database, "metrics_producer", "DELETE FROM producer_runs")
+    refused(database, "metrics_producer", READING)
+
+
+def test_the_summarizer_cannot_touch_readings(database: Settings) -> None:
+    for statement in (
+        READING,
+        "UPDATE metrics SET value = 1",
+        "DELETE FROM metrics",
+        "LOCK TABLE metrics IN SHARE MODE",
+    ):
+        refused(database, "metrics_summarizer", statement)
+
+
+def test_databases_are_closed_to_other_roles(database: Settings, stack: RunningStack) -> None:
+    for role, dbname in (("metrics_reader", "dagster"), ("dagster", database.metrics_database)):
+        password = getattr(database, f"{role}_password").get_secret_value()
+        with pytest.raises(psycopg.OperationalError, match="permission denied for database"):
+            psycopg.connect(
+                host=database.postgres_host,
+                port=database.postgres_host_port,
+                user=role,
+                password=password,
+                dbname=dbname,
+            )
+
+
+def test_roles_are_plain_and_their_passwords_scram(stack: RunningStack) -> None:
+    with stack.admin() as conn:
+        found = conn.execute(
+            "SELECT rolname, rolcanlogin, rolsuper OR rolcreatedb OR rolcreaterole OR rolreplication OR rolbypassrls, "
+            "split_part(rolpassword, '$', 1) FROM pg_authid WHERE rolname = ANY(%s) ORDER BY 1",
+            [[*postgres.ROLES, "dagster"]],
+        ).fetchall()
+        memberships = conn.execute(
+            "SELECT count(*) FROM pg_auth_members WHERE member::regrole::text = ANY(%s)", [[*postgres.ROLES, "dagster"]]
+        ).fetchone()
+    assert found == [(role, True, False, "SCRAM-SHA-256") for role in sorted([*postgres.ROLES, "dagster"])]
+    assert memberships == (0,)
+
+
+def test_bootstrap_again_keeps_everything(database: Settings) -> None:
+    with postgres.connect(database, "metrics_writer") as conn:
+        conn.execute(READING)
+    threads = [threading.Thread(target=postgres.bootstrap, args=[database]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with postgres.connect(database, "metrics_writer", autocommit=True) as conn:
+        assert conn.execute("SELECT count(*) FROM metrics").fetchone() == (1,)
+    with postgres.connect_admin(database, database.metrics_database) as conn:
+        conn.execute("TRUNCATE metrics")
+
+
+def test_bootstrap_sets_a_changed_password(database: Settings) -> None:
+    changed = database.model_copy(update={"metrics_reader_password": SecretStr("p'w\\%:/@ é")})
+    with pytest.raises(ServiceError, match="METRICS_READER_PASSWORD"):
+        postgres.connect(changed, "metrics_reader")
+    try:
+        postgres.bootstrap(changed)
+        postgres.connect(changed, "metrics_reader").close()
+        # As a URL, for clients that take one.
+        psycopg.connect(changed.role_url("metrics_reader")).close()
+    finally:
+        postgres.bootstrap(database)
+    postgres.connect(database, "metrics_reader").close()
+
+
+def test_a_wrong_password_is_one_line_with_the_next_step(database: Settings) -> None:
+    wrong = database.model_copy(update={"metrics_reader_password": SecretStr("wrong-and-secret")})
+    with pytest.raises(ServiceError) as caught:
+        postgres.run_sql(wrong, "SELECT 1")
+    text = str(caught.value)
+    assert "METRICS_READER_PASSWORD" in text
+    assert "metrics-pipeline up" in text
+    assert "\n" not in text
+    assert "wrong-and-secret" not in text + repr(caught.value.__cause__)
+
+
+def test_a_missing_database_is_one_line_with_the_next_step(database: Settings) -> None:
+    missing = database.model_copy(update={"postgres_db": "nowhere"})
+    with pytest.raises(ServiceError, match="has no database nowhere: run `metrics-pipeline up`"):
+        postgres.connect(missing, "metrics_reader")
+
+
+def test_a_superuser_without_rights_is_told_so(database: Settings) -> None:
+    password = database.metrics_summarizer_password
+    powerless = database.model_copy(
+        update={"postgres_user": "metrics_summarizer", "postgres_password": password, "postgres_db": "postgres"}
+    )
+    with pytest.raises(ServiceError, match=r"could not set up its roles and databases: permission denied"):
+        postgres.bootstrap(powerless)
+
+
+def test_sessions_are_in_utc_and_named(database: Settings) -> None:
+    with postgres.connect(database, "metrics_reader", options="-c lock_timeout=7s") as conn:
+        assert conn.execute(
+            "SELECT current_setting('TimeZone'), application_name, current_setting('lock_timeout') "
+            "FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+        ).fetchone() == ("UTC", "metrics-pipeline metrics_reader", "7s")
+
+
+def test_migrations_go_up_down_and_up_again(empty: Settings) -> None:
+    names = sorted(path.stem for path in postgres.MIGRATIONS.glob("*.sql"))
+    assert postgres.migration_status(empty) == postgres.MigrationStatus(applied=[], pending=names)
+    assert not postgres.migration_status(empty).at_head
+    assert postgres.rollback(empty) is None
+    assert postgres.migrate(empty) == names
+    assert postgres.migrate(empty) == []
+    before = catalogue(empty)
+    for name in reversed(names):
+        assert postgres.rollback(empty) == name
+    assert postgres.rollback(empty) is None
+    assert [name for name, _ in catalogue(empty)] == ["schema_migrations", "schema_migrations_pkey"]
+    assert postgres.migrate(empty) == names
+    assert catalogue(empty) == before
+    assert postgres.migration_status(empty).at_head
+
+
+def catalogue(database: Settings) -> list[Any]:
+    with postgres.connect_admin(database, database.metrics_database) as conn:
+        return conn.execute(
+            "SELECT relname::text, relacl::text FROM pg_class WHERE relnamespace = 'public'::regnamespace "
+            "UNION ALL SELECT proname, proacl::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace ORDER BY 1"
+        ).fetchall()
+
+
+def test_two_migrations_at_once_wait_for_each_other(empty: Settings) -> None:
+    applied: list[list[str]] = []
+    threads = [threading.Thread(target=lambda: applied.append(postgres.migrate(empty))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(applied) == 3
+    assert postgres.migration_status(empty).at_head
+
+
+def test_an_applied_migration_without_a_file_is_named(empty: Settings) -> None:
+    postgres.migrate(empty)
+    with postgres.connect(empty, "metrics_owner") as conn:
+        conn.execute("INSERT INTO schema_migrations VALUES ('20990101000000')")
+    status = postgres.migration_status(empty)
+    assert (status.missing, status.pending, status.at_head) == (["20990101000000"], [], False)
+
+
+def test_a_failing_migration_is_named_with_the_reason(
+    empty: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(postgres, "MIGRATIONS", tmp_path)
+    (tmp_path / "20260101000000_good.sql").write_text("-- migrate:up\nCREATE TABLE good (a int);\n-- migrate:down\n")
+    (tmp_path / "20260102000000_bad.sql").write_text(
+        "-- migrate:up\nCREATE TABLE half (a int);\nCREATE TABEL bad (a int);\n-- migrate:down\n"
+    )
+    with pytest.raises(ServiceError, match=r"migration 20260102000000_bad\.sql failed: .*syntax error") as caught:
+        postgres.migrate(empty)
+    assert empty.metrics_owner_password.get_secret_value() not in str(caught.value)
+    assert postgres.migration_status(empty).applied == ["20260101000000_good"]
+    with postgres.connect(empty, "metrics_owner") as conn:
+        assert conn.execute("SELECT to_regclass('good') IS NOT NULL, to_regclass('half') IS NULL").fetchone() == (
+            True,
+            True,
+        )
+
+
+def test_no_password_in_a_command_line(empty: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    run = subprocess.run
+
+    def record(command: list[str], **options: Any) -> Any:
+        seen.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    postgres.migrate(empty)
+    assert seen
+    password = empty.metrics_owner_password.get_secret_value()
+    assert not [part for command in seen for part in command if password in part or "postgres://" in part]
+
+
+def test_no_password_in_the_server_log_or_its_views(database: Settings, stack: RunningStack) -> None:
+    """Even with every statement logged, the server sees verifiers only."""
+    secret = "seen-by-nobody"
+    changed = database.model_copy(update={"metrics_reader_password": SecretStr(secret)})
+    with stack.admin() as conn:
+        conn.execute("ALTER ROLE CURRENT_USER SET log_statement = 'all'")
+    try:
+        postgres.bootstrap(changed)
+    finally:
+        with stack.admin() as conn:
+            conn.execute("ALTER ROLE CURRENT_USER RESET log_statement")
+        postgres.bootstrap(database)
+    logs = [path for path in stack.settings.data_dir.rglob("*") if path.is_file() and "log" in str(path)]
+    text = b"".join(path.read_bytes() for path in logs)
+    assert b"SCRAM-SHA-256$" in text, "the log was looked for in the wrong place"
+    assert secret.encode() not in text
+
+
+def test_sql_gives_columns_and_rows(database: Settings) -> None:
+    result = postgres.run_sql(database, "SELECT 1 AS one, 'é' AS text, now() AS time; SELECT 2 AS two, NULL AS nothing")
+    assert (result.columns, result.rows) == (["two", "nothing"], [(2, None)])
+    (row,) = postgres.run_sql(database, "-- 100% a comment\nSELECT '%s', now()").rows
+    assert row[0] == "%s"
+    assert row[1].tzinfo is not None
+    assert abs((row[1] - datetime.now(UTC)).total_seconds()) < 60
+    assert postgres.run_sql(database, "SET lock_timeout = '1s'") == postgres.Result([], [])
+    assert postgres.run_sql(database, "  ") == postgres.Result([], [])
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("SELECT 1\nFROM nowhere", r'SQL failed at line 2: relation "nowhere" does not exist \(42P01\)$'),
+        ("SELEC 1", r"SQL failed at line 1: syntax error"),
+        ("SELECT 1/0", r"SQL failed: division by zero"),
+        ("DELETE FROM metrics", r"SQL refused: cannot execute DELETE in a read-only transaction"),
+        ("COPY metrics TO STDOUT", r"SQL refused: COPY"),
+    ],
+)
+def test_sql_that_cannot_be_run_is_one_line(database: Settings, statement: str, message: str) -> None:
+    with pytest.raises(ServiceError, match=message) as caught:
+        postgres.run_sql(database, statement)
+    assert "\n" not in str(caught.value)
+
+
+def test_sql_that_takes_too_long_is_stopped(database: Settings) -> None:
+    with pytest.raises(ServiceError, match=r"SQL stopped after 0\.2 s"):
+        postgres.run_sql(database, "SELECT pg_sleep(30)", timeout_seconds=0.2)
