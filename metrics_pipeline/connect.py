@@ -30,6 +30,13 @@ FAILED_GRACE_SECONDS = 5.0
 SETTLE_SECONDS = 2.0
 """How long RUNNING must last after a change: a task that cannot start shows RUNNING for a moment."""
 
+HIBERNATE_NO_CONNECTION = "Unable to determine Dialect without JDBC metadata"
+NO_CONNECTION = (
+    "the sink cannot connect to PostgreSQL: not reachable, or user, password or database refused "
+    "(SINK_PG_… of the Connect worker; its log has PostgreSQL's own words)"
+)
+"""What Hibernate means: the failure to connect is in Connect's log, but not in the task's trace."""
+
 _TIMEOUT = (3.05, 20.0)
 
 # stamina would report each retry through structlog, which prints on standard output. The last error says enough.
@@ -49,7 +56,8 @@ class TaskState:
         """One line that says why it failed: the innermost cause, or the first line."""
         lines = [line.strip() for line in self.trace.splitlines() if line.strip()]
         causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
-        return (causes[-1] if causes else lines[0] if lines else "no trace")[:300]
+        cause = causes[-1] if causes else lines[0] if lines else "no trace"
+        return NO_CONNECTION if HIBERNATE_NO_CONNECTION in cause else cause[:300]
 
 
 @dataclass(frozen=True)

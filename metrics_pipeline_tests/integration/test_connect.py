@@ -1,0 +1,254 @@
+"""The connector in a real Kafka Connect, and its repair. A connector, a topic and a table of their own are broken here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from metrics_pipeline import connect, kafka, metric, repair
+from metrics_pipeline.connect import ConnectClient
+from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.metric import Reading
+from metrics_pipeline.repair import SinkRepair
+from metrics_pipeline.settings import CONNECTOR, DEAD_LETTER_TOPIC, Settings
+from metrics_pipeline_tests.conftest import RunningStack
+
+pytestmark = pytest.mark.integration
+
+NAME = "sink-of-test-connect"
+TOPIC = "metrics.of-test-connect"
+TABLE = "metrics_of_test_connect"
+TIMES = [datetime(2026, 11, 22, 16, tzinfo=UTC) + timedelta(microseconds=number) for number in range(100_000)]
+
+
+@dataclass
+class Sink:
+    """A sink like the pipeline's, beside it."""
+
+    stack: RunningStack
+    settings: Settings
+    file: Path
+
+    @property
+    def client(self) -> ConnectClient:
+        return ConnectClient(self.settings.connect_rest)
+
+    def change(self, **config: str) -> None:
+        """Change the connector's file."""
+        self.file.write_text(json.dumps(json.loads(self.file.read_text()) | config))
+
+    def publish(self, count: int, partition: int = 0, poison: dict[int, bytes] | None = None) -> None:
+        """Readings of one device, some of them replaced by other bytes."""
+        producer = Producer(kafka.client_config(self.settings) | {"linger.ms": 20})
+        for number in range(count):
+            reading = Reading(UUID(int=partition), TIMES[number], 10, float(number), ["a", "b c"])
+            key, value = metric.encode(reading)
+            value = (poison or {}).get(number, value)
+            producer.produce(TOPIC, key=key, value=value, partition=partition)
+        assert producer.flush(30) == 0
+
+    def rows(self) -> int:
+        with self.stack.admin() as connection:
+            row = connection.execute(f"SELECT count(*) FROM {TABLE}").fetchone()
+        assert row is not None
+        return int(row[0])
+
+    def wait_for_rows(self, count: int, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while (found := self.rows()) != count:
+            assert time.monotonic() < deadline, f"{found} rows of {count}; {self.client.state(NAME).problems}"
+            time.sleep(0.5)
+
+
+@pytest.fixture
+def sink(stack: RunningStack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Sink]:
+    for module in (connect, repair):
+        monkeypatch.setattr(module, "CONNECTOR", NAME)
+    monkeypatch.setattr(repair, "CONNECTOR_GROUP", f"connect-{NAME}")
+    for module in (kafka, repair):
+        monkeypatch.setattr(module, "TOPIC", TOPIC)
+    file = tmp_path / "sink.json"
+    ours = {"topics": TOPIC, "collection.name.format": TABLE, "tasks.max": "2"}
+    file.write_text(json.dumps(connect.connector_config() | ours))
+    monkeypatch.setattr(connect, "CONNECTOR_FILE", file)
+    monkeypatch.setattr(connect, "ROOT", tmp_path)
+    settings = stack.settings.model_copy(update={"topic_partitions_metrics": 2})
+    with stack.admin() as connection:
+        connection.execute(f"CREATE TABLE {TABLE} (LIKE metrics INCLUDING ALL)")
+        connection.execute(f"GRANT SELECT, INSERT, UPDATE ON {TABLE} TO metrics_writer")
+    kafka.ensure_topic(settings)
+    sink = Sink(stack, settings, file)
+    yield sink
+    sink.client.delete(NAME)
+    while sink.client.state(NAME).connector != "MISSING":
+        time.sleep(0.2)
+    with stack.admin() as connection:
+        connection.execute(f"DROP TABLE {TABLE}")
+    admin = AdminClient(kafka.client_config(settings))
+    for future in admin.delete_topics([TOPIC]).values():
+        future.result(10)
+    _forget_group(admin, f"connect-{NAME}")
+
+
+def _forget_group(admin: AdminClient, group: str) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            admin.delete_consumer_groups([group])[group].result(10)
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
+                return
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)  # its members leave one after the other
+        else:
+            return
+
+
+def test_put_once_mended_when_changed_by_hand(sink: Sink) -> None:
+    assert connect.ensure_connector(sink.settings).state == "created"
+    assert connect.connector_drift(sink.settings) == []
+    assert connect.ensure_connector(sink.settings).state == "unchanged"
+    sink.client.put(NAME, connect.connector_config() | {"batch.size": "10"})
+    assert connect.connector_drift(sink.settings)[0] == "batch.size is 10, configured 2500"
+    change = connect.ensure_connector(sink.settings)
+    assert (change.state, change.details) == ("changed", ["batch.size is 10, configured 2500"])
+    assert connect.connector_drift(sink.settings) == []
+    sink.client.delete(NAME)
+    assert connect.connector_drift(sink.settings) == [f"connector {NAME} does not exist"]
+    assert connect.ensure_connector(sink.settings).state == "created"
+
+
+def test_connect_gives_references_and_no_secret(stack: RunningStack) -> None:
+    config = ConnectClient(stack.settings.connect_rest).config(CONNECTOR)
+    assert config is not None
+    assert config["connection.password"] == "${env:SINK_PG_PASSWORD}"
+    assert stack.settings.metrics_writer_password.get_secret_value() not in json.dumps(config)
+
+
+def test_every_setting_of_the_file_is_one_that_connect_uses(sink: Sink) -> None:
+    """A `consumer.override.` outside the worker's allow list, say, would be refused."""
+    connect.ensure_connector(sink.settings)
+    log = (sink.settings.data_dir / "logs" / "connect.log").read_text()
+    assert "max.poll.records = 5000" in log
+    assert "fetch.min.bytes = 1048576" in log
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"connection.url": "jdbc:postgresql://127.0.0.1:1/metrics"}, {"connection.password": "${env:SINK_PG_USER}"}],
+)
+def test_a_connector_that_cannot_start_is_an_error_with_its_cause(sink: Sink, changed: dict[str, str]) -> None:
+    sink.change(**changed)
+    with pytest.raises(ServiceError, match=r"are FAILED: the sink cannot connect to PostgreSQL.*logs connect"):
+        connect.ensure_connector(sink.settings)
+
+
+@pytest.mark.parametrize("setting", ["tasks.max", "consumer.override.sasl.jaas.config"])
+def test_a_file_that_connect_refuses_is_an_error_with_its_reason(sink: Sink, setting: str) -> None:
+    """The second one because the worker lets connectors tune how they poll, and nothing else."""
+    sink.change(**{setting: "nonsense"})
+    with pytest.raises(ServiceError, match=r"refused PUT .*\(400\).*: mend sink\.json") as refused:
+        connect.ensure_connector(sink.settings)
+    assert setting.removeprefix("consumer.override.") in str(refused.value)
+
+
+def test_rows_are_typed_and_undecodable_records_are_dead_letters(sink: Sink) -> None:
+    connect.ensure_connector(sink.settings)
+    before = _ends(sink.settings, DEAD_LETTER_TOPIC)
+    sink.publish(20, poison={5: b"{broken", 7: b'{"device_id": "x"}'})
+    sink.wait_for_rows(18)
+    with sink.stack.admin() as connection:
+        rows = connection.execute(
+            f"SELECT device_id, published_at, metric_name, value, tags FROM {TABLE} ORDER BY published_at LIMIT 2"
+        ).fetchall()
+    assert rows == [(UUID(int=0), TIMES[number], 10, float(number), ["a", "b c"]) for number in range(2)]
+    assert _ends(sink.settings, DEAD_LETTER_TOPIC) - before == 2
+
+
+def test_sessions_that_postgresql_ends_are_repaired_and_nothing_is_lost(sink: Sink) -> None:
+    connect.ensure_connector(sink.settings)
+    repairer = SinkRepair(sink.settings)
+    assert repairer.tick().healthy
+    sink.publish(60_000, partition=0)
+    ended = 0
+    while not ended:
+        with sink.stack.admin() as connection:
+            found = connection.execute(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE state = 'active' AND query LIKE %s",
+                [f"INSERT INTO%{TABLE}%"],
+            ).fetchone()
+        ended = found[0] if found else 0
+    deadline = time.monotonic() + 90
+    actions = []
+    while sink.rows() != 60_000:
+        assert time.monotonic() < deadline, repairer.tick().message
+        actions += [event.action for event in repairer.tick().events]
+        time.sleep(0.5)
+    assert "restart failed tasks" in actions
+    assert "give up" not in actions
+
+
+def test_a_record_that_cannot_be_stored_is_named_and_can_be_skipped(sink: Sink) -> None:
+    """PostgreSQL has no NUL in text; the converter lets it through, so it is no dead letter."""
+    connect.ensure_connector(sink.settings)
+    repairer = SinkRepair(sink.settings, jitter=lambda: 0.1)
+    key, value = metric.encode(Reading(UUID(int=1), TIMES[500], 10, 1.0, ["x"]))
+    sink.publish(10, partition=0)
+    sink.publish(500, partition=1)
+    sink.wait_for_rows(510)
+    producer = Producer(kafka.client_config(sink.settings))
+    producer.produce(TOPIC, key=key, value=value.replace(b'"x"', b'"\\u0000"'), partition=1)
+    assert producer.flush(30) == 0
+    deadline = time.monotonic() + 120
+    while "stopped trying" not in (said := repairer.tick().message):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.5)
+    assert f"at topic {TOPIC}, partition 1, offset 500: " in said
+    assert 'invalid byte sequence for encoding "UTF8": 0x00' in said
+    # As the README tells a person to do.
+    url = f"{sink.settings.connect_rest}/connectors/{NAME}"
+    _call("PUT", f"{url}/stop")
+    time.sleep(2)
+    offset = {"partition": {"kafka_topic": TOPIC, "kafka_partition": 1}, "offset": {"kafka_offset": 501}}
+    _call("PATCH", f"{url}/offsets", {"offsets": [offset]})
+    assert "not touched" in repairer.tick().message
+    assert connect.ensure_connector(sink.settings).state == "changed"
+    sink.publish(20, partition=0)
+    sink.wait_for_rows(520)
+    assert repairer.tick().healthy
+
+
+def _call(method: str, url: str, body: Any = None) -> None:
+    import requests
+
+    for _ in range(40):
+        answer = requests.request(method, url, json=body, timeout=30)
+        if answer.ok:
+            return
+        time.sleep(0.5)
+    answer.raise_for_status()
+
+
+def _ends(settings: Settings, topic: str) -> int:
+    consumer = Consumer(kafka.client_config(settings) | {"group.id": "test-connect"})
+    try:
+        metadata = consumer.list_topics(timeout=10).topics
+        if topic not in metadata:
+            return 0
+        return sum(
+            consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)[1]
+            for number in metadata[topic].partitions
+        )
+    finally:
+        consumer.close()
