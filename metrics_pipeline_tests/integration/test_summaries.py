@@ -547,6 +547,47 @@ def test_many_changes_do_not_cost_their_square(bench: Bench) -> None:
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.parametrize("analyzed", [True, False])
+def test_plans_do_not_depend_on_statistics(bench: Bench, analyzed: bool) -> None:
+    """Left alone, the planner expects one reading and one transaction, and compares each reading with each of these."""
+    insert(bench.writer, 20_000)
+    if analyzed:
+        bench.hand.execute("VACUUM (ANALYZE) metrics")
+    bench.tick()
+    for n in range(50):
+        insert(bench.writer, 20, start=30_000 + 20 * n)
+    insert(bench.writer, 50, start=30_000, value=-1, then=UPSERT)
+    with summaries._tick(bench.summarizer):
+        bench.summarizer.execute(postgres.query("absorb_begin"))
+        ((low, high),) = bench.summarizer.execute(postgres.query("absorb_spans")).fetchall()
+        with summaries._fixed_plan(bench.summarizer):
+            plans = {
+                name: "\n".join(
+                    row[0]
+                    for row in bench.summarizer.execute(
+                        f"EXPLAIN (COSTS off) {postgres.query(name)}", {"low": low, "high": high}, prepare=False
+                    )
+                )
+                for name in ("absorb_inserted", "absorb_changed", "absorb_removed")
+            }
+    assert "Bitmap Index Scan on metrics_created_at_idx" in plans["absorb_inserted"]
+    assert "Nested Loop" not in plans["absorb_inserted"] + plans["absorb_removed"]
+    assert plans["absorb_changed"].count("Nested Loop") == 1
+    assert "metrics_pkey" in plans["absorb_changed"]
+    assert "Seq Scan on metrics" not in "".join(plans.values())
+
+
+def test_truncate_waits_for_a_tick(bench: Bench) -> None:
+    """It empties the table for every snapshot, also for those taken before."""
+    insert(bench.writer, 10)
+    with summaries._tick(bench.summarizer):
+        bench.summarizer.execute("SELECT count(*) FROM summary_inserts")
+        bench.hand.execute("SET lock_timeout = '200ms'")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            bench.hand.execute("TRUNCATE metrics")
+    bench.tick()
+
+
 def test_a_tick_refuses_a_connection_in_a_transaction(database: Settings) -> None:
     with postgres.connect(database, "metrics_summarizer") as conn:
         conn.execute("SELECT 1")
