@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import psycopg
@@ -33,11 +34,36 @@ _COPIED = np.dtype(
 
 
 def take_snapshot(connection: postgres.Connection) -> int:
-    """Begin a transaction that sees one state of the table; returns about how many rows that has."""
-    connection.execute("SET LOCAL statement_timeout = 0")
-    found = connection.execute("SELECT greatest(reltuples, 0)::bigint FROM pg_class WHERE oid = 'metrics'::regclass")
-    (estimate,) = found.fetchone() or (0,)
+    """Begin a transaction that shows the table as it is now, however long it lasts.
+
+    Returns:
+        About how many rows the table has: as many as its size allows, by the planner's idea of a row's size.
+
+    Raises:
+        ServiceError: there is no such table, or PostgreSQL broke off.
+    """
+    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    with reading("metrics"):
+        connection.execute("SET LOCAL statement_timeout = 0")
+        found = connection.execute(postgres.query("verify_size").encode())
+        (estimate,) = found.fetchone() or (0,)
     return int(estimate)
+
+
+@contextmanager
+def reading(table: str) -> Iterator[None]:
+    """Turn PostgreSQL's errors into one that says what was read.
+
+    Raises:
+        ServiceError: for any of them.
+    """
+    try:
+        yield
+    except psycopg.Error as error:
+        reason = str(error).partition("\n")[0]
+        raise ServiceError(
+            f"the table {table} cannot be read: {reason}; see `metrics-pipeline status` and `metrics-pipeline migrate status`"
+        ) from error
 
 
 def read_rows(connection: postgres.Connection) -> Iterator[Rows]:
@@ -47,22 +73,19 @@ def read_rows(connection: postgres.Connection) -> Iterator[Rows]:
         ServiceError: PostgreSQL broke off, or the table is not of the shape that the migrations give it.
     """
     statement = f"COPY (\n{postgres.query('verify_rows')}\n) TO STDOUT (FORMAT binary)"
-    try:
-        with connection.cursor() as cursor, cursor.copy(statement.encode()) as copy:
-            waiting, size, skip = [], 0, _HEADER_BYTES
-            for data in copy:
-                waiting.append(bytes(data))
-                size += len(waiting[-1])
-                if size >= 4 * 2**20:
-                    whole = b"".join(waiting)
-                    count = (len(whole) - skip) // _COPIED.itemsize
-                    yield _rows(np.frombuffer(whole, _COPIED, count, skip))
-                    waiting = [whole[skip + count * _COPIED.itemsize :]]
-                    size, skip = len(waiting[0]), 0
-            whole = b"".join(waiting)
-            yield _rows(np.frombuffer(whole, _COPIED, (len(whole) - skip) // _COPIED.itemsize, skip))
-    except psycopg.Error as error:
-        raise ServiceError(f"reading the table metrics failed: {error}; see `metrics-pipeline status`") from error
+    with reading("metrics"), connection.cursor() as cursor, cursor.copy(statement.encode()) as copy:
+        waiting, size, skip = [], 0, _HEADER_BYTES
+        for data in copy:
+            waiting.append(bytes(data))
+            size += len(waiting[-1])
+            if size >= 4 * 2**20:
+                whole = b"".join(waiting)
+                count = (len(whole) - skip) // _COPIED.itemsize
+                yield _rows(np.frombuffer(whole, _COPIED, count, skip))
+                waiting = [whole[skip + count * _COPIED.itemsize :]]
+                size, skip = len(waiting[0]), 0
+        whole = b"".join(waiting)
+        yield _rows(np.frombuffer(whole, _COPIED, (len(whole) - skip) // _COPIED.itemsize, skip))
 
 
 def _rows(copied: Rows) -> Rows:

@@ -23,7 +23,7 @@ from metrics_pipeline.comparison import Bounds, Comparison, Counts, Finding
 from metrics_pipeline.errors import InstallError, RecordError, ServiceError
 from metrics_pipeline.metric import MetricName, decode
 from metrics_pipeline.records import Decoder, Reader, dead_letters
-from metrics_pipeline.rows import read_rows, take_snapshot
+from metrics_pipeline.rows import read_rows, reading, take_snapshot
 from metrics_pipeline.settings import CONNECTOR_GROUP, TOPIC, Settings
 from metrics_pipeline.spill import RECORD, ROW, Spill, buckets_for
 
@@ -173,8 +173,13 @@ def verify(
 
 
 def read_claims(connection: postgres.Connection) -> list[Claim]:
-    """What the producers' runs wrote down."""
-    rows = connection.execute(postgres.query("verify_claims").encode()).fetchall()
+    """What the producers' runs wrote down.
+
+    Raises:
+        ServiceError: there is no such table, or PostgreSQL broke off.
+    """
+    with reading("producer_runs"):
+        rows = connection.execute(postgres.query("verify_claims").encode()).fetchall()
     return [
         Claim(run_id, partition, acknowledged, [(start, end) for start, end in ranges])
         for run_id, partition, acknowledged, ranges in rows
