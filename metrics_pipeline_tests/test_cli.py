@@ -11,14 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import typer
-from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from metrics_pipeline import cli, postgres
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.local.state import take_lock
+from metrics_pipeline.reference import commands
 from metrics_pipeline.settings import ROOT, Settings
 
 
@@ -63,22 +62,6 @@ def run(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
     yield call
     logging.getLogger("metrics_pipeline.librdkafka").setLevel(logging.NOTSET)
-
-
-def commands() -> dict[str, typer.core.TyperCommand]:
-    """Every command by the words that call it."""
-    group = typer.main.get_command(cli.app)
-    found: dict[str, typer.core.TyperCommand] = {}
-
-    def walk(node: object, path: str) -> None:
-        if isinstance(node, TyperGroup):
-            for name, child in node.commands.items():
-                walk(child, f"{path} {name}".strip())
-        elif isinstance(node, typer.core.TyperCommand):
-            found[path] = node
-
-    walk(group, "")
-    return found
 
 
 def test_help_lists_every_command_with_a_sentence(run: Run) -> None:

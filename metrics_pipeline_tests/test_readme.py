@@ -1,0 +1,171 @@
+"""The documentation says what is true: tables, commands, links, names and messages are held against the code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.exceptions import TyperException
+
+from metrics_pipeline import reference
+from metrics_pipeline.settings import ROOT, Settings
+from metrics_pipeline_tests.documents import DOCUMENTS, anchors, fences, inline, prose, table
+
+README = ROOT / "README.md"
+SOURCES = sorted((ROOT / "metrics_pipeline").rglob("*.py"))
+OUTSIDE = {"PIPELINE_ENV_FILE", "LOG_LEVEL", "DAGSTER_HOME", "DAGSTER_POSTGRES_URL"}
+"""Environment variables that are no settings."""
+
+
+def test_tables_are_those_of_the_code() -> None:
+    text = README.read_text("utf-8")
+    assert reference.rewritten(text) == text, "run `python -m metrics_pipeline.reference`"
+    for group in reference.GROUPS:
+        assert f"<!-- made from the code: settings {group} -->\n\n{reference.settings_table(group)}" in text
+    assert reference.commands_table() in text
+
+
+def test_every_setting_belongs_to_a_group_of_the_documentation() -> None:
+    listed = [name for group in reference.GROUPS for name in Settings.group(group)]
+    assert sorted(listed) == sorted(Settings.model_fields)
+
+
+def test_env_example_is_that_of_the_code() -> None:
+    assert reference.ENV_EXAMPLE.read_text("utf-8") == reference.env_example(), (
+        "run `python -m metrics_pipeline.reference`"
+    )
+
+
+def test_env_example_used_as_env_file_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = Settings.load()
+    monkeypatch.setenv("PIPELINE_ENV_FILE", str(reference.ENV_EXAMPLE))
+    assert Settings.load() == defaults
+
+
+def test_env_example_shows_every_setting_and_no_secret() -> None:
+    lines = reference.ENV_EXAMPLE.read_text("utf-8").splitlines()
+    assert {line.lstrip("# ").partition("=")[0] for line in lines if re.match(r"(# )?[A-Z_]+=", line)} == {
+        name.upper() for name in Settings.model_fields
+    }
+    for name in Settings.group("secrets"):
+        assert f"{name.upper()}=" in lines
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(document)):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        place = (document.parent / name).resolve() if name else document
+        assert place.is_relative_to(ROOT), target
+        assert place.exists(), target
+        if anchor:
+            assert anchor in anchors(place), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_path_that_is_named_exists(document: Path) -> None:
+    top = {path.name for path in ROOT.iterdir()}
+    for text in inline(document):
+        first = text.split("/")[0]
+        if "/" in text and first in top - {".local", ".venv"} and re.fullmatch(r"[a-z0-9_./-]+", text):
+            assert (ROOT / text).exists(), text
+
+
+def test_the_drawn_layout_exists() -> None:
+    _, _, section = README.read_text("utf-8").partition("\n    metrics_pipeline/  ")
+    parent = "metrics_pipeline/"
+    for line in section.partition("\n\n")[0].splitlines()[1:]:
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        parent = name if indent == 4 else parent
+        assert (ROOT / (name if indent == 4 else parent + name)).exists(), name
+
+
+def calls() -> list[str]:
+    """Every call of the command line in the documents, those with an ellipsis left out."""
+    found = []
+    for document in DOCUMENTS:
+        for block in fences(document, "sh"):
+            found += [line for line in block.replace("\\\n", " ").splitlines() if "metrics-pipeline " in line]
+        found += [text for text in inline(document) if text.startswith("metrics-pipeline ")]
+    return [call for call in found if "…" not in call]
+
+
+@pytest.mark.parametrize("call", calls())
+def test_every_call_of_the_command_line_parses(call: str) -> None:
+    words = shlex.split(call, comments=True)
+    rest = words[next(index for index, word in enumerate(words) if word.endswith("metrics-pipeline")) + 1 :]
+    name = next(
+        (
+            name
+            for name in sorted(reference.commands(), key=len, reverse=True)
+            if rest[: len(name.split())] == name.split()
+        ),
+        None,
+    )
+    assert name is not None, f"no such command: {call}"
+    if rest == name.split():  # a mention
+        return
+    try:
+        reference.commands()[name].make_context(name, rest[len(name.split()) :])
+    except TyperException as error:
+        pytest.fail(f"{call}: {error}")
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in DOCUMENTS:
+        text = "\n".join([*inline(document), *(block for block in fences(document, "sh"))])
+        for arguments in re.findall(r"^make( .+)", text, re.MULTILINE):
+            for word in shlex.split(arguments):
+                assert "=" in word or word in targets, f"make{arguments}"
+
+
+def test_jobs_and_sensors_are_those_of_dagster() -> None:
+    from metrics_pipeline.definitions import defs
+
+    repository = defs.get_repository_def()
+    rows = table(README, "## Dagster")
+    named = {kind: {row[1].strip("`") for row in rows if row[0] == kind} for kind in ("job", "sensor")}
+    assert named["job"] == {job.name for job in repository.get_all_jobs() if not job.name.startswith("__")}
+    assert named["sensor"] == {sensor.name for sensor in repository.sensor_defs}
+    for document in DOCUMENTS:
+        for job in re.findall(r"-j (\w+)", document.read_text("utf-8")):
+            assert job in named["job"]
+
+
+def test_variables_that_are_named_exist() -> None:
+    worker = (ROOT / "metrics_pipeline/local/connect.py").read_text()
+    known = {name.upper() for name in Settings.model_fields} | OUTSIDE | set(re.findall(r'"(SINK_PG_\w+)"', worker))
+    for document in DOCUMENTS:
+        for text in inline(document):
+            for name in re.findall(r"^[A-Z]+(?:_[A-Z]+)+\b", text):
+                assert name in known, f"{document.name}: {name}"
+
+
+def test_variables_that_are_read_are_documented() -> None:
+    read = {
+        name
+        for path in SOURCES
+        for name in re.findall(r"""environ(?:\.get\(|\[)["'](\w+)["']""", path.read_text("utf-8"))
+    }
+    assert read
+    for name in read:
+        assert f"`{name}`" in README.read_text("utf-8"), name
+
+
+def test_messages_under_troubleshooting_are_those_of_the_code() -> None:
+    source = "\n".join(path.read_text("utf-8") for path in [*SOURCES, ROOT / "Makefile"])
+    messages = [row[0].strip("`") for row in table(README, "## Troubleshooting") if row[0].startswith("`")]
+    assert len(messages) > 10
+    for message in messages:
+        for piece in message.split("…"):
+            assert piece.strip() in source, f"{message}: {piece!r}"
+
+
+def test_changelog_has_this_version() -> None:
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
