@@ -70,7 +70,8 @@ class ReplayReport:
 
     def text(self) -> list[str]:
         """The report for people, one line a fact; nothing of what did not occur."""
-        text = [f"{self.readings:,} readings from {self.lines:,} lines of {len(self.files)} files"]
+        files = f"{len(self.files)} files" if len(self.files) != 1 else self.files[0]
+        text = [f"{self.readings:,} readings from {self.lines:,} lines of {files}"]
         if self.zoneless:
             text.append(f"{self.zoneless:,} times name no zone and were taken in {self.zone}")
         if self.ignored:
@@ -86,7 +87,7 @@ class ReplayReport:
         text += self.bad_listed
         if self.bad_lines:
             more = self.bad_lines - len(self.bad_listed)
-            text.append(f"{self.bad_lines:,} bad lines skipped" + (f", {more:,} of them not listed" if more else ""))
+            text.append(f"bad lines skipped: {self.bad_lines:,}" + (f", {more:,} of them not listed" if more else ""))
         return text
 
 

@@ -218,7 +218,7 @@ def test_a_line_after_a_quoted_line_end_has_its_own_number(write: Write) -> None
 def test_all_bad_lines_are_counted_and_the_first_twenty_listed(write: Write) -> None:
     _, report = read(write(PLAIN + "x,1,2\n" * 30), SKIP)
     assert (report.bad_lines, len(report.bad_listed), report.reasons) == (30, 20, {"bad_time": 30})
-    assert report.text()[-1] == "30 bad lines skipped, 10 of them not listed"
+    assert report.text()[-1] == "bad lines skipped: 30, 10 of them not listed"
 
 
 def test_bytes_that_are_not_utf8_can_be_shown(write: Write) -> None:

@@ -13,22 +13,22 @@ import pytest
 from metrics_pipeline import kafka
 from metrics_pipeline.cells import device_id
 from metrics_pipeline.columns import METRICS
-from metrics_pipeline.producer import run_producer
-from metrics_pipeline.replay import ReplayOptions, replay_source
 from metrics_pipeline_tests.conftest import RunningStack
 
 pytestmark = pytest.mark.integration
 
 
-def replay(stack: RunningStack, files: list[Path], options: ReplayOptions) -> int:
-    """Publish what is in the files and wait until the sink has all of it; returns how much there was."""
-    report = run_producer(stack.settings, replay_source(files, options, 1000), kind="replay")
-    assert report.clean, report.summary()
+def replay(stack: RunningStack, files: list[Path], device: str, readings: int) -> None:
+    """Publish what is in the files and wait until the sink has all of it."""
+    done = stack.cli("replay", *map(str, files), "--device", device)
+    assert done.returncode == 0, done.stderr
+    assert f"{readings:,} readings from " in done.stdout
+    assert "times name no zone and were taken in UTC" in done.stdout
+    assert f"{readings:,} acknowledged" in done.stdout
     deadline = time.monotonic() + 120
     while kafka.consumer_lag(stack.settings).total:
         assert time.monotonic() < deadline, "the sink does not catch up"
         time.sleep(0.5)
-    return report.acknowledged
 
 
 Stored = dict[tuple[datetime, int], bytes]
@@ -58,10 +58,10 @@ def expected(files: list[Path]) -> Stored:
 def test_the_occupancy_files_are_stored_to_the_last_bit(stack: RunningStack, occupancy: list[Path]) -> None:
     wanted = expected(occupancy)
     assert len(wanted) == 82_240
-    assert replay(stack, occupancy, ReplayOptions(device="room-1")) == 82_240
+    replay(stack, occupancy, "room-1", 82_240)
     assert stored(stack, "room-1") == wanted
     # The keys are the same, so a second time changes nothing.
-    assert replay(stack, occupancy, ReplayOptions(device="room-1")) == 82_240
+    replay(stack, occupancy, "room-1", 82_240)
     assert stored(stack, "room-1") == wanted
 
 
@@ -78,5 +78,39 @@ def test_ndjson_and_parquet_give_the_same_rows(stack: RunningStack, occupancy: l
     frame.write_parquet(parquet)
     wanted = expected(files)
     for path, device in ((files[0], "as-csv"), (ndjson, "as-ndjson"), (parquet, "as-parquet")):
-        assert replay(stack, [path], ReplayOptions(device=device)) == len(wanted)
+        replay(stack, [path], device, len(wanted))
         assert stored(stack, device) == wanted
+
+
+def test_a_bad_line_stops_the_command_after_what_stands_before_it(stack: RunningStack, tmp_path: Path) -> None:
+    path = tmp_path / "readings.csv"
+    path.write_text("date,CO2\n2015-02-04 17:51,1\n2015-02-04 17:52,x\n2015-02-04 17:53,3\n")
+    stopped = stack.cli("replay", str(path), "--device", "stops")
+    assert stopped.returncode == 1
+    assert (
+        f"{path}:3: CO2: 'x' is not a number; correct it, or leave bad lines out with --on-error skip" in stopped.stderr
+    )
+    skipped = stack.cli("replay", str(path), "--device", "skips", "--on-error", "skip")
+    assert skipped.returncode == 0
+    assert f"{path}:3: bad_value: CO2: 'x' is not a number" in skipped.stdout
+    assert "bad lines skipped: 1" in skipped.stdout
+    deadline = time.monotonic() + 60
+    while (len(stored(stack, "stops")), len(stored(stack, "skips"))) != (1, 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_what_cannot_be_replayed_is_one_line(stack: RunningStack, tmp_path: Path) -> None:
+    path = tmp_path / "readings.csv"
+    path.write_text("date,smell\n2015-02-04 17:51,1\n")
+    for arguments, reason in (
+        ((str(path), "--device", "x"), "no column is named as a metric (temperature, "),
+        ((str(path), "--device", "x", "--map", "smell=odour"), "no metric has that name; there are temperature, "),
+        ((str(path), "--map", "smell=co2"), "give --device NAME or --device-column COLUMN"),
+        ((str(path), "--device", "x", "--map", "smell=co2", "--tz", "Mars/Base"), "no such time zone"),
+        ((str(tmp_path / "none.csv"),), "there is no such file"),
+    ):
+        done = stack.cli("replay", *arguments)
+        assert done.returncode == 2
+        assert reason in done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
