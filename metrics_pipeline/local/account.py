@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from metrics_pipeline.errors import InstallError
 
 SHARED_STATE = Path("/var/lib/metrics-pipeline")
@@ -78,9 +80,14 @@ def claim_home(data_dir: Path, account: Account | None) -> Path:
     return home
 
 
-def _remove_orphans(claimed: Path) -> None:
+def _remove_orphans() -> None:
     for note in SHARED_STATE.glob("*/belongs-to"):
-        if note.parent == claimed:
-            continue
-        if not Path(note.read_text().strip()).exists() and not (note.parent / "data" / "postmaster.pid").exists():
+        if not Path(note.read_text().strip()).exists() and not _in_use(note.parent / "data"):
             shutil.rmtree(note.parent, ignore_errors=True)
+
+
+def _in_use(data: Path) -> bool:
+    try:
+        return psutil.pid_exists(int((data / "postmaster.pid").read_text().split("\n", 1)[0]))
+    except (OSError, ValueError):
+        return False
