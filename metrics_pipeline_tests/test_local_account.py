@@ -93,16 +93,18 @@ def test_a_strict_umask_does_not_close_the_folder_to_the_account(tmp_path: Path,
 
 
 def test_what_belongs_to_a_deleted_folder_is_removed_and_nothing_else(tmp_path: Path, shared: Path) -> None:
-    folders = [tmp_path / "private" / name for name in ("kept", "deleted", "deleted but running")]
+    folders = [tmp_path / "private" / name for name in ("kept", "deleted", "deleted but running", "killed and deleted")]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     (tmp_path / "private").chmod(0o700)
-    kept, deleted, running = (claim_home(folder, SOMEBODY) for folder in folders)
-    (running / "data").mkdir()
-    (running / "data" / "postmaster.pid").touch()
+    kept, deleted, running, killed = (claim_home(folder, SOMEBODY) for folder in folders)
+    for home, pid in ((running, os.getpid()), (killed, 2**31 - 1)):
+        (home / "data").mkdir()
+        (home / "data" / "postmaster.pid").write_text(f"{pid}\n{home / 'data'}\n")
     for folder in folders[1:]:
         folder.rmdir()
     claim_home(folders[0], SOMEBODY)
     assert kept.exists()
     assert not deleted.exists()
+    assert not killed.exists()
     assert running.exists()

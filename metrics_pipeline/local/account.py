@@ -80,8 +80,10 @@ def claim_home(data_dir: Path, account: Account | None) -> Path:
     return home
 
 
-def _remove_orphans() -> None:
+def _remove_orphans(claimed: Path) -> None:
     for note in SHARED_STATE.glob("*/belongs-to"):
+        if note.parent == claimed:
+            continue
         if not Path(note.read_text().strip()).exists() and not _in_use(note.parent / "data"):
             shutil.rmtree(note.parent, ignore_errors=True)
 
