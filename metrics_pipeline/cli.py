@@ -115,7 +115,7 @@ def _detach(settings: Settings, *, free_ports: bool) -> None:
     take_lock(settings.data_dir).close()
     log = settings.data_dir / "logs" / "keeper.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.argv[0], "up", *(["--free-ports"] if free_ports else [])]
+    command = [sys.executable, "-m", "metrics_pipeline", "up", *(["--free-ports"] if free_ports else [])]
     with log.open("wb") as output:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
