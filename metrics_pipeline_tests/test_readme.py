@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.exceptions import TyperException
 
 from metrics_pipeline import reference
@@ -137,6 +138,24 @@ def test_jobs_and_sensors_are_those_of_dagster() -> None:
             assert job in named["job"]
 
 
+def test_run_configurations_are_accepted() -> None:
+    import dagster as dg
+
+    from metrics_pipeline.definitions import defs
+
+    blocks = fences(README, "yaml")
+    assert blocks
+    for block in blocks:
+        config = yaml.safe_load(block)
+        (op,) = config["ops"]
+        job = next(
+            job
+            for job in defs.get_repository_def().get_all_jobs()
+            if op in {node.name for node in job.nodes} and not job.name.startswith("__")
+        )
+        dg.validate_run_config(job, config)
+
+
 def test_variables_that_are_named_exist() -> None:
     worker = (ROOT / "metrics_pipeline/local/connect.py").read_text()
     known = {name.upper() for name in Settings.model_fields} | OUTSIDE | set(re.findall(r'"(SINK_PG_\w+)"', worker))
@@ -159,7 +178,8 @@ def test_variables_that_are_read_are_documented() -> None:
 
 def test_messages_under_troubleshooting_are_those_of_the_code() -> None:
     source = "\n".join(path.read_text("utf-8") for path in [*SOURCES, ROOT / "Makefile"])
-    messages = [row[0].strip("`") for row in table(README, "## Troubleshooting") if row[0].startswith("`")]
+    rows = table(README, "## Troubleshooting")
+    messages = [text for row in rows if row[0].startswith("`") for text in re.findall(r"`([^`]+)`", row[0])]
     assert len(messages) > 10
     for message in messages:
         for piece in message.split("…"):
