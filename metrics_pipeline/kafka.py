@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import (
     AdminClient,
     AlterConfigOpType,
@@ -18,7 +18,6 @@ from confluent_kafka.admin import (
     ConfigResource,
     NewPartitions,
     NewTopic,
-    OffsetSpec,
     ResourceType,
 )
 
@@ -169,8 +168,8 @@ def watermarks(settings: Settings) -> dict[int, tuple[int, int]]:
     Raises:
         ServiceError: the broker cannot be reached, or the topic does not exist.
     """
-    with _admin(settings) as admin:
-        return _watermarks(admin)
+    with _consumer(settings) as consumer:
+        return _watermarks(consumer)
 
 
 def committed(settings: Settings, group: str = CONNECTOR_GROUP) -> dict[int, int]:
@@ -179,8 +178,8 @@ def committed(settings: Settings, group: str = CONNECTOR_GROUP) -> dict[int, int
     Raises:
         ServiceError: the broker cannot be reached.
     """
-    with _admin(settings) as admin:
-        return _committed(admin, group)
+    with _consumer(settings, group) as consumer:
+        return _committed(consumer, sorted(_existing(consumer)))
 
 
 def consumer_lag(settings: Settings, group: str = CONNECTOR_GROUP) -> Lag:
@@ -189,10 +188,10 @@ def consumer_lag(settings: Settings, group: str = CONNECTOR_GROUP) -> Lag:
     Raises:
         ServiceError: the broker cannot be reached, or the topic does not exist.
     """
-    with _admin(settings) as admin:
+    with _consumer(settings, group) as consumer:
         # Commits first: asked the other way round, a busy consumer could seem to be ahead of the log's end.
-        offsets = _committed(admin, group)
-        marks = _watermarks(admin)
+        offsets = _committed(consumer, sorted(_existing(consumer)))
+        marks = _watermarks(consumer)
     lag = {partition: max(0, high - max(low, offsets.get(partition, low))) for partition, (low, high) in marks.items()}
     return Lag(sum(lag.values()), lag)
 
@@ -201,15 +200,41 @@ def consumer_lag(settings: Settings, group: str = CONNECTOR_GROUP) -> Lag:
 def _admin(settings: Settings) -> Iterator[AdminClient]:
     """An AdminClient that lives until its futures are done, and whose errors say where it wanted to go."""
     reasons: list[str] = []
-    config = client_config(settings) | {
+    admin = AdminClient(_config(settings, reasons))
+    with _explained(settings, reasons, lambda: admin.poll(0)):
+        yield admin
+
+
+@contextmanager
+def _consumer(settings: Settings, group: str = CONNECTOR_GROUP) -> Iterator[Consumer]:
+    """A consumer that joins no group: it only asks for offsets, which it does more safely than an AdminClient.
+
+    The AdminClient's requests to a group's coordinator abort the whole process when the broker goes away at the wrong
+    moment (confluentinc/librdkafka#4605).
+    """
+    reasons: list[str] = []
+    consumer = Consumer(_config(settings, reasons) | {"group.id": group, "enable.auto.commit": False})
+    try:
+        with _explained(settings, reasons, lambda: None):
+            yield consumer
+    finally:
+        consumer.close()
+
+
+def _config(settings: Settings, reasons: list[str]) -> dict[str, Any]:
+    return client_config(settings) | {
         "socket.timeout.ms": int(TIMEOUT_SECONDS * 1000),
         "error_cb": lambda error: reasons.append(error.str()),
     }
-    admin = AdminClient(config)
+
+
+@contextmanager
+def _explained(settings: Settings, reasons: list[str], serve: Callable[[], object]) -> Iterator[None]:
+    """Errors that say which broker was meant and why it did not answer."""
     try:
-        yield admin
+        yield
     except KafkaException as error:
-        admin.poll(0)
+        serve()
         problem = error.args[0]
         if problem.name() in UNREACHABLE:
             refused = next((reason for reason in reasons if "failed: " in reason), problem.str())
@@ -220,7 +245,7 @@ def _admin(settings: Settings) -> Iterator[AdminClient]:
             ) from error
         raise ServiceError(f"Kafka broker {settings.bootstrap_servers} refused: {problem.str()}") from error
     finally:
-        admin.poll(0)
+        serve()
 
 
 def _done(futures: Mapping[Any, Future[_T]]) -> dict[Any, _T]:
@@ -228,14 +253,14 @@ def _done(futures: Mapping[Any, Future[_T]]) -> dict[Any, _T]:
     return {key: future.result() for key, future in futures.items()}
 
 
-def _partitions(admin: AdminClient) -> dict[int, Any] | None:
+def _partitions(admin: AdminClient | Consumer) -> dict[int, Any] | None:
     """Metadata of the topic's partitions; None when there is no such topic."""
     # Asking for all topics: naming one that does not exist makes some brokers create it.
     topic = admin.list_topics(timeout=TIMEOUT_SECONDS).topics.get(TOPIC)
     return dict(topic.partitions) if topic is not None and topic.error is None else None
 
 
-def _existing(admin: AdminClient) -> dict[int, Any]:
+def _existing(admin: AdminClient | Consumer) -> dict[int, Any]:
     partitions = _partitions(admin)
     if partitions is None:
         raise ServiceError(
@@ -284,28 +309,17 @@ def _config_drift(admin: AdminClient, spec: TopicSpec) -> dict[str, str]:
     }
 
 
-def _watermarks(admin: AdminClient) -> dict[int, tuple[int, int]]:
-    numbers = sorted(_existing(admin))
-
-    def offsets(spec: OffsetSpec) -> dict[int, int]:
-        asked = {TopicPartition(TOPIC, number): spec for number in numbers}
-        answers = _done(admin.list_offsets(asked))
-        return {place.partition: answer.offset for place, answer in answers.items()}
-
-    # The end first: asked the other way round, retention could lift the beginning above it.
-    high = offsets(OffsetSpec.latest())
-    low = offsets(OffsetSpec.earliest())
-    return {number: (min(low[number], high[number]), high[number]) for number in numbers}
+def _watermarks(consumer: Consumer) -> dict[int, tuple[int, int]]:
+    found = {}
+    for number in sorted(_existing(consumer)):
+        low, high = consumer.get_watermark_offsets(TopicPartition(TOPIC, number), timeout=TIMEOUT_SECONDS)
+        found[number] = (min(low, high), high)
+    return found
 
 
-def _committed(admin: AdminClient, group: str) -> dict[int, int]:
-    request = ConsumerGroupTopicPartitions(group)
-    try:
-        (answer,) = _done(admin.list_consumer_group_offsets([request])).values()
-    except KafkaException as error:
-        if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
-            return {}
-        raise
-    return {
-        place.partition: place.offset for place in answer.topic_partitions if place.topic == TOPIC and place.offset >= 0
-    }
+def _committed(consumer: Consumer, partitions: list[int]) -> dict[int, int]:
+    places = consumer.committed([TopicPartition(TOPIC, number) for number in partitions], timeout=TIMEOUT_SECONDS)
+    for place in places:
+        if place.error is not None:
+            raise KafkaException(place.error)
+    return {place.partition: place.offset for place in places if place.offset >= 0}
