@@ -1,4 +1,4 @@
-"""A broker's administration in memory, with the answers of `confluent_kafka.admin.AdminClient`."""
+"""A broker in memory, with the answers of `confluent_kafka.admin.AdminClient` and of a consumer asked for offsets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import ConfigResource, NewPartitions, NewTopic, OffsetSpec
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import ConfigResource, NewPartitions, NewTopic
 
 
 @dataclass
@@ -38,6 +38,10 @@ class FakeBroker:
     def admin(self, config: dict[str, Any]) -> FakeAdmin:
         """Stands in for the class AdminClient."""
         return FakeAdmin(self, config)
+
+    def consumer(self, config: dict[str, Any]) -> FakeConsumer:
+        """Stands in for the class Consumer."""
+        return FakeConsumer(self, config)
 
 
 class FakeAdmin:
@@ -98,19 +102,19 @@ class FakeAdmin:
             self._broker.topics[resource.name].config[entry.name] = str(entry.value)
         return {resource: _done(None)}
 
-    def list_offsets(self, asked: dict[TopicPartition, OffsetSpec]) -> dict[TopicPartition, Future[Any]]:
-        def offset(place: TopicPartition, spec: OffsetSpec) -> int:
-            low, high = self._broker.topics[place.topic].offsets[place.partition]
-            return low if spec is OffsetSpec.earliest() else high
 
-        return {place: _done(SimpleNamespace(offset=offset(place, spec))) for place, spec in asked.items()}
+class FakeConsumer(FakeAdmin):
+    """A consumer that is only asked for offsets."""
 
-    def list_consumer_group_offsets(self, asked: list[ConsumerGroupTopicPartitions]) -> dict[str, Future[Any]]:
-        (request,) = asked
-        if request.group_id not in self._broker.commits:
-            error = KafkaException(KafkaError(KafkaError.GROUP_ID_NOT_FOUND, "no group"))
-            return {request.group_id: _failed(error)}
-        return {request.group_id: _done(SimpleNamespace(topic_partitions=self._broker.commits[request.group_id]))}
+    def get_watermark_offsets(self, place: TopicPartition, timeout: float = -1) -> tuple[int, int]:
+        return self._broker.topics[place.topic].offsets[place.partition]
+
+    def committed(self, places: list[TopicPartition], timeout: float = -1) -> list[TopicPartition]:
+        known = {place.partition: place for place in self._broker.commits.get(self._config["group.id"], [])}
+        return [known.get(place.partition, TopicPartition(place.topic, place.partition, -1001)) for place in places]
+
+    def close(self) -> None:
+        return None
 
 
 def _done(value: Any) -> Future[Any]:

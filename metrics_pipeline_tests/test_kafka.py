@@ -17,6 +17,7 @@ from metrics_pipeline_tests.fake_kafka import FakeBroker, FakeTopic
 def broker(monkeypatch: pytest.MonkeyPatch) -> FakeBroker:
     broker = FakeBroker()
     monkeypatch.setattr(kafka, "AdminClient", broker.admin)
+    monkeypatch.setattr(kafka, "Consumer", broker.consumer)
     return broker
 
 

@@ -62,6 +62,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
     monkeypatch.setattr(postgres, "migration_status", schema.status)
     monkeypatch.setattr(postgres, "migrate", schema.migrate)
     monkeypatch.setattr(kafka, "AdminClient", broker.admin)
+    monkeypatch.setattr(kafka, "Consumer", broker.consumer)
     monkeypatch.setattr(connect, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(connect, "FAILED_GRACE_SECONDS", 0.0)
     monkeypatch.setenv("POSTGRES_PASSWORD", SECRET)

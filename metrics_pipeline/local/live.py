@@ -1,4 +1,4 @@
-"""The live table of `metrics-pipeline up`: what is stored, acknowledged and waiting, refreshed every two seconds."""
+"""The live table of `metrics-pipeline up`: what is stored, acknowledged and waiting, refreshed every few seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.status import Sample, Sampler
 
-SAMPLE_SECONDS = 2.0
+SAMPLE_SECONDS = 3.0
 PLAIN_SECONDS = 10.0
 """Without a terminal, one line this often instead of a table."""
 
