@@ -222,10 +222,10 @@ def _family(process: psutil.Process, session: int | None) -> set[psutil.Process]
     with contextlib.suppress(psutil.Error):
         family.update(process.children(recursive=True))
     if session is not None:
-        for other in psutil.process_iter():
-            with contextlib.suppress(OSError):
-                if os.getsid(other.pid) == session:
-                    family.add(other)
+        for pid in psutil.pids():  # not process_iter: it remembers processes whose pid is another one's by now
+            with contextlib.suppress(OSError, psutil.Error):
+                if os.getsid(pid) == session:
+                    family.add(psutil.Process(pid))
     return family
 
 
