@@ -45,7 +45,9 @@ MACHINE = re.compile(r"(?<![\w.~-])/(home/(?!you/)\w|Users/\w|root/|work/|mnt/\w
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["git", "-c", "safe.directory=*", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
 
 
 @cache
