@@ -6,6 +6,7 @@ import hashlib
 import os
 import pwd
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def postgres_home(data_dir: Path, account: Account | None) -> Path:
 
 
 def claim_home(data_dir: Path, account: Account | None) -> Path:
-    """Make that folder. One outside the data folder notes where it belongs; those whose data folder is gone are removed."""
+    """Make that folder. One outside the data folder notes where it belongs; those of deleted temporary folders are removed."""
     home = postgres_home(data_dir, account)
     home.mkdir(parents=True, exist_ok=True)
     if account is not None:
@@ -81,10 +82,13 @@ def claim_home(data_dir: Path, account: Account | None) -> Path:
 
 
 def _remove_orphans(claimed: Path) -> None:
+    # Only of temporary stacks: any other data folder that cannot be seen may lie on a disk that is not mounted now.
+    temporary = Path(tempfile.gettempdir()).resolve()
     for note in SHARED_STATE.glob("*/belongs-to"):
         if note.parent == claimed:
             continue
-        if not Path(note.read_text().strip()).exists() and not _in_use(note.parent / "data"):
+        folder = Path(note.read_text().strip())
+        if folder.is_relative_to(temporary) and not folder.exists() and not _in_use(note.parent / "data"):
             shutil.rmtree(note.parent, ignore_errors=True)
 
 

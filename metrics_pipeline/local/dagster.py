@@ -131,7 +131,7 @@ def daemon_problem(settings: Settings) -> str | None:
 
 def terminate_runs(settings: Settings) -> list[str]:
     """Ask every active run to end; the names of the jobs that still run."""
-    runs = graphql(settings, ACTIVE_RUNS)["runsOrError"].get("results", [])
+    runs = graphql(settings, ACTIVE_RUNS)["runsOrError"]["results"]
     waiting = [run["runId"] for run in runs if run["status"] != "CANCELING"]
     if waiting:
         graphql(settings, TERMINATE, ids=waiting)

@@ -200,12 +200,14 @@ class Stack:
     def _end_runs(self, report: Report) -> None:
         deadline = time.monotonic() + RUN_END_SECONDS
         told = False
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and self.service("webserver").alive():
             try:
                 running = dagster.terminate_runs(self.settings)
             except (requests.RequestException, KeyError, TypeError) as error:
+                # It may be busy, or its storage on the way back: giving up would leave messages unflushed.
                 log.warning("Dagster cannot be asked to end its runs: %s", error)
-                return
+                time.sleep(1)
+                continue
             if not running:
                 return
             if not told:
