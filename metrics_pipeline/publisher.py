@@ -170,6 +170,7 @@ class Publisher:
                 # All topics: naming one that does not exist makes some brokers create it.
                 topic = self._client.list_topics(timeout=1.0).topics.get(TOPIC)
             except KafkaException:
+                self._client.poll(0)  # hands over the reason
                 problem = (
                     f"Kafka broker {servers} cannot be reached ({self._client_error}): "
                     "start it with `metrics-pipeline up`, or correct KAFKA_URL (or KAFKA_PORT)"

@@ -212,7 +212,7 @@ def test_a_killed_run_leaves_its_claims_and_frees_the_lock(stack: RunningStack) 
 
 
 def test_an_unreachable_broker_is_named(stack: RunningStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher, "START_SECONDS", 1.0)
+    monkeypatch.setattr(publisher, "START_SECONDS", 3.0)
     producer = Producer(small(stack, kafka_url="127.0.0.1:1"))
     begun = time.monotonic()
     with pytest.raises(ServiceError, match=r"127\.0\.0\.1:1 cannot be reached \(Connection refused\): .*KAFKA_URL"):
