@@ -274,7 +274,8 @@ def migrate_rollback() -> None:
     """Undo the newest migration."""
     from metrics_pipeline import postgres
 
-    _say(f"rolled back {postgres.rollback(Settings.load())}")
+    undone = postgres.rollback(Settings.load())
+    _say(f"rolled back {undone}" if undone else "nothing to roll back: no migration is applied")
 
 
 @app.command()
