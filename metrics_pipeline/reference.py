@@ -23,6 +23,7 @@ README: Final = ROOT / "README.md"
 GROUPS: Final = {
     "producer": "Producer",
     "topic": "Topic",
+    "sink": "Sink",
     "services": "Services",
     "ports": "Ports, all on 127.0.0.1",
     "stack": "Embedded stack",

@@ -25,6 +25,8 @@ DEAD_LETTER_TOPIC = "metrics.dlq"
 CONNECTOR = "metrics-postgres-sink"
 CONNECTOR_GROUP = f"connect-{CONNECTOR}"
 """The consumer group that Kafka Connect derives from the connector's name."""
+COPY_GROUP = "metrics-copy-sink"
+"""The consumer group of the COPY sink's workers."""
 
 SERVICE_URLS = {"postgres": "POSTGRES_URL", "kafka": "KAFKA_URL", "connect": "CONNECT_URL"}
 """Services that somebody else may run, and the variable that says where."""
@@ -137,6 +139,17 @@ class Settings(ProducerSettings):
         10 * 2**30, "bytes the topic may hold, all partitions together; the oldest segments go first", "topic"
     )
 
+    sink: Literal["connect", "copy"] = _setting(
+        "connect", "who stores the readings: Kafka Connect's JDBC sink, or the native `copy` sink", "sink"
+    )
+    sink_workers: Positive = _setting(2, "processes of the COPY sink on this machine", "sink")
+    sink_flush_rows: Annotated[int, Field(ge=1, le=1_000_000)] = _setting(
+        20_000, "records after which a worker of the COPY sink writes", "sink"
+    )
+    sink_flush_ms: Annotated[int, Field(ge=1, le=60_000)] = _setting(
+        200, "milliseconds after which a worker of the COPY sink writes what it has", "sink"
+    )
+
     postgres_db: str = _setting("metrics", "database of the readings", "services")
     postgres_user: str = _setting("postgres", "superuser, used only to make roles and databases", "services")
     postgres_url: Annotated[str, AfterValidator(_is_postgres_url)] = _setting(
@@ -157,6 +170,7 @@ class Settings(ProducerSettings):
     kafka_controller_port: Port = _setting(19093, "the broker's KRaft controller", "ports")
     connect_port: Port = _setting(8083, "Kafka Connect REST", "ports")
     producer_port: Port = _setting(3000, "producer's `/health` and `/metrics`", "ports")
+    sink_port: Port = _setting(3002, "COPY sink's `/health` and `/metrics`", "ports")
     dagster_port: Port = _setting(3070, "Dagster UI", "ports")
     dagster_code_port: Port = _setting(3071, "Dagster code server (gRPC)", "ports")
 
@@ -207,7 +221,7 @@ class Settings(ProducerSettings):
 
     @classmethod
     def group(cls, name: str) -> list[str]:
-        """Names of the settings of one group (`producer`, `topic`, `services`, `ports`, `stack`, `monitoring`, `secrets`)."""
+        """Names of the settings of one group (`producer`, `topic`, `sink`, `services`, `ports`, `stack`, `monitoring`, `secrets`)."""
         extras = {field: info.json_schema_extra for field, info in cls.model_fields.items()}
         return [field for field, extra in extras.items() if isinstance(extra, dict) and extra.get("group") == name]
 
@@ -243,6 +257,11 @@ class Settings(ProducerSettings):
     def producer_http(self) -> str:
         """Base URL of the producer's health and metrics endpoints."""
         return f"http://127.0.0.1:{self.producer_port}"
+
+    @property
+    def sink_http(self) -> str:
+        """Base URL of the COPY sink's health and metrics endpoints."""
+        return f"http://127.0.0.1:{self.sink_port}"
 
     @property
     def dagster_http(self) -> str:
