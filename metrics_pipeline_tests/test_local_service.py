@@ -184,7 +184,7 @@ def test_what_shares_a_session_with_an_adopted_process_is_left_alone(make: Make)
         service = make()
         service.adopt(psutil.Process(stranger.pid))
         service.stop()
-        assert stranger.wait(5) == -signal.SIGTERM
+        assert stranger.wait(5) in (-signal.SIGTERM, -signal.SIGKILL)  # by force when the machine stood still
         assert bystander.poll() is None
     finally:
         stranger.kill()
