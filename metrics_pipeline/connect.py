@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -29,6 +29,8 @@ FAILED_GRACE_SECONDS = 5.0
 """A task that still shows FAILED this long after a change really failed: until then it is the state from before."""
 SETTLE_SECONDS = 2.0
 """How long RUNNING must last after a change: a task that cannot start shows RUNNING for a moment."""
+STOPPED_SECONDS = 60.0
+"""How long `stop_connector` waits for the tasks to end; Connect itself gives up on a task after five seconds."""
 
 HIBERNATE_NO_CONNECTION = "Unable to determine Dialect without JDBC metadata"
 NO_CONNECTION = (
@@ -107,16 +109,22 @@ class ConnectClient:
     """The part of Connect's REST API that we use.
 
     Args:
-        url: base URL, without a trailing slash.
+        urls: base URL of the worker, or of each worker of the group, without a trailing slash. Any of them answers for
+            the group; one that does not answer is passed over.
         patience: seconds for which a request is tried again while Connect is away or rebalances.
     """
 
-    def __init__(self, url: str, patience: float = PATIENCE_SECONDS) -> None:
-        self._url = url
+    def __init__(self, urls: str | Sequence[str], patience: float = PATIENCE_SECONDS) -> None:
+        self._urls = [urls] if isinstance(urls, str) else list(urls)
         self._patience = patience
         self._session = requests.Session()
         # A proxy of the machine has no business between us and a service beside us.
         self._session.trust_env = False
+
+    @property
+    def _url(self) -> str:
+        """The worker that answered last."""
+        return self._urls[0]
 
     def version(self) -> str:
         """Connect's version.
@@ -162,6 +170,10 @@ class ConnectClient:
         """Let a paused or stopped connector run again."""
         self._request("PUT", f"/connectors/{quote(name)}/resume")
 
+    def stop(self, name: str) -> None:
+        """Let the connector and its tasks end; its configuration and its committed offsets stay."""
+        self._request("PUT", f"/connectors/{quote(name)}/stop")
+
     def delete(self, name: str) -> None:
         """Delete the connector; that there is none is no error. Its committed offsets stay."""
         self._request("DELETE", f"/connectors/{quote(name)}", allow=(404,))
@@ -190,7 +202,7 @@ class ConnectClient:
             ) from error
         except requests.RequestException as error:
             raise ServiceError(
-                f"Kafka Connect at {self._url} cannot be reached ({_reason(error)}): "
+                f"Kafka Connect at {', '.join(sorted(self._urls))} cannot be reached ({_reason(error)}): "
                 "start it with `metrics-pipeline up`, or correct CONNECT_URL (or CONNECT_PORT)"
             ) from error
         if answer.ok or answer.status_code in allow:
@@ -201,10 +213,22 @@ class ConnectClient:
         )
 
     def _once(self, method: str, path: str, **kwargs: Any) -> requests.Response:
-        answer = self._session.request(method, self._url + path, timeout=_TIMEOUT, **kwargs)
-        if answer.status_code == 409:
+        answer = self._any(method, path, **kwargs)
+        # A worker hands changes on to the group's leader, which may be the one that just went away.
+        if answer.status_code == 409 or (answer.status_code == 500 and "forward REST request" in _message(answer)):
             raise _RebalancingError(_message(answer))
         return answer
+
+    def _any(self, method: str, path: str, **kwargs: Any) -> requests.Response:
+        for untried in reversed(range(len(self._urls))):
+            try:
+                return self._session.request(method, self._url + path, timeout=_TIMEOUT, **kwargs)
+            except requests.RequestException as error:
+                self._urls.append(self._urls.pop(0))
+                # What a worker took in, but has not answered, may be under way: asking another one could do it twice.
+                if not untried or not isinstance(error, requests.ConnectionError):
+                    raise
+        raise AssertionError("there is at least one URL")
 
 
 def connector_config() -> dict[str, str]:
@@ -218,7 +242,7 @@ def sink_state(settings: Settings, patience: float = 2.0) -> SinkState:
     Raises:
         ServiceError: Connect cannot be reached.
     """
-    return ConnectClient(settings.connect_rest, patience).state(CONNECTOR)
+    return ConnectClient(settings.connect_urls, patience).state(CONNECTOR)
 
 
 def connector_drift(settings: Settings, patience: float = PATIENCE_SECONDS) -> list[str]:
@@ -227,7 +251,7 @@ def connector_drift(settings: Settings, patience: float = PATIENCE_SECONDS) -> l
     Raises:
         ServiceError: Connect cannot be reached.
     """
-    client = ConnectClient(settings.connect_rest, patience)
+    client = ConnectClient(settings.connect_urls, patience)
     config = client.config(CONNECTOR)
     if config is None:
         return [f"connector {CONNECTOR} does not exist"]
@@ -242,7 +266,7 @@ def ensure_connector(settings: Settings, patience: float = PATIENCE_SECONDS) -> 
     Raises:
         ServiceError: Connect cannot be reached, is too old, refuses the file, or a task cannot start.
     """
-    client = ConnectClient(settings.connect_rest, patience)
+    client = ConnectClient(settings.connect_urls, patience)
     client.version()
     wanted = connector_config()
     present = client.config(CONNECTOR)
@@ -261,6 +285,27 @@ def ensure_connector(settings: Settings, patience: float = PATIENCE_SECONDS) -> 
     if present is None:
         return Change("created", details)
     return Change("changed" if details else "unchanged", details)
+
+
+def stop_connector(settings: Settings, patience: float = PATIENCE_SECONDS) -> None:
+    """Stop the connector and wait until none of its tasks is left; they commit what they stored.
+
+    Raises:
+        ServiceError: Connect cannot be reached, or the tasks do not end.
+    """
+    client = ConnectClient(settings.connect_urls, patience)
+    client.stop(CONNECTOR)
+    begin = time.monotonic()
+    while True:
+        state = client.state(CONNECTOR)
+        if state.connector in ("STOPPED", "MISSING") and not state.tasks:
+            return
+        if time.monotonic() - begin >= STOPPED_SECONDS:
+            raise ServiceError(
+                f"connector {CONNECTOR} is {state.connector} with {len(state.tasks)} tasks {STOPPED_SECONDS:.0f} s after it "
+                "was stopped: see `metrics-pipeline logs connect`, then run the job `provision` again"
+            )
+        time.sleep(0.25)
 
 
 def _wait_until_running(client: ConnectClient, settle: float) -> None:

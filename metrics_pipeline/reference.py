@@ -44,6 +44,8 @@ def default(field: FieldInfo) -> str:
     value: Any = field.default
     if isinstance(value, SecretStr):
         return value.get_secret_value()
+    if isinstance(value, bool):
+        return str(value).lower()
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -137,7 +137,7 @@ class SinkRepair:
         jitter: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311
     ) -> None:
         self._settings = settings
-        self._client = client or ConnectClient(settings.connect_rest, patience=2.0)
+        self._client = client or ConnectClient(settings.connect_urls, patience=2.0)
         self._offsets = offsets
         self._database = database
         self._clock = clock

@@ -49,11 +49,21 @@ def _is_http_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def _are_http_urls(urls: str) -> str:
+    return ",".join(_is_http_url(url.strip()) for url in urls.split(","))
+
+
 def _are_brokers(url: str) -> str:
     for broker in url.split(",") if url else ():
         if "://" in broker or not urlsplit(f"//{broker}").hostname or not _check_port(f"//{broker}"):
             raise ValueError("must be host:port, several of them separated by commas")
     return url
+
+
+def _is_quorum(brokers: int) -> int:
+    if brokers not in (1, 3):
+        raise ValueError("must be 1 or 3: two brokers cannot lose one, and more gain nothing on one machine")
+    return brokers
 
 
 def _check_port(url: str) -> int | None:
@@ -134,9 +144,17 @@ class Settings(ProducerSettings):
     topic_partitions_metrics: Positive = _setting(
         6, "partitions of the topic; growing an existing topic needs `provision` to be asked for it", "topic"
     )
-    topic_replication_factor: Positive = _setting(1, "replicas of each partition", "topic")
+    topic_replication_factor: Positive = _setting(
+        1, "replicas of each partition; 3 when `KAFKA_BROKERS` is 3 and this is not set", "topic"
+    )
     topic_retention_bytes: Annotated[int, Field(ge=64 * 2**20)] = _setting(
         10 * 2**30, "bytes the topic may hold, all partitions together; the oldest segments go first", "topic"
+    )
+    schema_registry_url: Annotated[str, AfterValidator(_is_http_url)] = _setting(
+        "",
+        "a schema registry (Confluent's API, which Redpanda has too) at which provisioning registers the JSON Schemas",
+        "topic",
+        repr=False,
     )
 
     sink: Literal["connect", "copy"] = _setting(
@@ -161,19 +179,38 @@ class Settings(ProducerSettings):
     kafka_url: Annotated[str, AfterValidator(_are_brokers)] = _setting(
         "", "an existing broker, host:port[,host:port…]; set in the real environment, none is started", "services"
     )
-    connect_url: Annotated[str, AfterValidator(_is_http_url)] = _setting(
-        "", "an existing Kafka Connect (4.2 or newer); set in the real environment, none is started", "services"
+    connect_url: Annotated[str, AfterValidator(_are_http_urls)] = _setting(
+        "",
+        "an existing Kafka Connect (4.2 or newer), http://host:port[,http://host:port…]; set in the real environment, "
+        "none is started",
+        "services",
     )
 
     postgres_port: Port = _setting(5432, "PostgreSQL", "ports")
     kafka_port: Port = _setting(19092, "broker", "ports")
     kafka_controller_port: Port = _setting(19093, "the broker's KRaft controller", "ports")
+    kafka_2_port: Port = _setting(19094, "second broker, when there are three", "ports")
+    kafka_2_controller_port: Port = _setting(19095, "its KRaft controller", "ports")
+    kafka_3_port: Port = _setting(19096, "third broker", "ports")
+    kafka_3_controller_port: Port = _setting(19097, "its KRaft controller", "ports")
     connect_port: Port = _setting(8083, "Kafka Connect REST", "ports")
+    connect_2_port: Port = _setting(8084, "second Connect worker, when there are two", "ports")
+    connect_3_port: Port = _setting(8085, "third Connect worker", "ports")
     producer_port: Port = _setting(3000, "producer's `/health` and `/metrics`", "ports")
     sink_port: Port = _setting(3002, "COPY sink's `/health` and `/metrics`", "ports")
     dagster_port: Port = _setting(3070, "Dagster UI", "ports")
     dagster_code_port: Port = _setting(3071, "Dagster code server (gRPC)", "ports")
+    exporter_port: Port = _setting(9187, "exporter's `/metrics` and `/health`", "ports")
 
+    kafka_brokers: Annotated[int, AfterValidator(_is_quorum)] = _setting(
+        1, "brokers of the embedded stack, 1 or 3; three of them keep each record three times", "stack"
+    )
+    connect_workers: Annotated[int, Field(ge=1, le=3)] = _setting(
+        1, "Kafka Connect workers of the embedded stack, 1 to 3, in one group", "stack"
+    )
+    exporter: bool = _setting(
+        False, "whether the embedded stack runs `metrics-pipeline exporter` (about 90 MB of memory)", "stack"
+    )
     pipeline_data_dir: Path = _setting(Path(".local"), "where the embedded stack keeps its data and logs", "stack")
     pipeline_cache_dir: Path | None = _setting(
         None, "where downloaded jars are kept; default: the user's cache folder", "stack"
@@ -205,6 +242,12 @@ class Settings(ProducerSettings):
         SecretStr(""), "of the producer's role (its lock and its ledger)", "secrets"
     )
     dagster_password: SecretStr = _setting(SecretStr(""), "of Dagster's own database", "secrets")
+
+    @model_validator(mode="after")
+    def _a_cluster_replicates(self) -> Self:
+        if "topic_replication_factor" not in self.model_fields_set:
+            self.topic_replication_factor = self.kafka_brokers
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -246,12 +289,30 @@ class Settings(ProducerSettings):
     @property
     def bootstrap_servers(self) -> str:
         """What Kafka clients connect to."""
-        return self.kafka_url or f"127.0.0.1:{self.kafka_port}"
+        return self.kafka_url or ",".join(f"127.0.0.1:{port}" for port, _ in self.broker_ports)
+
+    @property
+    def broker_ports(self) -> list[tuple[int, int]]:
+        """Port and controller's port of each embedded broker; the first is node 1."""
+        ports = [
+            (self.kafka_port, self.kafka_controller_port),
+            (self.kafka_2_port, self.kafka_2_controller_port),
+            (self.kafka_3_port, self.kafka_3_controller_port),
+        ]
+        return ports[: self.kafka_brokers]
 
     @property
     def connect_rest(self) -> str:
-        """Base URL of Kafka Connect's REST API, without a trailing slash."""
-        return self.connect_url or f"http://127.0.0.1:{self.connect_port}"
+        """Base URL of Kafka Connect's REST API (the first worker's), without a trailing slash."""
+        return self.connect_urls[0]
+
+    @property
+    def connect_urls(self) -> tuple[str, ...]:
+        """Base URL of each Connect worker's REST API; any of them answers for the group."""
+        if self.connect_url:
+            return tuple(self.connect_url.split(","))
+        ports = (self.connect_port, self.connect_2_port, self.connect_3_port)
+        return tuple(f"http://127.0.0.1:{port}" for port in ports[: self.connect_workers])
 
     @property
     def producer_http(self) -> str:

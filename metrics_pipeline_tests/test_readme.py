@@ -47,7 +47,7 @@ def test_env_example_used_as_env_file_changes_nothing(monkeypatch: pytest.Monkey
 
 def test_env_example_shows_every_setting_and_no_secret() -> None:
     lines = reference.ENV_EXAMPLE.read_text("utf-8").splitlines()
-    assert {line.lstrip("# ").partition("=")[0] for line in lines if re.match(r"(# )?[A-Z_]+=", line)} == {
+    assert {line.lstrip("# ").partition("=")[0] for line in lines if re.match(r"(# )?[A-Z0-9_]+=", line)} == {
         name.upper() for name in Settings.model_fields
     }
     for name in Settings.group("secrets"):
