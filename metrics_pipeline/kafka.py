@@ -35,6 +35,18 @@ LIBRDKAFKA.addHandler(logging.NullHandler())
 UNREACHABLE = frozenset({"_TRANSPORT", "_TIMED_OUT", "_ALL_BROKERS_DOWN", "_RESOLVE"})
 """librdkafka's names for not getting an answer."""
 
+HAS_MEMBERS = frozenset(
+    {
+        "UNKNOWN_MEMBER_ID",
+        "ILLEGAL_GENERATION",
+        "REBALANCE_IN_PROGRESS",
+        "FENCED_INSTANCE_ID",
+        "INCONSISTENT_GROUP_PROTOCOL",
+        "STALE_MEMBER_EPOCH",
+    }
+)
+"""What a broker answers to a commit from outside of a group that consumers belong to."""
+
 MIB = 2**20
 _T = TypeVar("_T")
 
@@ -191,9 +203,46 @@ def consumer_lag(settings: Settings, group: str = CONNECTOR_GROUP) -> Lag:
     with _consumer(settings, group) as consumer:
         # Commits first: asked the other way round, a busy consumer could seem to be ahead of the log's end.
         offsets = _committed(consumer, sorted(_existing(consumer)))
-        marks = _watermarks(consumer)
-    lag = {partition: max(0, high - max(low, offsets.get(partition, low))) for partition, (low, high) in marks.items()}
-    return Lag(sum(lag.values()), lag)
+        return _lag(offsets, _watermarks(consumer))
+
+
+def lag_from(settings: Settings, offsets: Mapping[int, int]) -> Lag:
+    """Records retained from these offsets on; a partition without one counts from its start.
+
+    Raises:
+        ServiceError: the broker cannot be reached, or the topic does not exist.
+    """
+    return _lag(offsets, watermarks(settings))
+
+
+def commit(settings: Settings, offsets: Mapping[int, int], group: str) -> bool:
+    """Set the committed offsets of a consumer group that nobody is a member of.
+
+    Args:
+        settings: where the broker is.
+        offsets: by partition of the topic; the others stay as they are.
+        group: the consumer group.
+
+    Returns:
+        False when the group has members: only they may commit, and nothing was changed.
+
+    Raises:
+        ServiceError: the broker cannot be reached, or refuses.
+    """
+    if not offsets:
+        return True
+    places = [TopicPartition(TOPIC, number, offset) for number, offset in sorted(offsets.items())]
+    with _consumer(settings, group) as consumer:
+        try:
+            answers = consumer.commit(offsets=places, asynchronous=False) or []
+            problems = [place.error for place in answers if place.error is not None]
+        except KafkaException as error:
+            problems = [error.args[0]]
+        if any(problem.name() in HAS_MEMBERS for problem in problems):
+            return False
+        if problems:
+            raise KafkaException(problems[0])
+    return True
 
 
 @contextmanager
@@ -307,6 +356,11 @@ def _config_drift(admin: AdminClient, spec: TopicSpec) -> dict[str, str]:
         for name, wanted in spec.config.items()
         if name in entries and entries[name].value != wanted
     }
+
+
+def _lag(offsets: Mapping[int, int], marks: Mapping[int, tuple[int, int]]) -> Lag:
+    lag = {partition: max(0, high - max(low, offsets.get(partition, low))) for partition, (low, high) in marks.items()}
+    return Lag(sum(lag.values()), lag)
 
 
 def _watermarks(consumer: Consumer) -> dict[int, tuple[int, int]]:

@@ -1,0 +1,331 @@
+"""The sink that stores the readings, Kafka Connect's or the COPY sink: which one it is, how far it is, and the change from one to the other.
+
+The table `sink_state` says which one is active, whatever anybody's environment says: provisioning sets it, the COPY sink
+obeys it in each transaction. While they change, both may store the same record, which alters nothing; no record is left out:
+the one that takes over begins where the other one is known to have stored everything before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import psycopg
+
+from metrics_pipeline import connect, kafka, postgres
+from metrics_pipeline.change import Change
+from metrics_pipeline.connect import PATIENCE_SECONDS, ConnectClient
+from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings
+
+Kind = Literal["connect", "copy"]
+
+WORKERS_SECONDS: Final = 60.0
+"""How long provisioning waits for a process of the COPY sink."""
+MEMBERS_SECONDS: Final = 60.0
+"""How long it waits for consumers to leave the connector's group: Kafka drops a dead one after 45 s."""
+QUIET_SECONDS: Final = 5.0
+"""How long a Connect is asked for that need not be there."""
+QUESTION_SECONDS: Final = 5
+
+NO_WORKER: Final = (
+    "no process of the COPY sink is connected to PostgreSQL: start one with `metrics-pipeline sink`, "
+    "or everything with `SINK=copy metrics-pipeline up`"
+)
+_NAMES: Final[dict[Kind, str]] = {"connect": "Kafka Connect", "copy": "the COPY sink"}
+
+
+@dataclass(frozen=True)
+class Position:
+    """What the database says of the sinks.
+
+    Attributes:
+        active: the one that stores the readings.
+        offsets: of the first record that the COPY sink has not stored or rejected, by partition.
+        sessions: how many connections the COPY sink's processes have, also while they stand by.
+    """
+
+    active: Kind = "connect"
+    offsets: Mapping[int, int] = field(default_factory=dict)
+    sessions: int = 0
+
+
+def position(settings: Settings) -> Position:
+    """What the database says of the sinks; before the migrations, that the connector is active.
+
+    Raises:
+        ServiceError: PostgreSQL cannot be used.
+    """
+    with postgres.connect(
+        settings,
+        "metrics_reader",
+        autocommit=True,
+        connect_timeout=QUESTION_SECONDS,
+        options=f"-c statement_timeout={QUESTION_SECONDS}s",
+    ) as connection:
+        try:
+            rows = connection.execute(postgres.query("sink_position"), {"topic": TOPIC}).fetchall()
+        except psycopg.errors.UndefinedTable:
+            return Position()
+        except psycopg.Error as error:
+            raise ServiceError(
+                f"the table sink_state cannot be read: {postgres.one_line(error)}: see `metrics-pipeline status`"
+            ) from error
+    offsets = {number: offset for _, _, number, offset in rows if number is not None}
+    return Position(rows[0][0], offsets, rows[0][1]) if rows else Position()
+
+
+def active(settings: Settings) -> Kind:
+    """Which sink stores the readings.
+
+    Raises:
+        ServiceError: PostgreSQL cannot be used.
+    """
+    return position(settings).active
+
+
+def offsets(settings: Settings) -> dict[int, int]:
+    """How far the active sink is: before this offset it has stored or rejected every record; by partition, if known.
+
+    Raises:
+        ServiceError: PostgreSQL or the broker cannot be used.
+    """
+    place = position(settings)
+    return dict(place.offsets) if place.active == "copy" else kafka.committed(settings, CONNECTOR_GROUP)
+
+
+def lag(settings: Settings) -> kafka.Lag:
+    """Records retained that the active sink has still to store.
+
+    Raises:
+        ServiceError: PostgreSQL or the broker cannot be used, or the topic does not exist.
+    """
+    return _lag(settings, position(settings))
+
+
+def _lag(settings: Settings, place: Position) -> kafka.Lag:
+    return kafka.lag_from(settings, place.offsets) if place.active == "copy" else kafka.consumer_lag(settings)
+
+
+class LagMeter:
+    """The active sink's lag for those who ask again and again, known while PostgreSQL is away, too.
+
+    Without PostgreSQL no sink gets ahead, so the last position known stands: the lag that grows meanwhile is what holds a
+    producer back before retention overtakes the sink.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._last: Position | None = None
+
+    def total(self) -> int:
+        """The lag now, over all partitions.
+
+        Raises:
+            ServiceError: the broker cannot be used, or the position was never known.
+        """
+        try:
+            self._last = position(self._settings)
+        except ServiceError:
+            if self._last is None:
+                raise
+        return _lag(self._settings, self._last).total
+
+
+def sink_problem(settings: Settings) -> str | None:
+    """Why the active sink does not store readings now, or None when it does.
+
+    Raises:
+        ServiceError: PostgreSQL or Connect cannot be used.
+    """
+    place = position(settings)
+    if place.active == "copy":
+        return None if place.sessions else NO_WORKER
+    state = connect.sink_state(settings)
+    return None if state.running else "; ".join(state.problems)
+
+
+def ensure_sink(settings: Settings, patience: float = PATIENCE_SECONDS) -> Change:
+    """Let the configured sink be the one that stores the readings, from where the other one stood.
+
+    The other one goes on until the new one is known to be there.
+
+    Raises:
+        ServiceError: PostgreSQL, the broker or Connect cannot be used, or the configured sink does not run.
+    """
+    return _ensure_copy(settings, patience) if settings.sink == "copy" else _ensure_connect(settings, patience)
+
+
+def sink_drift(settings: Settings) -> list[str]:
+    """Each difference between what stores the readings and what is configured to; empty when all is well.
+
+    Raises:
+        ServiceError: PostgreSQL, the broker or Connect cannot be used.
+    """
+    place = position(settings)
+    found = []
+    if place.active != settings.sink:
+        found.append(f"the readings are stored by {_NAMES[place.active]}, configured {_NAMES[settings.sink]}")
+    if settings.sink == "connect":
+        return found + connect.connector_drift(settings)
+    if not place.sessions:
+        found.append(NO_WORKER)
+    state = _connector_if_any(settings, QUIET_SECONDS if settings.connect_url else 0.1)
+    if state not in (None, "MISSING", "STOPPED"):
+        found.append(f"connector {CONNECTOR} is {state} beside the COPY sink, configured STOPPED")
+    for number, (_, high) in kafka.watermarks(settings).items():
+        if place.offsets.get(number, 0) > high:
+            found.append(
+                f"the COPY sink's offset in partition {number} is {place.offsets[number]}, and the topic ends at {high}: "
+                "it was made anew; stop the sink and delete the row from the table sink_offsets"
+            )
+    return found
+
+
+def hand_back(settings: Settings) -> list[str]:
+    """Let the connector be the active sink, and begin where the COPY sink stands; only while the connector does not run.
+
+    The commit in Kafka is made while the COPY sink is held back, and before the database says that its time is over: a
+    crash at any point leaves one of the two with everything before it stored.
+
+    Returns:
+        One line for each thing done.
+
+    Raises:
+        ServiceError: PostgreSQL or the broker cannot be used; nothing was changed in the database.
+    """
+    with postgres.connect(settings, "metrics_owner") as connection:
+        try:
+            connection.execute(postgres.query("sink_activate"), {"active": "connect"})
+            rows = connection.execute(postgres.query("sink_hand_back"), {"topic": TOPIC}).fetchall()
+            moved = _commit_forward(settings, dict(rows))
+        except psycopg.Error as error:
+            raise _refused(error) from error
+    return [
+        "the readings are stored by Kafka Connect, before by the COPY sink",
+        *(f"the connector begins at offset {offset} of partition {number}" for number, offset in moved.items()),
+    ]
+
+
+def _commit_forward(settings: Settings, wanted: Mapping[int, int]) -> dict[int, int]:
+    """Move the connector's committed offsets up to those wanted, never back, and never beyond the topic's end."""
+    if not wanted:
+        return {}
+    present = kafka.committed(settings, CONNECTOR_GROUP)
+    ends = {number: high for number, (_, high) in kafka.watermarks(settings).items()}
+    moved = {
+        number: offset for number, offset in wanted.items() if present.get(number, -1) < offset <= ends.get(number, -1)
+    }
+    # Members of the group would go on from their own offsets: they store again what is stored, and leave nothing out.
+    return moved if kafka.commit(settings, moved, CONNECTOR_GROUP) else {}
+
+
+def _ensure_connect(settings: Settings, patience: float) -> Change:
+    details = []
+    if active(settings) == "copy":
+        client = ConnectClient(settings.connect_urls, patience)
+        client.version()
+        if client.state(CONNECTOR).connector in ("MISSING", "STOPPED"):
+            details = hand_back(settings)
+        else:
+            # It ran beside the COPY sink, and may have put old values over newer ones: it has to pass these itself.
+            _activate(settings, "connect")
+            details = [
+                "the readings are stored by Kafka Connect, before by the COPY sink; the connector goes on where it is"
+            ]
+    change = connect.ensure_connector(settings, patience)
+    return Change("changed", details + change.details) if details else change
+
+
+def _ensure_copy(settings: Settings, patience: float) -> Change:
+    before = _wait_for_workers(settings)
+    state = _connector_if_any(settings, patience if settings.connect_url else QUIET_SECONDS)
+    ran = state not in (None, "MISSING", "STOPPED")
+    if ran:
+        connect.stop_connector(settings, patience)
+    elif before.active == "copy":
+        return Change("unchanged")
+    commits = _final_commits(settings, wait=ran)
+    moved = _take_over(settings, commits, back=before.active == "copy")
+    details = []
+    if before.active != "copy":
+        details.append(f"the readings are stored by the COPY sink, before by {_NAMES[before.active]}")
+    if ran:
+        details.append(f"connector {CONNECTOR} is stopped, was {state}")
+    elif state is None:
+        details.append(f"no Kafka Connect answers at {settings.connect_rest}: no connector to stop")
+    details += [f"the COPY sink goes on at offset {offset} of partition {number}" for number, offset in moved.items()]
+    return Change("changed", details)
+
+
+def _wait_for_workers(settings: Settings) -> Position:
+    deadline = time.monotonic() + WORKERS_SECONDS
+    while True:
+        place = position(settings)
+        if place.sessions:
+            return place
+        if time.monotonic() >= deadline:
+            raise ServiceError(f"{NO_WORKER}; {_NAMES[place.active]} stays the one that stores the readings")
+        time.sleep(0.5)
+
+
+def _connector_if_any(settings: Settings, patience: float) -> str | None:
+    """The connector's state; None when there is no Connect, which is no error unless CONNECT_URL names one."""
+    try:
+        return ConnectClient(settings.connect_urls, patience).state(CONNECTOR).connector
+    except ServiceError:
+        if settings.connect_url:
+            raise
+        return None
+
+
+def _final_commits(settings: Settings, *, wait: bool) -> dict[int, int]:
+    """The connector's committed offsets, once its consumers have left the group, if there is something to wait for."""
+    deadline = time.monotonic() + (MEMBERS_SECONDS if wait else 0.0)
+    commits = kafka.committed(settings, CONNECTOR_GROUP)
+    # Nobody but a member may commit while there are any: that this commit of nothing new is taken shows that there are none.
+    while not kafka.commit(settings, commits, CONNECTOR_GROUP) and time.monotonic() < deadline:
+        time.sleep(0.5)
+        commits = kafka.committed(settings, CONNECTOR_GROUP)
+    return kafka.committed(settings, CONNECTOR_GROUP)
+
+
+def _take_over(settings: Settings, commits: Mapping[int, int], *, back: bool) -> dict[int, int]:
+    """Make the COPY sink the active one, beginning at the connector's commits.
+
+    The connector's commits are taken even where the COPY sink was further once: what the connector stored since then may
+    be older than what stood there, and only passing the same records again makes it right.
+
+    Args:
+        settings: where PostgreSQL is.
+        commits: of the connector, by partition. A partition without one keeps its offset; the COPY sink begins at the
+            earliest record where there is none either.
+        back: whether the connector ran beside an active COPY sink, whose offsets then move back only.
+
+    Returns:
+        The offsets that were changed.
+    """
+    values = {"topic": TOPIC, "partitions": list(commits), "offsets": list(commits.values()), "back": back}
+    with postgres.connect(settings, "metrics_owner") as connection:
+        try:
+            rows = connection.execute(postgres.query("sink_take_over"), values).fetchall()
+            connection.execute(postgres.query("sink_activate"), {"active": "copy"})
+        except psycopg.Error as error:
+            raise _refused(error) from error
+    return dict(sorted(rows))
+
+
+def _activate(settings: Settings, kind: Kind) -> None:
+    with postgres.connect(settings, "metrics_owner") as connection:
+        try:
+            connection.execute(postgres.query("sink_activate"), {"active": kind})
+        except psycopg.Error as error:
+            raise _refused(error) from error
+
+
+def _refused(error: psycopg.Error) -> ServiceError:
+    return ServiceError(
+        f"the sinks could not be changed: {postgres.one_line(error)}: nothing was changed; run the job `provision` again"
+    )
