@@ -3,6 +3,8 @@
 postgres ─┬─> databases ─> code ─┬─> webserver
           │                      └─> daemon
 broker ───┴─> connect ───────────────> provision (the Dagster job), when everything before it is healthy
+
+With SINK=copy the COPY sink stands in Connect's place.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ import psycopg
 import requests
 
 from metrics_pipeline import postgres as database
+from metrics_pipeline import sinks
 from metrics_pipeline.errors import PipelineError, ServiceError
-from metrics_pipeline.local import broker, connect, dagster, jars, postgres
+from metrics_pipeline.local import broker, connect, dagster, jars, postgres, sink
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.environment import dagster_home, for_python
 from metrics_pipeline.local.service import Service, tail
@@ -83,11 +86,19 @@ class Stack:
         """
         nodes = [Node(service.name, service.needs, self._starter(service)) for service in self.services]
         nodes += [
-            Node(name, (), self._outsider(name)) for name in ("postgres", "broker", "connect") if not self.has(name)
+            Node(name, (), self._outsider(name))
+            for name in ("postgres", "broker", "connect")
+            if not self.has(name) and (name != "connect" or "connect" in self.external)
         ]
         nodes.append(Node("databases", ("postgres",), self._databases))
+        if self.has("connect"):
+            nodes.append(Node("handover", ("databases", "broker"), self._hand_over))
+            for node in nodes:
+                if node.name.startswith("connect"):
+                    node.needs += ("handover",)
         if provision:
-            nodes.append(Node("provision", ("databases", "connect", "broker"), self._provision))
+            needs = tuple(node.name for node in nodes if node.name in ("databases", "broker", "connect", "sink"))
+            nodes.append(Node("provision", needs, self._provision))
         done = {node.name: threading.Event() for node in nodes}
         failure: list[BaseException] = []
 
@@ -151,6 +162,17 @@ class Stack:
             self._dagster_schema()
         return ""
 
+    def _hand_over(self) -> str:
+        """Before Connect runs the connector, or it would begin where it was when the COPY sink took its place."""
+        if any(service.name.startswith("connect") and service.alive() for service in self.services):
+            return ""
+        try:
+            return sinks.hand_back(self.settings)[0] if sinks.active(self.settings) == "copy" else ""
+        except PipelineError as error:
+            # The connector then stores once more what is stored; provisioning makes it the active one.
+            log.warning("the connector begins at its own offsets: %s", error)
+            return ""
+
     def _dagster_schema(self) -> None:
         # Dagster's processes make its tables on first use, and several of them at once collide.
         with psycopg.connect(self.settings.dagster_postgres_url) as connection:
@@ -174,7 +196,7 @@ class Stack:
             "provision",
         ]
         self._run(command, "provision", "provisioning (the Dagster job `provision`)")
-        return "Provisioned: schema, topic, connector"
+        return f"Provisioned: schema, topic, {'connector' if self.settings.sink == 'connect' else 'COPY sink'}"
 
     def _run(self, command: list[str], name: str, what: str) -> None:
         path = self.settings.data_dir / "logs" / f"{name}.log"
@@ -247,13 +269,12 @@ def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False)
         PipelineError: a download failed or a folder cannot be written.
     """
     external = external_services()
+    runs_connect = "connect" not in external and settings.sink == "connect"
     budget = Budget.of(settings)
-    uses = [
-        use
-        for use, name in (("postgres", "postgres"), ("kafka", "kafka"), ("debezium", "connect"))
-        if name not in external
-    ]
-    if "connect" not in external and "kafka" not in uses:
+    uses = [name for name in ("postgres", "kafka") if name not in external]
+    if runs_connect:
+        uses.append("debezium")
+    if runs_connect and "kafka" not in uses:
         uses.append("kafka")  # the worker's class path
     paths = jars.fetch(settings, uses, quiet=quiet)
     services: list[Service] = []
@@ -263,9 +284,11 @@ def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False)
             services.append(postgres.service(settings, budget, postgres.cluster(settings, paths["postgres"][0])))
         if "kafka" not in external:
             services.append(broker.service(settings, budget, paths["kafka"]))
-        if "connect" not in external:
+        if runs_connect:
             plugin = jars.unpack_debezium(paths["debezium"][0], jars.cache_dir(settings) / "plugins")
             services.append(connect.service(settings, budget, paths["kafka"], plugin))
+        if settings.sink == "copy":
+            services.append(sink.service(settings))
     except OSError as error:
         raise PipelineError(
             f"cannot write {error.filename or settings.data_dir}: {error.strerror}; set PIPELINE_DATA_DIR to a folder you own"
@@ -281,7 +304,7 @@ def ports_in_use(stack: Stack) -> list[str]:
     for service, keys in (("postgres", PORTS["postgres"]), ("broker", PORTS["kafka"]), ("connect", PORTS["connect"])):
         if stack.has(service) and not stack.service(service).alive():
             names += keys
-    for service, key in (("webserver", "dagster_port"), ("code", "dagster_code_port")):
+    for service, key in (("sink", "sink_port"), ("webserver", "dagster_port"), ("code", "dagster_code_port")):
         if stack.has(service) and not stack.service(service).alive():
             names.append(key)
     if stack.has("code") and not stack.service("code").alive():
