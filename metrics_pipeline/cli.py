@@ -85,16 +85,32 @@ def _say(text: str) -> None:
 def up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="run in the background; `down` ends it")] = False,
     free_ports: Annotated[bool, typer.Option("--free-ports", help="move busy ports to free ones")] = False,
+    brokers: Annotated[
+        int | None, typer.Option("--brokers", help="1, or 3 that keep each record three times; kept in the env file")
+    ] = None,
+    connect_workers: Annotated[
+        int | None, typer.Option("--connect-workers", help="Connect workers in one group; kept in the env file")
+    ] = None,
+    exporter: Annotated[
+        bool | None, typer.Option("--exporter/--no-exporter", help="run the exporter, too; kept in the env file")
+    ] = None,
 ) -> None:
     """Start everything, provision it, and keep it running until Ctrl-C."""
     from metrics_pipeline.local.keeper import Keeper
     from metrics_pipeline.local.live import LiveTable
 
+    given = {"KAFKA_BROKERS": brokers, "CONNECT_WORKERS": connect_workers, "EXPORTER": exporter}
+    chosen = {name: str(value).lower() for name, value in given.items() if value is not None}
+    # An option is a variable for this process and its children; the keeper notes it for other terminals.
+    os.environ.update(chosen)
     settings = Settings.load()
     if detach:
-        _detach(settings, free_ports=free_ports)
+        options = [f"--brokers={brokers}"] if brokers is not None else []
+        options += [f"--connect-workers={connect_workers}"] if connect_workers is not None else []
+        options += ["--exporter" if exporter else "--no-exporter"] if exporter is not None else []
+        _detach(settings, [*options, *(["--free-ports"] if free_ports else [])])
         return
-    with Keeper(settings, _say, free_ports=free_ports) as keeper:
+    with Keeper(settings, _say, free_ports=free_ports, chosen=chosen) as keeper:
         keeper.start()
         if keeper.stopping:
             return
@@ -108,14 +124,14 @@ def up(
     _say("Everything has stopped; nothing was lost. `metrics-pipeline up` goes on where it ended.")
 
 
-def _detach(settings: Settings, *, free_ports: bool) -> None:
+def _detach(settings: Settings, options: list[str]) -> None:
     from metrics_pipeline.local.service import tail
     from metrics_pipeline.local.state import StackState, take_lock
 
     take_lock(settings.data_dir).close()
     log = settings.data_dir / "logs" / "keeper.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "metrics_pipeline", "up", *(["--free-ports"] if free_ports else [])]
+    command = [sys.executable, "-m", "metrics_pipeline", "up", *options]
     with log.open("wb") as output:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -428,6 +444,24 @@ def replay(
                 _say(line)
     _say(report.summary())
     raise typer.Exit(0 if report.clean else 1)
+
+
+@app.command()
+def sink(
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="processes that share the partitions; default SINK_WORKERS")
+    ] = None,
+) -> None:
+    """Run the COPY sink until Ctrl-C; it stores while `provision` has made it the active one (SINK=copy)."""
+    from metrics_pipeline.sink.supervisor import Supervisor
+
+    settings = Settings.load()
+    with _stop_on_signals() as stop:
+        supervisor = Supervisor(settings, workers or settings.sink_workers)
+        clean = supervisor.run(stop)
+    total, _ = supervisor.report()
+    _say(f"{total.rows:,} rows stored, {sum(total.rejected.values()):,} records rejected, {total.tombstones:,} tombstones")
+    raise typer.Exit(0 if clean else 1)
 
 
 @contextmanager

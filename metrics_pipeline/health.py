@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import errno
-import socket
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 from uuid import UUID
 
-import uvicorn
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from metrics_pipeline.errors import BusyError
 from metrics_pipeline.probe import Latency
+from metrics_pipeline.web import WebServer
 
 LATENCY_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -95,7 +90,7 @@ class ProducerMetrics(Collector):
 
 
 class HealthServer:
-    """uvicorn in a thread, on 127.0.0.1 only; it leaves signals alone."""
+    """The producer's endpoints."""
 
     def __init__(
         self, port: int, snapshot: Callable[[], Snapshot], registry: CollectorRegistry, stall_seconds: float
@@ -108,31 +103,20 @@ class HealthServer:
             registry: what `/metrics` shows.
             stall_seconds: seconds without an owed acknowledgement after which `/health` answers 503.
         """
-        self.port = port
         self._snapshot = snapshot
         self._registry = registry
         self._stall_seconds = stall_seconds
-        app = Starlette(
-            routes=[
-                Route("/health", self._health),
-                Route("/status", self._status),
-                Route("/metrics", self._metrics),
-            ]
-        )
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                loop="asyncio",
-                timeout_graceful_shutdown=1,
-            )
-        )
-        self._socket: socket.socket | None = None
-        # Not in the main thread, so uvicorn installs no signal handlers.
-        self._thread = threading.Thread(target=self._serve, name="health", daemon=True)
+        routes = [
+            Route("/health", self._health),
+            Route("/status", self._status),
+            Route("/metrics", self._metrics),
+        ]
+        self._server = WebServer(routes, port, "PRODUCER_PORT")
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._server.port
 
     def start(self) -> None:
         """Take the port and answer.
@@ -140,31 +124,11 @@ class HealthServer:
         Raises:
             BusyError: the port is taken.
         """
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", self.port))
-        except OSError as error:
-            listener.close()
-            why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"cannot be used ({error})"
-            raise BusyError(f"port {self.port} {why}: free it, or set PRODUCER_PORT to another one") from error
-        listener.listen(64)
-        self.port = listener.getsockname()[1]
-        self._socket = listener
-        self._thread.start()
+        self._server.start()
 
     def stop(self) -> None:
         """Give the port back."""
-        if self._socket is None:
-            return
-        self._server.should_exit = True
-        self._thread.join(3)
-        self._socket.close()
-        self._socket = None
-
-    def _serve(self) -> None:
-        assert self._socket is not None  # noqa: S101  # `start` sets it before it starts this thread
-        self._server.run(sockets=[self._socket])
+        self._server.stop()
 
     async def _health(self, _: Request) -> Response:
         now = self._snapshot()

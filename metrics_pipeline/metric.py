@@ -278,10 +278,15 @@ def check(reading: Reading) -> None:
         raise RecordError("bad_value", f"value: {value!r} is not finite")
     if not isinstance(reading.tags, list):
         raise RecordError("bad_tags", f"tags: {reading.tags!r} is not a list")
-    _check_tags(reading.tags)
+    check_tags(reading.tags)
 
 
-def _check_tags(tags: list[str]) -> None:
+def check_tags(tags: list[str]) -> None:
+    """Refuse tags that could not be stored as they are.
+
+    Raises:
+        RecordError: `bad_tags`, naming the first of them.
+    """
     if len(tags) > MAX_TAGS:
         raise RecordError("bad_tags", f"tags: there are {len(tags)}, the limit is {MAX_TAGS}")
     for tag in tags:
@@ -342,7 +347,7 @@ def decode(key: bytes | None, value: bytes | None) -> Reading:
         or (identity.published_at != record.published_at and _time(identity.published_at) != published_at)
     ):
         raise RecordError("key_mismatch", f"key {identity} differs from the value's {record}")
-    _check_tags(record.tags)
+    check_tags(record.tags)
     return Reading(device_id, published_at, code, record.value, record.tags)
 
 

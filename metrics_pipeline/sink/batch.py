@@ -1,0 +1,156 @@
+"""Consumed messages, decoded: what a worker hands to the store in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from metrics_pipeline.comparison import EPOCH
+from metrics_pipeline.errors import RecordError
+from metrics_pipeline.metric import decode
+from metrics_pipeline.sink.canonical import EMPTY, Columns, parse
+from metrics_pipeline.sink.tags import TagTable
+
+LONGEST: Final = 1 << 16
+"""Bytes of a value beyond which it is left to the strict decoder, so that it is not copied about."""
+DETAIL: Final = 500
+"""Characters kept of what is wrong with a record: its payload is kept whole."""
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+
+class Message(Protocol):
+    """What is used of `confluent_kafka.Message`."""
+
+    def key(self) -> bytes | None: ...  # noqa: D102
+    def value(self) -> bytes | None: ...  # noqa: D102
+    def partition(self) -> int: ...  # noqa: D102
+    def offset(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The part of a batch that comes from one partition.
+
+    Attributes:
+        partition: its number.
+        epoch: which possession of the partition it was consumed under; a chunk of a former one is not written.
+        start: where the partition stood before: what the database must say for the chunk to be written.
+        stop: where it stands afterwards.
+    """
+
+    partition: int
+    epoch: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A record that is not stored.
+
+    Attributes:
+        at: position of its message in the batch.
+        reason: one of `metric.REASONS`, or `refused_by_database`.
+        detail: what is wrong with which field.
+    """
+
+    at: int
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Messages of several partitions, to be stored or rejected in one transaction.
+
+    Attributes:
+        chunks: by partition, what the batch moves.
+        messages: all of them, in the order of consumption.
+        columns: the good ones; `source` is the position in `messages`.
+        tags: encoded tags by number.
+        rejects: the bad ones.
+        tombstones: how many messages had no value, which means nothing here.
+    """
+
+    chunks: dict[int, Chunk]
+    messages: Sequence[Message]
+    columns: Columns
+    tags: Sequence[bytes]
+    rejects: list[Reject]
+    tombstones: int
+
+    def without(self, partitions: Iterable[int]) -> Batch:
+        """The same batch without what comes from these partitions."""
+        gone = set(partitions)
+        kept = np.array([message.partition() not in gone for message in self.messages], np.bool_)
+        return replace(
+            self,
+            chunks={number: chunk for number, chunk in self.chunks.items() if number not in gone},
+            columns=self.columns.take(kept[self.columns.source]) if len(self.columns) else self.columns,
+            rejects=[reject for reject in self.rejects if kept[reject.at]],
+            tombstones=sum(
+                bool(keep) and message.value() is None for keep, message in zip(kept, self.messages, strict=True)
+            )
+            if self.tombstones
+            else 0,
+        )
+
+
+class Decoder:
+    """Turns messages into columns: canonical ones by `canonical.parse`, all others one by one by `metric.decode`."""
+
+    def __init__(self) -> None:
+        self._tags = TagTable()
+
+    def decode(self, messages: Sequence[Message], chunks: dict[int, Chunk]) -> Batch:
+        """Decode all; nothing is dropped: each message is a row, a reject or a tombstone."""
+        self._tags.forget()
+        keys: list[Any] = [message.key() for message in messages]
+        values: list[Any] = [message.value() for message in messages]
+        odd = [at for at, value in enumerate(values) if value is None or len(value) > LONGEST or keys[at] is None]
+        if odd:
+            for at in odd:
+                keys[at] = values[at] = b""
+        columns, others = parse(keys, values, self._tags)
+        rejects: list[Reject] = []
+        tombstones = 0
+        if len(others):
+            slow, rejects, tombstones = self._strict(messages, others)
+            if len(slow):
+                columns = Columns.joined([columns, slow])
+                columns = columns.take(np.argsort(columns.source, kind="stable"))
+        return Batch(chunks, messages, columns, self._tags.encoded, rejects, tombstones)
+
+    def _strict(self, messages: Sequence[Message], which: npt.NDArray[Any]) -> tuple[Columns, list[Reject], int]:
+        good, readings, rejects, tombstones = [], [], [], 0
+        for at in which.tolist():
+            message = messages[at]
+            try:
+                readings.append(decode(message.key(), message.value()))
+                good.append(at)
+            except RecordError as error:
+                if error.reason == "tombstone":
+                    tombstones += 1
+                else:
+                    rejects.append(Reject(at, error.reason, clean(error.detail)))
+        if not good:
+            return EMPTY, rejects, tombstones
+        columns = Columns(
+            np.array(good, np.int64),
+            np.frombuffer(b"".join(reading.device_id.bytes for reading in readings), np.uint8).reshape(-1, 16),
+            np.array([(reading.published_at - EPOCH) // _MICROSECOND for reading in readings], np.int64),
+            np.array([reading.metric_name for reading in readings], np.int16),
+            np.array([reading.value for reading in readings], np.float64),
+            np.array([self._tags.number_of(reading.tags) for reading in readings], np.int64),
+        )
+        return columns, rejects, tombstones
+
+
+def clean(text: str) -> str:
+    """Text that PostgreSQL can store, of bounded length: no NUL, no half of a surrogate pair."""
+    return text[:DETAIL].replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,333 @@
+"""Batches into PostgreSQL: offsets by compare-and-set, readings by COPY or upsert, rejects, all in one transaction."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+import psycopg
+from psycopg import errors as pg
+
+from metrics_pipeline import postgres
+from metrics_pipeline.errors import PipelineError
+from metrics_pipeline.settings import TOPIC, Settings
+from metrics_pipeline.sink import rows
+from metrics_pipeline.sink.batch import Batch, Reject, clean
+from metrics_pipeline.sink.canonical import Columns
+from metrics_pipeline.sink.failpoint import Failpoints
+
+log = logging.getLogger(__name__)
+
+APPLICATION: Final = "metrics-pipeline sink"
+"""What `pg_stat_activity` shows of a worker; its name follows."""
+LOCK_SECONDS: Final = 5
+"""How long a batch waits for another worker's lock before that worker's session is looked at."""
+MOST_UPSERTS: Final = 64
+"""Longest run of batches that are upserted without trying COPY alone again."""
+PIECE: Final = 1 << 18
+"""Bytes handed to libpq at a time."""
+
+_COLUMNS: Final = "(device_id, published_at, metric_name, value, tags)"
+_COPY: Final = f"COPY metrics {_COLUMNS} FROM STDIN (FORMAT binary)"
+_COPY_INCOMING: Final = f"COPY incoming_metrics {_COLUMNS} FROM STDIN (FORMAT binary)"
+_INCOMING: Final = (
+    "CREATE TEMPORARY TABLE IF NOT EXISTS incoming_metrics "
+    "(device_id uuid, published_at timestamptz, metric_name smallint, value double precision, tags text[]) "
+    "ON COMMIT DELETE ROWS"
+)
+
+Path = Literal["copy", "upsert", "bisect", "none"]
+
+
+class FencedError(Exception):
+    """The database is further, or elsewhere, than a batch assumes: somebody else has written these partitions.
+
+    Attributes:
+        partitions: which.
+    """
+
+    def __init__(self, partitions: Iterable[int]) -> None:
+        self.partitions = sorted(partitions)
+        super().__init__(f"partitions {self.partitions} are not where this worker left them")
+
+
+class StandbyError(Exception):
+    """The COPY sink is not the active one (any more)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What became of a batch that is in the database.
+
+    Attributes:
+        rows: readings stored.
+        path: how.
+        rejects: the records that were rejected, by the decoder or by the database.
+    """
+
+    rows: int
+    path: Path
+    rejects: list[Reject]
+
+
+class Store:
+    """One worker's session with PostgreSQL.
+
+    Every method may raise `psycopg.Error` or `PipelineError` (not reachable, refused); after that the next call begins with a new
+    session if the old one is broken, and nothing of the failed call is in the database, or all of it: `written` tells which.
+
+    Args:
+        settings: where PostgreSQL is.
+        name: of the worker, for `pg_stat_activity`.
+        failpoints: for tests.
+    """
+
+    def __init__(self, settings: Settings, name: str = "", failpoints: Failpoints | None = None) -> None:
+        self._settings = settings
+        self._name = f"{APPLICATION} {name}".strip()
+        self._failpoints = failpoints or Failpoints("")
+        self._connection: postgres.Connection | None = None
+        self._upserts_left = 0
+        self._upserts_next = 1
+
+    def active(self) -> bool:
+        """Whether the COPY sink is the one that stores."""
+        row = self._session().execute("SELECT active = 'copy' FROM sink_state").fetchone()
+        self._session().commit()
+        return bool(row and row[0])
+
+    def offsets(self, partitions: Iterable[int]) -> dict[int, int]:
+        """Where each partition stands; those never written are left out."""
+        session = self._session()
+        found = session.execute(
+            "SELECT partition, next_offset FROM sink_offsets WHERE topic = %s AND partition = ANY (%s)",
+            [TOPIC, list(partitions)],
+        ).fetchall()
+        session.commit()
+        return dict(found)
+
+    def begin(self, partition: int, offset: int) -> None:
+        """Note where a partition that was never written begins; a note that is there already stays."""
+        session = self._session()
+        session.execute(
+            "INSERT INTO sink_offsets (topic, partition, next_offset) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
+            [TOPIC, partition, offset],
+        )
+        session.commit()
+
+    def skip(self, partition: int, expected: int, offset: int) -> bool:
+        """Move a partition whose records up to `offset` exist no more; False when it was not where expected."""
+        session = self._session()
+        moved = session.execute(
+            "UPDATE sink_offsets SET next_offset = %s, updated_at = now() "
+            "WHERE topic = %s AND partition = %s AND next_offset = %s",
+            [offset, TOPIC, partition, expected],
+        ).rowcount
+        session.commit()
+        return moved == 1
+
+    def write(self, batch: Batch) -> Written:
+        """Store and reject what the batch holds and move the offsets, or do nothing at all.
+
+        Raises:
+            FencedError: some partitions are not where the batch begins.
+            StandbyError: another sink is the active one.
+            psycopg.Error: PostgreSQL refused, or the session broke. When it broke at the end the outcome is open: see `written`.
+        """
+        session = self._session()
+        try:
+            try:
+                return self._write(session, batch, upsert=self._upserts_left > 0)
+            except (pg.DataError, pg.IntegrityError) as error:
+                session.rollback()
+                if isinstance(error, pg.UniqueViolation):
+                    # A replay has duplicates in every batch: after each failure COPY alone rests twice as long.
+                    self._upserts_left = self._upserts_next
+                    self._upserts_next = min(self._upserts_next * 2, MOST_UPSERTS)
+                return self._write(session, batch, upsert=True)
+        except pg.LockNotAvailable:
+            session.rollback()
+            self._end_stalled(session)
+            raise
+        except BaseException:
+            with suppress(psycopg.Error):
+                session.rollback()
+            raise
+
+    def written(self, batch: Batch) -> bool:
+        """Whether a batch whose COMMIT was never answered is in the database."""
+        at = self.offsets(batch.chunks)
+        return all(at.get(chunk.partition, -1) == chunk.stop for chunk in batch.chunks.values())
+
+    def close(self) -> None:
+        """End the session."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _session(self) -> postgres.Connection:
+        if self._connection is None or self._connection.closed:
+            self._connection = postgres.connect(
+                self._settings,
+                "metrics_writer",
+                application_name=self._name,
+                keepalives_idle=10,
+                keepalives_interval=5,
+                keepalives_count=3,
+                tcp_user_timeout=30_000,
+                options=f"-c lock_timeout={LOCK_SECONDS}s",
+            )
+        return self._connection
+
+    def _write(self, session: postgres.Connection, batch: Batch, *, upsert: bool) -> Written:
+        self._lock(session, batch)
+        self._failpoints.reach("locked")
+        self._advance(session, batch)
+        self._failpoints.reach("advanced")
+        rejects, path = batch.rejects, self._path(batch, upsert=upsert)
+        if path == "copy":
+            self._copy(session, _COPY, batch.columns, batch.tags)
+        elif path == "upsert":
+            refused = self._upsert(session, batch)
+            if refused is not None:
+                path, rejects = "bisect", rejects + refused
+        self._failpoints.reach("copied")
+        self._reject(session, batch, rejects)
+        self._failpoints.reach("committing")
+        session.commit()
+        self._failpoints.reach("committed")
+        if path == "copy":
+            self._upserts_next = 1
+        elif self._upserts_left:
+            self._upserts_left -= 1
+        return Written(len(batch.columns) - (len(rejects) - len(batch.rejects)), path, rejects)
+
+    @staticmethod
+    def _path(batch: Batch, *, upsert: bool) -> Path:
+        if not len(batch.columns):
+            return "none"
+        return "upsert" if upsert else "copy"
+
+    def _lock(self, session: postgres.Connection, batch: Batch) -> None:
+        found = session.execute(
+            postgres.query("sink_lock").encode(), {"topic": TOPIC, "partitions": list(batch.chunks)}
+        ).fetchall()
+        if not all(active for _, _, active in found):
+            raise StandbyError
+        at = {partition: offset for partition, offset, _ in found}
+        wrong = [chunk.partition for chunk in batch.chunks.values() if at.get(chunk.partition) != chunk.start]
+        if wrong:
+            raise FencedError(wrong)
+
+    def _advance(self, session: postgres.Connection, batch: Batch) -> None:
+        chunks = list(batch.chunks.values())
+        moved = session.execute(
+            postgres.query("sink_advance").encode(),
+            {
+                "topic": TOPIC,
+                "partitions": [chunk.partition for chunk in chunks],
+                "starts": [chunk.start for chunk in chunks],
+                "stops": [chunk.stop for chunk in chunks],
+            },
+        ).rowcount
+        if moved != len(chunks):
+            raise FencedError(batch.chunks)
+
+    def _copy(self, session: postgres.Connection, statement: str, columns: Columns, tags: Sequence[bytes]) -> None:
+        with session.cursor() as cursor, cursor.copy(statement.encode()) as copy:
+            for piece in rows.encode(columns, tags):
+                for at in range(0, len(piece), PIECE):
+                    copy.write(piece[at : at + PIECE])
+                self._failpoints.reach("copying")
+
+    def _upsert(self, session: postgres.Connection, batch: Batch) -> list[Reject] | None:
+        """Store over what is there; None when the database took all of it, else what it refused."""
+        session.execute(_INCOMING.encode())
+        columns = latest(batch.columns)
+        try:
+            with session.transaction():
+                self._stage(session, columns, batch.tags)
+        except (pg.DataError, pg.IntegrityError):
+            return self._bisect(session, columns, batch.tags)
+        return None
+
+    def _stage(self, session: postgres.Connection, columns: Columns, tags: Sequence[bytes]) -> None:
+        self._copy(session, _COPY_INCOMING, columns, tags)
+        session.execute(postgres.query("sink_upsert").encode())
+
+    def _bisect(self, session: postgres.Connection, columns: Columns, tags: Sequence[bytes]) -> list[Reject]:
+        """Store halves, and their halves, until only the refused readings are left."""
+        refused: list[Reject] = []
+        waiting = [columns]
+        while waiting:
+            part = waiting.pop()
+            try:
+                with session.transaction():
+                    self._stage(session, part, tags)
+                    session.execute(b"DELETE FROM incoming_metrics")
+            except (pg.DataError, pg.IntegrityError) as error:
+                if len(part) == 1:
+                    detail = clean(postgres.one_line(error))
+                    refused.append(Reject(int(part.source[0]), "refused_by_database", detail))
+                else:
+                    half = len(part) // 2
+                    waiting += [part.take(np.arange(half, len(part))), part.take(np.arange(half))]
+        return refused
+
+    def _reject(self, session: postgres.Connection, batch: Batch, rejects: list[Reject]) -> None:
+        if not rejects:
+            return
+        entries = []
+        for reject in rejects:
+            message = batch.messages[reject.at]
+            place = (TOPIC, message.partition(), message.offset())
+            entries.append((*place, reject.reason, reject.detail, message.key(), message.value()))
+        with session.cursor() as cursor:
+            cursor.executemany(postgres.query("sink_reject").encode(), entries)
+
+    def _end_stalled(self, session: postgres.Connection) -> None:
+        found = session.execute(postgres.query("sink_end_stalled").encode(), {"seconds": LOCK_SECONDS}).fetchone()
+        session.commit()
+        if found and found[0]:
+            log.warning("ended %s session(s) of stalled workers that held a lock", found[0])
+
+
+def latest(columns: Columns) -> Columns:
+    """Of readings with equal keys only the last, in order of key."""
+    if not len(columns):
+        return columns
+    device = columns.device_id.view(">u8").reshape(-1, 2)
+    order = np.lexsort((np.arange(len(columns)), columns.metric_name, columns.published_at, device[:, 1], device[:, 0]))
+    last = np.ones(len(order), np.bool_)
+    later, former = order[1:], order[:-1]
+    last[:-1] = (
+        (columns.metric_name[later] != columns.metric_name[former])
+        | (columns.published_at[later] != columns.published_at[former])
+        | (device[later] != device[former]).any(axis=1)
+    )
+    return columns.take(order[last])
+
+
+def is_data_error(error: BaseException) -> bool:
+    """Whether the database refused a value, rather than could not work."""
+    return isinstance(error, (pg.DataError, pg.IntegrityError))
+
+
+def reason_of(error: BaseException) -> str:
+    """One line for people and for a counter's label."""
+    if isinstance(error, PipelineError):
+        return str(error)
+    if isinstance(error, psycopg.Error):
+        return postgres.one_line(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def kind_of(error: BaseException) -> str:
+    """A short label: the SQLSTATE if there is one."""
+    if isinstance(error, psycopg.Error):
+        return error.sqlstate or "connection"
+    return "connection" if isinstance(error, PipelineError) else type(error).__name__

@@ -1,0 +1,311 @@
+"""The COPY sink on one machine: worker processes, run and restarted, and what they did, added up and served."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Final
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from metrics_pipeline.settings import Settings
+from metrics_pipeline.sink.counts import LATENCY_BUCKETS, Counts, Report
+from metrics_pipeline.web import WebServer
+
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS: Final = 0.5
+UNHEALTHY_SECONDS: Final = 15.0
+"""How long a worker may be unable to write before `/health` says so."""
+END_SECONDS: Final = 40.0
+"""How long the workers have to write what they hold, before they are killed: what is not written is delivered again."""
+STEADY_SECONDS: Final = 30.0
+LONGEST_PAUSE: Final = 15.0
+
+
+@dataclass
+class Slot:
+    """A worker's place, taken by one process after another.
+
+    Attributes:
+        name: of the worker.
+        process: who has it now.
+        pipe: where its reports come from; closed with us, which ends it.
+        report: the last one.
+        began: when the process did, by the monotonic clock.
+        failures: how many ended early, one after another.
+        due: when the next may begin.
+    """
+
+    name: str
+    process: BaseProcess | None = None
+    pipe: Connection | None = None
+    report: Report = field(default_factory=Report)
+    began: float = 0.0
+    failures: int = 0
+    due: float = 0.0
+
+
+class Supervisor:
+    """Keeps `workers` processes running until `stop`.
+
+    Args:
+        settings: where everything is; the workers read the same environment themselves.
+        workers: how many.
+    """
+
+    def __init__(self, settings: Settings, workers: int) -> None:
+        self._settings = settings
+        # Spawned, not forked: librdkafka and libpq do not survive a fork.
+        self._context = get_context("spawn")
+        self._slots = [Slot(f"{os.getpid()}/{number}") for number in range(1, workers + 1)]
+        self._former = Counts()
+        self._restarts = 0
+        self._lock = threading.Lock()
+        registry = CollectorRegistry()
+        registry.register(_Metrics(self))
+        self._registry = registry
+        self._server = WebServer(
+            [Route("/health", self._health), Route("/status", self._status), Route("/metrics", self._metrics)],
+            settings.sink_port,
+            "SINK_PORT",
+        )
+
+    @property
+    def port(self) -> int:
+        """Where `/health` listens."""
+        return self._server.port
+
+    def run(self, stop: threading.Event) -> bool:
+        """Run until `stop`, then let the workers write what they hold.
+
+        Returns:
+            Whether all of them ended by themselves in time.
+
+        Raises:
+            BusyError: the port is taken.
+        """
+        self._server.start()
+        try:
+            while not stop.is_set():
+                for slot in self._slots:
+                    self._look_after(slot)
+                stop.wait(0.1)
+            return self._end()
+        finally:
+            self._server.stop()
+
+    def report(self) -> tuple[Counts, list[Slot]]:
+        """Totals of all workers there ever were, and the present ones."""
+        total = Counts()
+        with self._lock:
+            total.add(self._former)
+            for slot in self._slots:
+                total.add(slot.report.counts)
+            return total, list(self._slots)
+
+    @property
+    def restarts(self) -> int:
+        """How often a worker that ended unasked was replaced."""
+        return self._restarts
+
+    def _look_after(self, slot: Slot) -> None:
+        if slot.process is None:
+            if time.monotonic() >= slot.due:
+                self._begin(slot)
+            return
+        self._hear(slot)
+        if slot.process.is_alive():
+            return
+        self._hear(slot)
+        log.warning("worker %s ended (exit code %s): replacing it", slot.name, slot.process.exitcode)
+        now = time.monotonic()
+        slot.failures = slot.failures + 1 if now - slot.began < STEADY_SECONDS else 1
+        slot.due = now + min(0.1 * 2.0 ** (slot.failures - 1), LONGEST_PAUSE)
+        self._restarts += 1
+        self._retire(slot)
+
+    def _begin(self, slot: Slot) -> None:
+        ours, theirs = self._context.Pipe()
+        slot.process = self._context.Process(
+            target=work, args=(slot.name, theirs), name=f"sink {slot.name}", daemon=True
+        )
+        slot.process.start()
+        theirs.close()
+        slot.pipe, slot.began = ours, time.monotonic()
+
+    def _hear(self, slot: Slot) -> None:
+        with suppress(EOFError, OSError):
+            while slot.pipe is not None and slot.pipe.poll():
+                report = slot.pipe.recv()
+                with self._lock:
+                    slot.report = report
+
+    def _retire(self, slot: Slot) -> None:
+        with self._lock:
+            self._former.add(slot.report.counts)
+            slot.report = Report()
+        if slot.pipe is not None:
+            slot.pipe.close()
+        slot.process = slot.pipe = None
+
+    def _end(self) -> bool:
+        deadline = time.monotonic() + END_SECONDS
+        for slot in self._slots:
+            if slot.pipe is not None:
+                with suppress(OSError):
+                    slot.pipe.send("stop")
+        clean = True
+        for slot in self._slots:
+            if slot.process is None:
+                continue
+            while slot.process.is_alive() and time.monotonic() < deadline:
+                self._hear(slot)
+                slot.process.join(0.1)
+            self._hear(slot)
+            if slot.process.is_alive():
+                clean = False
+                slot.process.kill()
+                slot.process.join()
+            clean = clean and slot.process.exitcode == 0
+            self._retire(slot)
+        return clean
+
+    def _problem(self) -> str | None:
+        for slot in self.report()[1]:
+            if slot.report.waiting_seconds > UNHEALTHY_SECONDS:
+                return f"worker {slot.name} cannot write for {slot.report.waiting_seconds:.0f} s: {slot.report.reason}"
+            if slot.failures > 3:
+                return f"worker {slot.name} ended {slot.failures} times in a row"
+        return None
+
+    async def _health(self, _: Request) -> Response:
+        problem = self._problem()
+        states = sorted({slot.report.state for slot in self._slots})
+        answer = {"healthy": problem is None, "state": ", ".join(states), "reason": problem}
+        return JSONResponse(answer, status_code=200 if problem is None else 503)
+
+    async def _status(self, _: Request) -> Response:
+        total, slots = self.report()
+        return JSONResponse(
+            {
+                "workers": [
+                    {"name": slot.name, "pid": slot.process.pid if slot.process else None, **slot.report.as_json()}
+                    for slot in slots
+                ],
+                "polled": total.polled,
+                "rows": total.rows,
+                "rejected": dict(total.rejected),
+                "tombstones": total.tombstones,
+                "batches": dict(total.batches),
+                "fenced": total.fenced,
+                "retries": dict(total.retries),
+                "lag": sum(sum(slot.report.lag.values()) for slot in slots),
+                "restarts": self._restarts,
+            }
+        )
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Metrics(Collector):
+    """Everything is asked of the supervisor when Prometheus comes."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+
+    def collect(self) -> Iterable[Metric]:
+        total, slots = self._supervisor.report()
+        yield from _counters(total, self._supervisor.restarts)
+        lag = GaugeMetricFamily(
+            "metrics_sink_lag", "Records between a worker and the end of its partitions", labels=["partition"]
+        )
+        for slot in slots:
+            for partition, records in slot.report.lag.items():
+                lag.add_metric([str(partition)], records)
+        yield lag
+        workers = GaugeMetricFamily("metrics_sink_workers", "Workers by state", labels=["state"])
+        states = [slot.report.state for slot in slots]
+        for state in sorted(set(states)):
+            workers.add_metric([state], states.count(state))
+        yield workers
+
+
+def _counters(total: Counts, restarts: int) -> Iterator[Metric]:
+    for name, text, value in (
+        ("polled", "Messages consumed, those delivered again included", total.polled),
+        ("rows", "Readings stored", total.rows),
+        ("tombstones", "Messages without a value, skipped", total.tombstones),
+        ("fenced", "Batches given up because somebody else had written the partition", total.fenced),
+        ("lost_to_retention", "Records deleted from the topic before they were stored", total.lost_to_retention),
+        ("restarts", "Workers that ended unasked and were replaced", restarts),
+    ):
+        yield CounterMetricFamily(f"metrics_sink_{name}", text, value=value)
+    for name, label, text, counter in (
+        ("rejected", "reason", "Records rejected", total.rejected),
+        ("batches", "path", "Transactions committed", total.batches),
+        ("retries", "reason", "Attempts that failed", total.retries),
+    ):
+        family = CounterMetricFamily(f"metrics_sink_{name}", text, labels=[label])
+        for key, value in sorted(counter.items()):
+            family.add_metric([key], value)
+        yield family
+    buckets, running = [], 0
+    for bound, count in zip([*map(str, LATENCY_BUCKETS), "+Inf"], total.latency, strict=True):
+        running += count
+        buckets.append((bound, running))
+    yield HistogramMetricFamily(
+        "metrics_sink_latency_seconds",
+        "The broker's timestamp of sampled records to their COMMIT",
+        buckets=buckets,
+        sum_value=total.latency_sum,
+    )
+
+
+def work(name: str, pipe: Connection) -> None:
+    """The body of a worker process: ends when told to, on SIGTERM, or when the supervisor is gone."""
+    # The supervisor decides what a Ctrl-C means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(
+        level=os.environ.get("LOG_LEVEL", "WARNING"), format=f"%(asctime)s %(levelname)s sink {name}: %(message)s"
+    )
+    logging.getLogger("metrics_pipeline.librdkafka").setLevel(logging.CRITICAL)
+    from metrics_pipeline.sink.worker import Worker
+
+    worker = Worker(Settings.load(), name)
+    signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+    ended = threading.Event()
+
+    def talk() -> None:
+        with suppress(EOFError, OSError):
+            while not ended.wait(REPORT_SECONDS):
+                with suppress(RuntimeError):  # a counter grew meanwhile: half a second later it will not
+                    pipe.send(worker.report)
+                if pipe.poll():
+                    pipe.recv()
+                    break
+        worker.stop()
+
+    talker = threading.Thread(target=talk, name="reports", daemon=True)
+    talker.start()
+    worker.run()
+    ended.set()
+    talker.join(2)
+    with suppress(OSError):
+        pipe.send(worker.report)

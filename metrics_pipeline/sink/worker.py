@@ -1,0 +1,601 @@
+"""One worker: consumes its share of the partitions, decodes, and has a thread of its own write what was decoded.
+
+Where a partition stands is known from the database alone. What this process remembers of it, its *place*, is an assumption
+that the next transaction tests (compare-and-set); when it proves wrong, the place is forgotten and read anew. Each place has an
+epoch: a chunk consumed under a former epoch (before a rebalance, a fencing, a seek) is never written.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, Full, Queue
+from typing import Any, Final, Protocol
+
+import psycopg
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+
+from metrics_pipeline import kafka
+from metrics_pipeline.errors import PipelineError, ServiceError
+from metrics_pipeline.settings import CONNECTOR_GROUP, COPY_GROUP, TOPIC, Settings
+from metrics_pipeline.sink.batch import Batch, Chunk, Decoder
+from metrics_pipeline.sink.counts import Report
+from metrics_pipeline.sink.failpoint import Failpoints
+from metrics_pipeline.sink.store import FencedError, StandbyError, Store, Written, kind_of, reason_of
+
+log = logging.getLogger(__name__)
+
+CONSUMED_AT_ONCE: Final = 2000
+POLL_SECONDS: Final = 0.05
+BATCH_BYTES: Final = 24 << 20
+"""Bytes of messages after which a batch is written, however few they are."""
+BLOCKED_SECONDS: Final = 1.0
+"""How long the reader waits for the writer before it pauses its partitions and only answers the group."""
+DRAIN_SECONDS: Final = 20.0
+"""How long a revocation or a stop waits for the batch that is being written."""
+STANDBY_SECONDS: Final = 1.0
+FIRST_DELAY: Final = 0.05
+LONGEST_DELAY: Final = 5.0
+SAMPLES: Final = 16
+"""Messages of a batch whose latency is observed."""
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a partition is consumed.
+
+    Attributes:
+        epoch: changes whenever the place is lost, so that chunks of before can be told.
+        next: the offset behind the last message consumed; None until it has been read from the database.
+        fresh: nothing has been consumed since it was sought, so that a gap before the first message is the topic's own.
+    """
+
+    epoch: int
+    next: int | None = None
+    fresh: bool = True
+
+
+class StoreLike(Protocol):
+    """What a worker uses of `store.Store`."""
+
+    def active(self) -> bool: ...  # noqa: D102
+    def offsets(self, partitions: Iterable[int]) -> dict[int, int]: ...  # noqa: D102
+    def begin(self, partition: int, offset: int) -> None: ...  # noqa: D102
+    def skip(self, partition: int, expected: int, offset: int) -> bool: ...  # noqa: D102
+    def write(self, batch: Batch) -> Written: ...  # noqa: D102
+    def written(self, batch: Batch) -> bool: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+def consumer_config(settings: Settings) -> dict[str, Any]:
+    """What librdkafka is told for a worker."""
+    return kafka.client_config(settings) | {
+        "group.id": COPY_GROUP,
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        # Never a silent jump: where to read is known from the database.
+        "auto.offset.reset": "error",
+        "partition.assignment.strategy": "cooperative-sticky",
+        "session.timeout.ms": 10_000,
+        "heartbeat.interval.ms": 2_000,
+        "max.poll.interval.ms": 120_000,
+        "fetch.min.bytes": 65_536,
+        "fetch.wait.max.ms": 100,
+        "fetch.message.max.bytes": 1 << 20,
+        "queued.min.messages": 50_000,
+        "queued.max.messages.kbytes": 24 << 10,
+        # After the queue was full, go on at once instead of a second later.
+        "fetch.queue.backoff.ms": 20,
+    }
+
+
+class Places:
+    """The partitions of this worker, shared by reader and writer."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, Place] = {}
+        self._epoch = 0
+        self._lock = threading.Lock()
+
+    def gain(self, partitions: Iterable[int]) -> None:
+        """These are ours from now on; where they stand is not known yet."""
+        with self._lock:
+            for number in partitions:
+                self._epoch += 1
+                self._places[number] = Place(self._epoch)
+
+    def lose(self, partitions: Iterable[int]) -> None:
+        """These are ours no more: what was consumed of them and not written is forgotten."""
+        with self._lock:
+            for number in partitions:
+                self._places.pop(number, None)
+
+    def forget(self, partitions: Iterable[int]) -> None:
+        """These stay ours, but where they stand must be read anew."""
+        self.gain([number for number in partitions if number in self._places])
+
+    def unknown(self) -> list[int]:
+        """Partitions whose place must be read from the database."""
+        with self._lock:
+            return sorted(number for number, place in self._places.items() if place.next is None)
+
+    def all(self) -> list[int]:
+        """Every partition of ours."""
+        with self._lock:
+            return sorted(self._places)
+
+    def set(self, number: int, epoch: int, offset: int, *, fresh: bool = False) -> bool:
+        """Where a partition is consumed next; False when it was lost or forgotten since that epoch."""
+        with self._lock:
+            place = self._places.get(number)
+            if place is None or place.epoch != epoch:
+                return False
+            place.next, place.fresh = offset, fresh
+            return True
+
+    def get(self, number: int) -> Place | None:
+        """A copy of a place; None when the partition is not ours."""
+        with self._lock:
+            place = self._places.get(number)
+            return Place(place.epoch, place.next, place.fresh) if place else None
+
+    def stale(self, batch: Batch) -> list[int]:
+        """Partitions of a batch that were lost or forgotten after it was consumed."""
+        with self._lock:
+            return [
+                number
+                for number, chunk in batch.chunks.items()
+                if (place := self._places.get(number)) is None or place.epoch != chunk.epoch
+            ]
+
+
+class Reader:
+    """Messages into batches: what belongs to a place and where it moves it."""
+
+    def __init__(self, places: Places, decoder: Decoder | None = None) -> None:
+        self._places = places
+        self._decoder = decoder or Decoder()
+
+    def batch(self, messages: Sequence[Any]) -> Batch | None:
+        """Decode what continues where the places stand, and move them; None when nothing does."""
+        numbers = [message.partition() for message in messages]
+        last = {number: at for at, number in enumerate(numbers)}
+        first = {number: at for at, number in zip(range(len(numbers) - 1, -1, -1), reversed(numbers), strict=True)}
+        chunks: dict[int, Chunk] = {}
+        early = False
+        for number, at in last.items():
+            place = self._places.get(number)
+            if place is None or place.next is None:
+                continue
+            begin, stop = messages[first[number]].offset(), messages[at].offset() + 1
+            if begin > place.next and not place.fresh:
+                # Records are missing in between. Read again from where we are: if it is the topic's own gap, it shows again.
+                self._places.forget([number])
+                continue
+            if stop > place.next:
+                chunks[number] = Chunk(number, place.epoch, place.next, stop)
+                early = early or begin < place.next
+        if not chunks:
+            return None
+        if early or len(chunks) < len(last):
+            messages = [
+                message
+                for message, number in zip(messages, numbers, strict=True)
+                if (chunk := chunks.get(number)) is not None and message.offset() >= chunk.start
+            ]
+        batch = self._decoder.decode(messages, chunks)
+        for number, chunk in chunks.items():
+            self._places.set(number, chunk.epoch, chunk.stop)
+        return batch
+
+
+class Writer:
+    """Batches into the store, tried again until they are in it, or have turned out to be somebody else's."""
+
+    def __init__(
+        self,
+        store: StoreLike,
+        places: Places,
+        report: Report,
+        *,
+        sleep: Callable[[float], object] = time.sleep,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._places = places
+        self._report = report
+        self._sleep = sleep
+        self._clock = clock
+        self._failing_since: float | None = None
+
+    def write(self, batch: Batch, give_up: Callable[[], bool] = lambda: False) -> Batch | None:
+        """Write what is still ours of a batch.
+
+        Args:
+            batch: what was consumed.
+            give_up: asked after each failure; the batch is then left for whoever comes next.
+
+        Returns:
+            The part that is in the database now, or None.
+
+        Raises:
+            StandbyError: another sink is the active one.
+        """
+        counts, delay = self._report.counts, FIRST_DELAY
+        while True:
+            if stale := self._places.stale(batch):
+                batch = batch.without(stale)
+            if not batch.chunks:
+                return None
+            try:
+                written = self._store.write(batch)
+            except FencedError as fenced:
+                counts.fenced += 1
+                log.warning("%s: they are read anew", fenced)
+                self._places.forget(fenced.partitions)
+                continue
+            except (psycopg.Error, PipelineError) as error:
+                self._failed(error)
+                if give_up():
+                    return None
+                self._sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
+                delay = min(delay * 2, LONGEST_DELAY)
+                if self._is_written(batch):
+                    # Only the answer to COMMIT was lost; what it said of rejects is lost with it, so these are counted as decoded.
+                    written = Written(len(batch.columns), "none", batch.rejects)
+                else:
+                    continue
+            self._done(batch, written)
+            return batch
+
+    def _is_written(self, batch: Batch) -> bool:
+        try:
+            return self._store.written(batch)
+        except (psycopg.Error, PipelineError) as error:
+            self._failed(error)
+            return False
+
+    def _failed(self, error: BaseException) -> None:
+        report = self._report
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        report.counts.retries[kind_of(error)] += 1
+        report.state, report.reason = "waiting", reason_of(error)
+        report.waiting_seconds = now - self._failing_since
+        log.warning("a batch is tried again: %s", report.reason)
+
+    def _done(self, batch: Batch, written: Written) -> None:
+        report, counts = self._report, self._report.counts
+        self._failing_since = None
+        report.state, report.reason, report.waiting_seconds = "running", "", 0.0
+        counts.rows += written.rows
+        counts.tombstones += batch.tombstones
+        counts.batches[written.path] += 1
+        for reject in written.rejects:
+            counts.rejected[reject.reason] += 1
+        now = self._clock()
+        for message in batch.messages[:: max(1, len(batch.messages) // SAMPLES)]:
+            kind, milliseconds = message.timestamp()  # type: ignore[attr-defined]  # of confluent_kafka's messages
+            if kind:
+                counts.observe(max(0.0, now - milliseconds / 1000))
+
+
+class Worker:
+    """A consumer of the group with a reader's loop and a writer's thread.
+
+    Args:
+        settings: where everything is.
+        name: of the worker, as `pg_stat_activity` and logs show it.
+    """
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        self._settings = settings
+        self._failpoints = Failpoints()
+        self.report = Report()
+        self._store = Store(settings, name, self._failpoints)
+        # The reader's own session: it must not wait for a transaction of the writer.
+        self._places_store = Store(settings, f"{name} places")
+        self._places = Places()
+        self._reader = Reader(self._places)
+        self._writer = Writer(self._store, self._places, self.report, sleep=self._sleep)
+        self._queue: Queue[Batch] = Queue(maxsize=1)
+        self._written: deque[Batch] = deque()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._standby = threading.Event()
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+
+    def stop(self) -> None:
+        """Let `run` finish what is consumed and return."""
+        self._stop.set()
+
+    def run(self) -> None:
+        """Store until `stop`; survives PostgreSQL and the broker going away, and stands by while another sink is active."""
+        delay = FIRST_DELAY
+        while not self._stop.is_set():
+            try:
+                if not self._places_store.active():
+                    self._state("standing by", "another sink is active: `provision` with SINK=copy chooses this one")
+                    self._stop.wait(STANDBY_SECONDS)
+                    continue
+                self._session()
+                delay = FIRST_DELAY
+            except StandbyError:
+                continue
+            except psycopg.errors.UndefinedTable:
+                self._state("standing by", "no schema yet: run the `provision` job")
+                self._stop.wait(STANDBY_SECONDS)
+            except (psycopg.Error, PipelineError, KafkaException) as error:
+                self._state("waiting", _reason(error))
+                self.report.counts.retries[kind_of(error)] += 1
+                log.warning("starting over: %s", self.report.reason)
+                self._stop.wait(delay * random.uniform(0.5, 1.0))  # noqa: S311
+                delay = min(delay * 2, LONGEST_DELAY)
+        self._state("stopped", "")
+        self._store.close()
+        self._places_store.close()
+
+    def _session(self) -> None:
+        """From joining the group to leaving it."""
+        self._standby.clear()
+        self._failure = None
+        over = threading.Event()
+        consumer = Consumer(consumer_config(self._settings) | {"error_cb": self._on_error})
+        writer = threading.Thread(target=self._write, args=(over,), name="writer", daemon=True)
+        writer.start()
+        try:
+            consumer.subscribe([TOPIC], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+            self._state("running", "")
+            self._read(consumer)
+            self._drain()
+            self._commit(consumer)
+        finally:
+            over.set()
+            self._places.lose(self._places.all())
+            with suppress(Empty):
+                self._queue.get_nowait()
+            writer.join(DRAIN_SECONDS)
+            consumer.close()
+            self.report.lag = {}
+        if self._failure is not None:
+            raise self._failure
+
+    def _read(self, consumer: Consumer) -> None:
+        pending: list[Any] = []
+        size, due, at_once = 0, 0.0, CONSUMED_AT_ONCE
+        looked = 0.0
+        limit, linger = self._settings.sink_flush_rows, self._settings.sink_flush_ms / 1000
+        while not self._stop.is_set():
+            if self._standby.is_set() or self._failure is not None:
+                return
+            if (sought := self._resolve(consumer)) and pending:
+                # Consumed before the jump: mixed with what comes after it, a gap between the two would go unnoticed.
+                pending = [message for message in pending if message.partition() not in sought]
+            self._commit(consumer)
+            now = time.monotonic()
+            if now - looked > 1.0:
+                looked = now
+                self._look(consumer)
+            wait = POLL_SECONDS if not pending else max(0.0, min(POLL_SECONDS, due - now))
+            messages = consumer.consume(min(at_once, limit - len(pending)), wait)
+            if messages:
+                self._failpoints.reach("polled")
+                if not pending:
+                    due = time.monotonic() + linger
+                got = self._good(messages)
+                self.report.counts.polled += len(got)
+                largest = max((len(message.value() or b"") for message in got[:: max(1, len(got) // 50)]), default=1)
+                added = sum(map(_size, got)) if largest > 10_000 else largest * len(got)
+                # A burst of large messages must not fill the memory before it is looked at.
+                at_once = max(10, min(CONSUMED_AT_ONCE, (BATCH_BYTES // 4) // max(1, added // max(1, len(got)))))
+                pending += got
+                size += added
+            if pending and (len(pending) >= limit or size >= BATCH_BYTES or time.monotonic() >= due):
+                batch = self._reader.batch(pending)
+                pending, size = [], 0
+                if batch is not None:
+                    self._failpoints.reach("decoded")
+                    self._hand_over(consumer, batch)
+        if pending and (batch := self._reader.batch(pending)) is not None:
+            self._hand_over(consumer, batch)
+
+    def _hand_over(self, consumer: Consumer, batch: Batch) -> None:
+        """Give a batch to the writer; while that takes long, go on answering the group."""
+        if self._offer(batch, BLOCKED_SECONDS):
+            return
+        ours = [TopicPartition(TOPIC, number) for number in self._places.all()]
+        consumer.pause(ours)
+        try:
+            deadline = time.monotonic() + DRAIN_SECONDS
+            while True:
+                # Nothing comes of paused partitions, but rebalances are answered.
+                self._places.forget({message.partition() or 0 for message in self._good(consumer.consume(1, 0.1))})
+                gone = self._standby.is_set() or self._failure is not None
+                if self._offer(batch, 0.0) or gone or (self._stop.is_set() and time.monotonic() > deadline):
+                    return
+        finally:
+            resolved = set(self._places.all()) - set(self._places.unknown())
+            consumer.resume([TopicPartition(TOPIC, number) for number in sorted(resolved)])
+
+    def _offer(self, batch: Batch, seconds: float) -> bool:
+        try:
+            self._queue.put(batch, block=seconds > 0, timeout=seconds)
+        except Full:
+            return False
+        return True
+
+    def _good(self, messages: list[Any]) -> list[Any]:
+        """Messages without the errors among them."""
+        if not any(message.error() for message in messages):
+            return messages
+        good = []
+        for message in messages:
+            error = message.error()
+            if error is None:
+                good.append(message)
+            elif error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):  # noqa: SLF001
+                self._places.forget([message.partition()])
+            elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise ServiceError(f"topic {TOPIC} does not exist: run the `provision` job")
+            elif error.code() == KafkaError._MAX_POLL_EXCEEDED or error.fatal():  # noqa: SLF001
+                raise KafkaException(error)
+            else:
+                log.warning("consumer: %s", error.str())
+        return good
+
+    def _resolve(self, consumer: Consumer) -> set[int]:
+        """Read where the partitions stand that are new or were forgotten, and consume from there; which were sought."""
+        sought: set[int] = set()
+        for number in self._places.unknown():
+            place = self._places.get(number)
+            if place is None:
+                continue
+            target = TopicPartition(TOPIC, number)
+            low, high = consumer.get_watermark_offsets(target, timeout=kafka.TIMEOUT_SECONDS)
+            offset = self._places_store.offsets([number]).get(number)
+            if offset is None:
+                offset = self._first(number, low, high)
+                self._places_store.begin(number, offset)
+                continue  # the next round reads what is there now, ours or another worker's
+            if not low <= offset <= high:
+                self._missing(number, offset, low, high)
+                continue
+            target.offset = offset
+            try:
+                consumer.seek(target)
+            except KafkaException as error:
+                # Right after an assignment librdkafka may not be ready for it.
+                log.debug("partition %s cannot be sought yet: %s", number, error)
+                continue
+            sought.add(number)
+            if self._places.set(number, place.epoch, offset, fresh=True):
+                consumer.resume([TopicPartition(TOPIC, number)])
+        return sought
+
+    def _first(self, number: int, low: int, high: int) -> int:
+        """Where to begin a partition that this sink never wrote: the connector's committed offset, else the earliest."""
+        committed = kafka.committed(self._settings, CONNECTOR_GROUP).get(number)
+        return committed if committed is not None and low <= committed <= high else low
+
+    def _missing(self, number: int, offset: int, low: int, high: int) -> None:
+        """Offsets that the topic does not have: retention was faster, or the topic is another one of the same name."""
+        if offset < low:
+            lost = low - offset
+            if self._places_store.skip(number, offset, low):
+                self.report.counts.lost_to_retention += lost
+                log.error(
+                    "partition %s: %s records up to offset %s were deleted by retention before they were stored: "
+                    "raise TOPIC_RETENTION_BYTES, or lower PRODUCER_MAX_LAG",
+                    number,
+                    lost,
+                    low,
+                )
+        elif self._places_store.skip(number, offset, low):
+            log.error(
+                "partition %s ends at offset %s, and %s were stored: the topic was made anew; reading it from its beginning",
+                number,
+                high,
+                offset,
+            )
+
+    def _look(self, consumer: Consumer) -> None:
+        """How far the partitions are from their ends, from what the client knows without asking."""
+        lag = {}
+        for number in self._places.all():
+            place = self._places.get(number)
+            if place is not None and place.next is not None:
+                with suppress(KafkaException):
+                    _, high = consumer.get_watermark_offsets(TopicPartition(TOPIC, number), cached=True)
+                    lag[number] = max(0, high - place.next) if high >= 0 else 0
+        self.report.lag = lag
+
+    def _commit(self, consumer: Consumer) -> None:
+        """Tell the group what is in the database: for lag displays only, so that failures do not matter."""
+        offsets: dict[int, int] = {}
+        while self._written:
+            for number, chunk in self._written.popleft().chunks.items():
+                offsets[number] = chunk.stop
+        ours = set(self._places.all())
+        places = [TopicPartition(TOPIC, number, offset) for number, offset in offsets.items() if number in ours]
+        if places:
+            with suppress(KafkaException):
+                consumer.commit(offsets=places, asynchronous=True)
+
+    def _drain(self) -> None:
+        """Wait until nothing is queued or being written any more."""
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while time.monotonic() < deadline and not self._standby.is_set() and self._failure is None:
+            if self._queue.empty() and self._idle.wait(0.1) and self._queue.empty():
+                return
+
+    def _write(self, over: threading.Event) -> None:
+        while not over.is_set():
+            try:
+                batch = self._queue.get(timeout=0.1)
+            except Empty:
+                continue
+            self._idle.clear()
+            try:
+                if (done := self._writer.write(batch, give_up=over.is_set)) is not None:
+                    self._written.append(done)
+            except StandbyError:
+                self._standby.set()
+                return
+            except BaseException as error:
+                log.exception("the writer failed")
+                self._failure = error
+                return
+            finally:
+                self._idle.set()
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        numbers = [partition.partition for partition in partitions]
+        log.info("assigned: %s", numbers)
+        # Paused until it is known where they stand; the offset given here is never read from.
+        consumer.incremental_assign([TopicPartition(TOPIC, number, 0) for number in numbers])
+        consumer.pause([TopicPartition(TOPIC, number) for number in numbers])
+        self._places.gain(numbers)
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        numbers = [partition.partition for partition in partitions]
+        log.info("revoked: %s", numbers)
+        # What is queued may still go in: the next owner then begins behind it.
+        self._drain()
+        self._commit(consumer)
+        self._places.lose(numbers)
+        consumer.incremental_unassign(partitions)
+
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        numbers = [partition.partition for partition in partitions]
+        log.warning("lost: %s", numbers)
+        self._places.lose(numbers)
+        consumer.incremental_unassign(partitions)
+
+    def _on_error(self, error: KafkaError) -> None:
+        log.info("broker: %s", error.str())
+
+    def _sleep(self, seconds: float) -> None:
+        self._stop.wait(seconds) if not self._stop.is_set() else time.sleep(min(seconds, 0.1))
+
+    def _state(self, state: str, reason: str) -> None:
+        if (state, reason) != (self.report.state, self.report.reason):
+            log.info("%s%s", state, f": {reason}" if reason else "")
+        self.report.state, self.report.reason = state, reason
+
+
+def _size(message: Any) -> int:
+    return len(message.value() or b"") + len(message.key() or b"")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KafkaException):
+        problem = error.args[0]
+        return f"broker: {problem.str() if isinstance(problem, KafkaError) else problem}"
+    return reason_of(error)

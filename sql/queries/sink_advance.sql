@@ -1,0 +1,5 @@
+-- Move the offsets of partitions that are locked; one that is not where it was expected stays.
+UPDATE sink_offsets AS o
+SET next_offset = m.stop, updated_at = now()
+FROM unnest(%(partitions)s::integer[], %(starts)s::bigint[], %(stops)s::bigint[]) AS m (partition, start, stop)
+WHERE o.topic = %(topic)s AND o.partition = m.partition AND o.next_offset = m.start
