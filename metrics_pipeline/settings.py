@@ -325,6 +325,11 @@ class Settings(ProducerSettings):
         return f"http://127.0.0.1:{self.sink_port}"
 
     @property
+    def exporter_http(self) -> str:
+        """Base URL of the exporter."""
+        return f"http://127.0.0.1:{self.exporter_port}"
+
+    @property
     def dagster_http(self) -> str:
         """Base URL of the Dagster UI."""
         return f"http://127.0.0.1:{self.dagster_port}"

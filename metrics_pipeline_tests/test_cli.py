@@ -236,7 +236,7 @@ def test_reset_of_a_running_stack_is_refused(run: Run, data: Path) -> None:
 
 
 def test_doctor_names_what_is_in_the_way(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    taken, *others = free_ports(7)
+    taken, *others = free_ports(len(Settings.group("ports")))
     for name, port in zip(Settings.group("ports"), [taken, *others], strict=True):
         monkeypatch.setenv(name.upper(), str(port))
     monkeypatch.setenv("PIPELINE_CACHE_DIR", str(tmp_path / "cache"))
@@ -259,6 +259,33 @@ def test_up_refuses_a_folder_that_cannot_be_written(run: Run, monkeypatch: pytes
 def test_up_refuses_a_disk_that_is_too_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISK_FREE_LIMIT_GB", "1000000")
     assert re.match(r"[\d.]+ GiB are free for .*: free some space, set PIPELINE_DATA_DIR", run("up").error)
+
+
+def test_up_refuses_a_number_of_brokers_that_makes_no_quorum(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAFKA_BROKERS", "1")  # given back after the test, as the option is a variable of the process
+    assert run("up", "--brokers", "2").error.startswith("KAFKA_BROKERS=2: must be 1 or 3: two brokers cannot lose one")
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "error"),
+    [
+        ("kafka/meta.properties", "3", r"is that of 1 broker, and KAFKA_BROKERS is 3: go on with KAFKA_BROKERS=1"),
+        ("kafka-cluster/cluster-id", "1", r"is that of 3 brokers, and KAFKA_BROKERS is 1: go on with KAFKA_BROKERS=3"),
+    ],
+)
+def test_up_changes_no_topic_of_another_number_of_brokers(
+    run: Run, monkeypatch: pytest.MonkeyPatch, data: Path, made: str, asked: str, error: str
+) -> None:
+    monkeypatch.setenv("KAFKA_BROKERS", asked)
+    monkeypatch.setenv("PIPELINE_ENV_FILE", str(data.parent / "env"))
+    (data / made).parent.mkdir(parents=True)
+    (data / made).write_text("kept")
+    said = run("up", "--brokers", asked).error
+    assert re.search(
+        rf"{error}, or take another folder \(PIPELINE_DATA_DIR\), or delete .*`metrics-pipeline reset`", said
+    )
+    assert (data / made).read_text() == "kept"
+    assert not (data.parent / "env").exists()
 
 
 def test_up_beside_a_running_keeper_is_refused(run: Run, data: Path) -> None:

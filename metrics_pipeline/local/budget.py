@@ -23,8 +23,8 @@ class Budget:
     Attributes:
         total: bytes the stack may use.
         source: where the figure comes from, for `doctor`.
-        broker_heap: bytes of the broker's JVM heap.
-        connect_heap: bytes of the Connect worker's JVM heap.
+        broker_heap: bytes of each broker's JVM heap.
+        connect_heap: bytes of each Connect worker's JVM heap.
         postgres: PostgreSQL's memory settings by name.
     """
 
@@ -37,21 +37,31 @@ class Budget:
     @classmethod
     def of(cls, settings: Settings) -> Budget:
         """The budget for this process, or for `PIPELINE_MEMORY_GB`."""
-        if settings.pipeline_memory_gb:
-            return cls.from_total(int(settings.pipeline_memory_gb * GIB), "PIPELINE_MEMORY_GB")
         total, source = memory_limit()
-        return cls.from_total(total, source)
+        if settings.pipeline_memory_gb:
+            total, source = int(settings.pipeline_memory_gb * GIB), "PIPELINE_MEMORY_GB"
+        return cls.from_total(total, source, settings.kafka_brokers, settings.connect_workers)
 
     @classmethod
-    def from_total(cls, total: int, source: str) -> Budget:
-        """Heaps are bounded both ways: below, the JVMs do not start; above, page cache serves better than heap."""
+    def from_total(cls, total: int, source: str, brokers: int = 1, workers: int = 1) -> Budget:
+        """Heaps are bounded both ways: below, the JVMs do not start; above, page cache serves better than heap.
+
+        Several brokers or workers share the work of one, and get half as much again between them.
+        """
         return cls(
             total=total,
             source=source,
-            broker_heap=min(max(total // 16, 320 * MIB), GIB),
-            connect_heap=min(max(total // 8, 512 * MIB), 2 * GIB),
+            broker_heap=_heap(total // 16, brokers, least=320 * MIB, most=GIB),
+            connect_heap=_heap(total // 8, workers, least=512 * MIB, most=2 * GIB),
             postgres=postgres_memory(total),
         )
+
+
+def _heap(share: int, processes: int, *, least: int, most: int) -> int:
+    """Each one's heap. `least` is for the work of one process alone; a part of it needs three quarters of that."""
+    if processes == 1:
+        return min(max(share, least), most)
+    return min(max(share * 3 // (2 * processes), least * 3 // 4), most)
 
 
 def postgres_memory(total: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The embedded Kafka Connect worker with the Debezium JDBC sink."""
+"""The embedded Kafka Connect workers with the Debezium JDBC sink: one, or several in one group."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from urllib.parse import urlsplit
 
 import requests
 
-from metrics_pipeline.local import java
+from metrics_pipeline.local import broker, java
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.service import Service
 from metrics_pipeline.settings import ROOT, Settings
 
 WORKER_FILE = ROOT / "connect" / "worker.properties"
+PORTS = {"connect": "connect_port", "connect-2": "connect_2_port", "connect-3": "connect_3_port"}
+"""Each worker's name and the setting of its port."""
 
 
 def sink_environment(settings: Settings) -> dict[str, str]:
@@ -27,30 +29,39 @@ def sink_environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: Path) -> Service:
-    """The Connect worker as a child of the keeper."""
+def services(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: Path) -> list[Service]:
+    """The Connect workers as children of the keeper."""
+    names = list(PORTS)[: settings.connect_workers]
+    return [_service(settings, budget, jars, plugin, name) for name in names]
+
+
+def _service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: Path, name: str) -> Service:
+    url = f"http://127.0.0.1:{getattr(settings, PORTS[name])}"
+    # Connect's own topics take the brokers' `min.insync.replicas`, so fewer replicas than brokers would not do.
+    replicas = min(settings.topic_replication_factor, 3) if settings.kafka_url else settings.kafka_brokers
     environment = java.environment(
         jars,
         CONNECT_BOOTSTRAP_SERVERS=settings.bootstrap_servers,
-        CONNECT_LISTENERS=f"http://127.0.0.1:{settings.connect_port}",
+        CONNECT_LISTENERS=url,
         CONNECT_ADVERTISED_HOST="127.0.0.1",
-        CONNECT_REPLICATION_FACTOR=str(min(settings.topic_replication_factor, 3)),
+        CONNECT_REPLICATION_FACTOR=str(replicas),
         **sink_environment(settings),
     )
-
-    worker = settings.data_dir / "config" / "worker.properties"
+    brokers = ["broker"] if settings.kafka_url else [node.name for node in broker.nodes(settings)]
+    _, _, number = name.partition("-")
+    worker = settings.data_dir / "config" / ("worker.properties" if not number else f"worker-{number}.properties")
 
     def prepare() -> None:
         worker.parent.mkdir(parents=True, exist_ok=True)
         worker.write_text(f"{WORKER_FILE.read_text()}plugin.path={plugin}\n")
 
     def check() -> str | None:
-        return connect_problem(settings.connect_rest)
+        return connect_problem(url)
 
     return Service(
-        name="connect",
-        title="Kafka Connect",
-        url=settings.connect_rest,
+        name=name,
+        title=f"Kafka Connect {number}".strip(),
+        url=url,
         command=java.command(
             "org.apache.kafka.connect.cli.ConnectDistributed",
             [str(worker)],
@@ -58,10 +69,10 @@ def service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: Pa
             "-XX:+UseParallelGC",
         ),
         environment=environment,
-        log=settings.data_dir / "logs" / "connect.log",
+        log=settings.data_dir / "logs" / f"{name}.log",
         check=check,
         prepare=prepare,
-        needs=("postgres", "broker"),
+        needs=("postgres", *brokers),
         cwd=settings.data_dir,
         stop_seconds=45,
         start_seconds=120,

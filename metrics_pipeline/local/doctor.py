@@ -14,6 +14,7 @@ from metrics_pipeline.local import jars, ports
 from metrics_pipeline.local.account import postgres_home, unprivileged
 from metrics_pipeline.local.budget import GIB, MIB, Budget
 from metrics_pipeline.local.postgres import configuration
+from metrics_pipeline.local.stack import unused_ports
 from metrics_pipeline.local.state import StackState
 from metrics_pipeline.settings import Settings, env_file, external_services
 
@@ -57,7 +58,11 @@ def examine(settings: Settings) -> list[Finding]:
             "PostgreSQL's files",
             f"{postgres_home(settings.data_dir, account)}, as {account.name if account else 'this user'}",
         ),
-        Finding("JVM heaps", f"broker {budget.broker_heap // MIB} MiB, Connect {budget.connect_heap // MIB} MiB"),
+        Finding(
+            "JVM heaps",
+            f"{settings.kafka_brokers} x broker {budget.broker_heap // MIB} MiB, "
+            f"{settings.connect_workers} x Connect {budget.connect_heap // MIB} MiB",
+        ),
     ]
     external = external_services()
     findings += [Finding(name, "run elsewhere: its URL is set in the environment") for name in sorted(external)]
@@ -102,7 +107,9 @@ def _ports(settings: Settings, external: frozenset[str]) -> list[Finding]:
     if any(child.find() for child in state.children.values()):
         return [Finding("ports", "in use by this stack, which is running")]
     names = [
-        name for name in Settings.model_fields if name.endswith("_port") and name.partition("_")[0] not in external
+        name
+        for name in Settings.model_fields
+        if name.endswith("_port") and name.partition("_")[0] not in external and name not in unused_ports(settings)
     ]
     return [
         Finding(

@@ -52,14 +52,16 @@ def dagster_home(settings: Settings) -> Path:
 
 
 def for_python(settings: Settings) -> dict[str, str]:
-    """Environment of our own Python processes (Dagster's among them): ports and folders as this stack chose them.
+    """Environment of our own Python processes (Dagster's among them): ports, folders and numbers of parts as this stack chose them.
 
     Passwords are read from the env file, except the one in Dagster's own URL, which `dagster.yaml` refers to.
     """
+    parts = {name.upper(): str(getattr(settings, name)) for name in ("kafka_brokers", "connect_workers")}
     ports = {name.upper(): str(getattr(settings, name)) for name in Settings.model_fields if name.endswith("_port")}
     return (
         os.environ
         | ports
+        | parts
         | {
             "PIPELINE_ENV_FILE": str(env_file().absolute()),
             "PIPELINE_DATA_DIR": str(settings.data_dir),

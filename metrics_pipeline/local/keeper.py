@@ -10,7 +10,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -18,7 +18,7 @@ from typing import IO
 import psutil
 
 from metrics_pipeline.errors import BusyError, InstallError
-from metrics_pipeline.local import environment, ports
+from metrics_pipeline.local import broker, environment, ports
 from metrics_pipeline.local.service import Service, identify
 from metrics_pipeline.local.stack import Report, Stack, build, ports_in_use
 from metrics_pipeline.local.state import StackState, take_lock
@@ -37,9 +37,25 @@ TICK = 0.5
 class Keeper:
     """Runs one stack. Use as `with Keeper(settings, report) as keeper: keeper.start(); keeper.run(show)`."""
 
-    def __init__(self, settings: Settings, report: Report, *, free_ports: bool = False) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        report: Report,
+        *,
+        free_ports: bool = False,
+        chosen: Mapping[str, str] | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            settings: of the stack.
+            report: shows a line.
+            free_ports: move busy ports.
+            chosen: variables that were given as options, to be kept in the env file once they are known to fit.
+        """
         self._report = report
         self._free_ports = free_ports
+        self._chosen = dict(chosen or {})
         self._settings = settings
         self._lock: IO[str] | None = None
         self._state = StackState()
@@ -89,8 +105,12 @@ class Keeper:
         """
         self._prepare_folder()
         self._lock = take_lock(self._settings.data_dir)
+        broker.require_same_brokers(self._settings)
         environment.write_secrets()
         self._settings = Settings.load()
+        if self._chosen:
+            environment.remember(self._chosen)
+            self._report(f"{', '.join(f'{k}={v}' for k, v in self._chosen.items())} (kept in the env file)")
         stack = self._claim()
         if self._free_ports:
             stack = self._move_ports(stack)
@@ -141,9 +161,13 @@ class Keeper:
         self.stack = stack
         if self._stop.is_set():
             stack.cancelled.set()
-        stale = StackState.read(self._settings.data_dir).adopt(stack.services)
+        state = StackState.read(self._settings.data_dir)
+        stale = state.adopt(stack.services)
         for service in reversed(stale):
             self._report(f"{service.title} runs with other settings: restarting it")
+            service.stop()
+        for service in state.others(stack.services, self._settings.data_dir / "logs"):
+            self._report(f"{service.title} is no part of the stack any more: ending it")
             service.stop()
         return stack
 
@@ -243,8 +267,11 @@ def stop_running(settings: Settings, report: Report) -> bool:
     try:
         stack = build(settings)
         state.adopt(stack.services)
-        found = any(service.alive() for service in stack.services)
+        others = state.others(stack.services, settings.data_dir / "logs")
+        found = bool(others) or any(service.alive() for service in stack.services)
         stack.stop(report)
+        for service in others:
+            service.stop()
         StackState().write(settings.data_dir)
     finally:
         lock.close()

@@ -25,7 +25,7 @@ import requests
 from metrics_pipeline import postgres as database
 from metrics_pipeline import sinks
 from metrics_pipeline.errors import PipelineError, ServiceError
-from metrics_pipeline.local import broker, connect, dagster, jars, postgres, sink
+from metrics_pipeline.local import broker, connect, dagster, exporter, jars, postgres, sink
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.environment import dagster_home, for_python
 from metrics_pipeline.local.service import Service, tail
@@ -35,11 +35,16 @@ log = logging.getLogger(__name__)
 
 Report = Callable[[str], None]
 
-PORTS = {
+PORTS: dict[str, tuple[str, ...]] = {
     "postgres": ("postgres_port",),
-    "kafka": ("kafka_port", "kafka_controller_port"),
-    "connect": ("connect_port",),
+    **broker.PORTS,
+    **{name: (port,) for name, port in connect.PORTS.items()},
+    "sink": ("sink_port",),
+    "exporter": ("exporter_port",),
+    "webserver": ("dagster_port",),
+    "code": ("dagster_code_port", "producer_port"),
 }
+"""What each service listens on, by the settings' names; the producer runs in the code server's care."""
 RUN_END_SECONDS = 45
 """Bound for a producer run to flush and end when the stack stops."""
 
@@ -78,6 +83,10 @@ class Stack:
         """Whether this stack runs the service itself."""
         return any(service.name == name for service in self.services)
 
+    def _names(self, part: str) -> tuple[str, ...]:
+        """Names of the services of one part (`broker-2` is one of `broker`), or the part's when somebody else runs it."""
+        return tuple(s.name for s in self.services if s.name.partition("-")[0] == part) or (part,)
+
     def start(self, report: Report, *, provision: bool = True) -> None:
         """Bring everything up, side by side where nothing needs the other.
 
@@ -92,12 +101,13 @@ class Stack:
         ]
         nodes.append(Node("databases", ("postgres",), self._databases))
         if self.has("connect"):
-            nodes.append(Node("handover", ("databases", "broker"), self._hand_over))
+            nodes.append(Node("handover", ("databases", *self._names("broker")), self._hand_over))
             for node in nodes:
                 if node.name.startswith("connect"):
                     node.needs += ("handover",)
         if provision:
-            needs = tuple(node.name for node in nodes if node.name in ("databases", "broker", "connect", "sink"))
+            needs = ("databases", *self._names("broker"), *self._names("connect"), *self._names("sink"))
+            needs = tuple(node.name for node in nodes if node.name in needs)
             nodes.append(Node("provision", needs, self._provision))
         done = {node.name: threading.Event() for node in nodes}
         failure: list[BaseException] = []
@@ -283,10 +293,10 @@ def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False)
         if "postgres" not in external:
             services.append(postgres.service(settings, budget, postgres.cluster(settings, paths["postgres"][0])))
         if "kafka" not in external:
-            services.append(broker.service(settings, budget, paths["kafka"]))
+            services += broker.services(settings, budget, paths["kafka"])
         if runs_connect:
             plugin = jars.unpack_debezium(paths["debezium"][0], jars.cache_dir(settings) / "plugins")
-            services.append(connect.service(settings, budget, paths["kafka"], plugin))
+            services += connect.services(settings, budget, paths["kafka"], plugin)
         if settings.sink == "copy":
             services.append(sink.service(settings))
     except OSError as error:
@@ -295,18 +305,18 @@ def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False)
         ) from error
     if with_dagster:
         services += dagster.services(settings)
+    if settings.exporter:
+        services.append(exporter.service(settings))
     return Stack(settings, services, external, budget)
 
 
 def ports_in_use(stack: Stack) -> list[str]:
     """Settings of the ports that the parts of this stack that are not up yet will listen on."""
-    names: list[str] = []
-    for service, keys in (("postgres", PORTS["postgres"]), ("broker", PORTS["kafka"]), ("connect", PORTS["connect"])):
-        if stack.has(service) and not stack.service(service).alive():
-            names += keys
-    for service, key in (("sink", "sink_port"), ("webserver", "dagster_port"), ("code", "dagster_code_port")):
-        if stack.has(service) and not stack.service(service).alive():
-            names.append(key)
-    if stack.has("code") and not stack.service("code").alive():
-        names.append("producer_port")
-    return names
+    return [port for service in stack.services if not service.alive() for port in PORTS.get(service.name, ())]
+
+
+def unused_ports(settings: Settings) -> set[str]:
+    """Settings of the ports on which nothing listens, as these settings are."""
+    off = [*list(broker.PORTS)[settings.kafka_brokers :], *list(connect.PORTS)[settings.connect_workers :]]
+    off += [] if settings.exporter else ["exporter"]
+    return {port for name in off for port in PORTS[name]}
