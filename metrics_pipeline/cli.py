@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
@@ -49,6 +50,8 @@ app = typer.Typer(
 )
 migrations = typer.Typer(help="The database schema: sql/migrations, applied by dbmate.", no_args_is_help=True)
 app.add_typer(migrations, name="migrate")
+refused = typer.Typer(help="The records that the COPY sink rejected.", no_args_is_help=True)
+app.add_typer(refused, name="rejects")
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -115,8 +118,11 @@ def up(
         if keeper.stopping:
             return
         settings = keeper.settings
+        sink = (
+            f"Connect: {settings.connect_rest}" if settings.sink == "connect" else f"sink: {settings.sink_http}/health"
+        )
         _say(
-            f"\nThe pipeline runs. Dagster UI: {settings.dagster_http}   producer: {settings.producer_http}/health   Connect: {settings.connect_rest}"
+            f"\nThe pipeline runs. Dagster UI: {settings.dagster_http}   producer: {settings.producer_http}/health   {sink}"
         )
         _say(f"Data and logs: {settings.data_dir}. Ctrl-C stops everything in order; the data stays.\n")
         with LiveTable(settings, out) as live:
@@ -184,7 +190,9 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="one JSON object
 def logs(
     service: Annotated[
         str | None,
-        typer.Argument(help="postgres, broker, connect, code, webserver, daemon, provision, keeper; default: all"),
+        typer.Argument(
+            help="postgres, broker, connect, sink, code, webserver, daemon, provision, keeper; default: all"
+        ),
     ] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", help="lines from each")] = 40,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on as new lines come")] = False,
@@ -334,6 +342,94 @@ def sql(
         out.print(f"{len(result.rows)} row{'' if len(result.rows) == 1 else 's'}")
 
 
+@refused.command("list")
+def rejects_list(
+    reason: Annotated[str | None, typer.Option("--reason", help="of this reason only")] = None,
+    limit: Annotated[int, typer.Option("--limit", help="how many to show", min=0)] = 20,
+    every: Annotated[bool, typer.Option("--all", help="also those that were published again")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """The records that the COPY sink rejected, newest first, and how many there are of each reason."""
+    from metrics_pipeline import rejects
+
+    settings = Settings.load()
+    found = rejects.newest(settings, reason=reason, limit=limit, every=every)
+    counts = rejects.by_reason(settings, reason=reason, every=every)
+    if as_json:
+        document = {"rejects": [one.document() for one in found], "by_reason": counts}
+        sys.stdout.write(json.dumps(document) + "\n")
+        return
+    grid = Table("partition", "offset", "reason", "rejected", "detail")
+    for one in found:
+        when = f"{one.rejected_at:%Y-%m-%d %H:%M:%S}" + (" (replayed)" if one.replayed_at else "")
+        detail = rejects.printable(one.detail.encode(errors="backslashreplace"), 100)
+        grid.add_row(str(one.partition), str(one.offset), Text(one.reason), when, Text(detail))
+    if found:
+        out.print(grid)
+    for name, count in counts.items():
+        _say(f"{count:,} {name}")
+    _say(f"{sum(counts.values()):,} in all" if counts else "no record is among the rejects")
+
+
+@refused.command("show")
+def rejects_show(
+    partition: Annotated[int, typer.Argument(help="of the topic")],
+    offset: Annotated[int, typer.Argument(help="in the partition")],
+    raw: Annotated[bool, typer.Option("--raw", help="nothing but the payload's bytes, as they are")] = False,
+) -> None:
+    """One rejected record: why, when, and its bytes with what is not printable escaped."""
+    from metrics_pipeline import rejects
+
+    found, key, payload = rejects.one(Settings.load(), partition, offset)
+    if raw:
+        sys.stdout.buffer.write(payload or b"")
+        return
+    _say(f"partition {found.partition}, offset {found.offset}: {found.reason}")
+    _say(f"detail    {rejects.printable(found.detail.encode(errors='backslashreplace'))}")
+    _say(f"rejected  {found.rejected_at.isoformat()}")
+    _say(f"replayed  {found.replayed_at.isoformat() if found.replayed_at else 'no'}")
+    _say(f"key       {rejects.printable(key)}")
+    _say(f"payload   {rejects.printable(payload)}")
+
+
+@refused.command("replay")
+def rejects_replay(
+    reason: Annotated[str | None, typer.Option("--reason", help="those of this reason")] = None,
+    partition: Annotated[int | None, typer.Option("--partition", help="with --offset: one record")] = None,
+    offset: Annotated[int | None, typer.Option("--offset", help="with --partition: one record")] = None,
+    every: Annotated[bool, typer.Option("--all", help="all that wait")] = False,
+) -> None:
+    """Publish rejected records that are valid readings by now once more; exit code 0 only when all were acknowledged."""
+    from metrics_pipeline import rejects
+
+    if (partition is None) != (offset is None):
+        raise SettingError("give --partition and --offset together")
+    if every == (reason is not None or partition is not None):
+        raise SettingError("say which records: --reason, or --partition and --offset, or --all")
+    with _stop_on_signals() as stop, _counter() as count:
+        done = rejects.replay(
+            Settings.load(), rejects.Selection(reason, partition, offset), stop=stop, on_progress=count
+        )
+    _say(f"{done.published:,} published again")
+    for name, number in sorted(done.bad.items()):
+        _say(f"{number:,} stay: {name}")
+    complete = done.report is not None and done.report.clean and done.published == done.report.acknowledged
+    if done.report is not None and not complete:
+        _say(f"{done.report.summary()}; nothing was noted: replay again, which changes no row twice")
+    raise typer.Exit(0 if complete else 1)
+
+
+@refused.command("purge")
+def rejects_purge(
+    before: Annotated[datetime, typer.Option("--before", help="rejected before this day or time (UTC)")],
+) -> None:
+    """Delete old rejected records, except those whose record the topic still holds."""
+    from metrics_pipeline import rejects
+
+    deleted, kept = rejects.purge(Settings.load(), before if before.tzinfo else before.replace(tzinfo=UTC))
+    _say(f"{deleted:,} deleted" + (f", {kept:,} kept: the topic still holds their records" if kept else ""))
+
+
 @app.command()
 def verify(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
@@ -460,7 +556,9 @@ def sink(
         supervisor = Supervisor(settings, workers or settings.sink_workers)
         clean = supervisor.run(stop)
     total, _ = supervisor.report()
-    _say(f"{total.rows:,} rows stored, {sum(total.rejected.values()):,} records rejected, {total.tombstones:,} tombstones")
+    _say(
+        f"{total.rows:,} rows stored, {sum(total.rejected.values()):,} records rejected, {total.tombstones:,} tombstones"
+    )
     raise typer.Exit(0 if clean else 1)
 
 

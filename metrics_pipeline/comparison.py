@@ -1,7 +1,7 @@
 """Records of the topic against rows of the table: what is lost, unexpected or different.
 
 A record is *required* when it lies below the offsets that the sink had committed before the table was read, and does
-not stand among the dead letters. The row of its key must equal the last required record of a partition, or any record
+not stand among the dead letters or the rejects. The row of its key must equal the last required record of a partition, or any record
 that is not required (a newer one, which the sink may or may not have written by then). Where retention has deleted
 records, a row without a record may come from one of those: see `Comparison.finish`.
 """
@@ -37,7 +37,7 @@ class Bounds:
     Attributes:
         low: first offset that is retained.
         end: the sink had committed at least this before the table was read.
-        rejected: sorted offsets that stand among the dead letters.
+        rejected: sorted offsets that stand among the dead letters or the rejects, except those published again since.
     """
 
     low: Mapping[int, int]
@@ -85,7 +85,7 @@ class Counts:
         signless_zero: rows that differ only in that the sink lost the sign of -0.0.
         unexpected: rows that no record explains.
         unverifiable: rows that only records already deleted by retention can explain.
-        rejected: valid records that stand among the dead letters instead.
+        rejected: valid records that stand among the dead letters or the rejects instead.
     """
 
     compared: int = 0

@@ -19,7 +19,7 @@ from uuid import UUID, uuid4
 
 import confluent_kafka
 
-from metrics_pipeline import kafka
+from metrics_pipeline import sinks
 from metrics_pipeline.delivery import Deliveries, Ranges, merged
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.generator import Generator
@@ -287,7 +287,7 @@ def run_producer(settings: Settings, source: Iterable[list[Message]] | None = No
     Raises:
         PipelineError: what ended the run, with the counts when there are any.
     """
-    options.setdefault("lag", lambda: kafka.consumer_lag(settings).total)
+    options.setdefault("lag", sinks.LagMeter(settings).total)
     producer = Producer(settings, source, **options)
     try:
         return producer.run()

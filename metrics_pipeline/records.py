@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Final
 
 import numpy as np
@@ -25,6 +26,8 @@ from metrics_pipeline.comparison import EPOCH, NEVER
 from metrics_pipeline.errors import RecordError, ServiceError
 from metrics_pipeline.kafka import TIMEOUT_SECONDS, client_config
 from metrics_pipeline.metric import decode
+from metrics_pipeline.postgres import Connection, query
+from metrics_pipeline.rows import reading
 from metrics_pipeline.settings import DEAD_LETTER_TOPIC, TOPIC, Settings
 from metrics_pipeline.spill import RECORD, Rows
 
@@ -170,7 +173,7 @@ class Decoder:
     """
 
     tombstones: int = 0
-    undecodable: dict[int, list[int]] = field(default_factory=dict)
+    undecodable: dict[int, array[int]] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     _digests: dict[tuple[str, ...], bytes] = field(default_factory=dict)
 
@@ -179,24 +182,24 @@ class Decoder:
         packed = []
         for message in messages:
             try:
-                reading = decode(message.key(), message.value())
+                record = decode(message.key(), message.value())
             except RecordError as error:
                 if error.reason == "tombstone":
                     self.tombstones += 1
                 else:
                     partition, offset = _place(message)
-                    self.undecodable.setdefault(partition, []).append(offset)
+                    self.undecodable.setdefault(partition, array("q")).append(offset)
                     self.reasons[error.reason] = self.reasons.get(error.reason, 0) + 1
                 continue
             kind, milliseconds = message.timestamp()
-            since = reading.published_at - EPOCH
+            since = record.published_at - EPOCH
             packed.append(
                 _pack(
-                    reading.device_id.bytes,
+                    record.device_id.bytes,
                     (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds,
-                    reading.metric_name,
-                    reading.value,
-                    self._digest(reading.tags),
+                    record.metric_name,
+                    record.value,
+                    self._digest(record.tags),
                     message.partition(),
                     message.offset(),
                     # A producer's clock says nothing about when the record arrived.
@@ -232,7 +235,53 @@ def dead_letters(settings: Settings) -> dict[int, npt.NDArray[np.int64]]:
             # What Connect did not write says nothing about a record of ours.
             if topic == TOPIC.encode() and partition and offset:
                 found.setdefault(int(partition), array("q")).append(int(offset))
-    return {partition: np.unique(np.frombuffer(offsets, np.int64)) for partition, offsets in found.items()}
+    return _sorted(found)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Offsets of the topic that the COPY sink rejected, sorted, per partition.
+
+    Attributes:
+        every: all of them.
+        waiting: those that had not been published again.
+    """
+
+    every: Mapping[int, npt.NDArray[np.int64]]
+    waiting: Mapping[int, npt.NDArray[np.int64]]
+
+
+def rejected(connection: Connection, before: datetime) -> Rejected:
+    """What stands in `rejected_metrics`, in the connection's transaction.
+
+    Args:
+        connection: of a role that may read.
+        before: a record published again before this counts as such.
+
+    Raises:
+        ServiceError: there is no such table, or PostgreSQL broke off.
+    """
+    every: dict[int, array[int]] = {}
+    waiting: dict[int, array[int]] = {}
+    with reading("rejected_metrics"), connection.cursor("rejects", binary=True) as cursor:
+        cursor.itersize = 10_000
+        cursor.execute(query("verify_rejects"), {"topic": TOPIC, "before": before})
+        for partition, offset, replayed in cursor:
+            every.setdefault(partition, array("q")).append(offset)
+            if not replayed:
+                waiting.setdefault(partition, array("q")).append(offset)
+    return Rejected(_sorted(every), _sorted(waiting))
+
+
+def _sorted(offsets: Mapping[int, array[int]]) -> dict[int, npt.NDArray[np.int64]]:
+    return {partition: np.unique(np.frombuffer(numbers, np.int64)) for partition, numbers in offsets.items()}
+
+
+def together(*parts: Mapping[int, npt.NDArray[np.int64]]) -> dict[int, npt.NDArray[np.int64]]:
+    """Sorted offsets per partition that stand in any of the parts."""
+    partitions = sorted({partition for part in parts for partition in part})
+    none = np.empty(0, np.int64)
+    return {number: np.unique(np.concatenate([part.get(number, none) for part in parts])) for number in partitions}
 
 
 def _place(message: Message) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The sink brought back after a failure: Connect itself never restarts a FAILED task.
+"""The connector brought back after a failure: Connect itself never restarts a FAILED task. The COPY sink heals itself.
 
 Run by a Dagster sensor and by the keeper of the embedded stack, since a PostgreSQL restart takes Dagster's own storage
 down with it. Each keeps its own state; both at once are harmless, because only FAILED tasks are restarted.
@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
-from metrics_pipeline import kafka
+from metrics_pipeline import kafka, sinks
 from metrics_pipeline.connect import ConnectClient, SinkState
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings
@@ -55,6 +55,7 @@ class RepairState(BaseModel):
     gave_up: str = ""
     gave_up_at: dict[int, int] = {}
     signature: str = ""
+    active: sinks.Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class SinkRepair:
         client: Connect.
         offsets: where the sink stands.
         database: why PostgreSQL takes no connection, or None.
+        position: which sink is active, and how many sessions the COPY sink has.
         clock: seconds since 1970.
         jitter: a factor around 1 for each delay.
     """
@@ -133,6 +135,7 @@ class SinkRepair:
         client: ConnectClient | None = None,
         offsets: Callable[[Settings], Offsets | None] = read_offsets,
         database: Callable[[Settings], str | None] = database_problem,
+        position: Callable[[Settings], sinks.Position] = sinks.position,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311
     ) -> None:
@@ -140,6 +143,7 @@ class SinkRepair:
         self._client = client or ConnectClient(settings.connect_urls, patience=2.0)
         self._offsets = offsets
         self._database = database
+        self._position = position
         self._clock = clock
         self._jitter = jitter
         self._state = _parse(state)
@@ -151,10 +155,12 @@ class SinkRepair:
     def tick(self) -> Tick:
         """Look at the sink once and do what is due. Never raises for a service that is away."""
         try:
+            if (copying := self._copying()) is not None:
+                return copying
             sink = self._client.state(CONNECTOR)
             if sink.connector in ("MISSING", "PAUSED", "STOPPED"):
                 # A person's doing: leave it, and begin anew when it is back.
-                self._state = RepairState()
+                self._state = RepairState(active="connect")
                 return Tick(f"{sink.problems[0]}: not touched; the `provision` job brings it back", healthy=False)
             offsets = self._offsets(self._settings)
             if sink.failed or sink.connector == "FAILED":
@@ -162,6 +168,21 @@ class SinkRepair:
             return self._alive(sink, offsets)
         except PipelineError as error:
             return Tick(str(error), healthy=False)
+
+    def _copying(self) -> Tick | None:
+        """How the COPY sink is, when it is the active one."""
+        try:
+            position = self._position(self._settings)
+        except PipelineError as error:
+            # The one that was active still is: changing it takes PostgreSQL. A connector is repaired without.
+            return Tick(str(error), healthy=False) if (self._state.active or self._settings.sink) == "copy" else None
+        if position.active != "copy":
+            self._state.active = "connect"
+            return None
+        self._state = RepairState(active="copy")
+        if not position.sessions:
+            return Tick(sinks.NO_WORKER, healthy=False)
+        return Tick(f"the COPY sink stores the readings, in {position.sessions} sessions", healthy=True)
 
     def _alive(self, sink: SinkState, offsets: Offsets | None) -> Tick:
         if offsets is None:

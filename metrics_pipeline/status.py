@@ -12,12 +12,13 @@ from typing import Any
 import psycopg
 import requests
 
-from metrics_pipeline import kafka, postgres, summaries
+from metrics_pipeline import postgres, sinks, summaries
 from metrics_pipeline.connect import sink_state
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.local.broker import broker_problem
 from metrics_pipeline.local.dagster import code_problem, daemon_problem, web_problem
-from metrics_pipeline.settings import CONNECTOR_GROUP, Settings
+from metrics_pipeline.local.sink import sink_problem
+from metrics_pipeline.settings import Settings
 
 RATE_SECONDS = 12.0
 """Rates of the live table are means over this long: PostgreSQL's counters arrive about once a second, in steps."""
@@ -34,6 +35,8 @@ class Sampler:
         self._settings = settings
         self._inserted: deque[tuple[float, int]] = deque()
         self._connection: psycopg.Connection[Any] | None = None
+        self._active: sinks.Kind = settings.sink
+        self._lag = sinks.LagMeter(settings)
         self._pool = ThreadPoolExecutor(max_workers=6, thread_name_prefix="status")
 
     def sample(self) -> Sample:
@@ -41,12 +44,20 @@ class Sampler:
         parts: dict[str, Callable[[], Sample]] = {
             "postgres": self._postgres,
             "broker": self._broker,
-            "connect": self._connect,
             "producer": self._producer,
             "dagster": self._dagster,
         }
         futures = {name: self._pool.submit(part) for name, part in parts.items()}
-        found = {name: future.result() for name, future in futures.items()}
+        answer = futures["postgres"].result()
+        self._active = answer.pop("active", self._active)
+        sessions = answer.pop("sessions", 0)
+        futures["connect"] = self._pool.submit(self._connect)
+        futures["sink"] = self._pool.submit(self._copy_sink, sessions)
+        found = {
+            name: futures[name].result() for name in ("postgres", "broker", "connect", "sink", "producer", "dagster")
+        }
+        if self._active == "connect":
+            found["sink"] = _connector_as_sink(found["connect"])
         rows = found["postgres"].pop("rows", None)
         lag = found["broker"].pop("lag", None)
         published = found["producer"].pop("published", {})
@@ -75,7 +86,7 @@ class Sampler:
             row = self._connection.execute(postgres.query("status"), {"seconds": BETWEEN_RUNS_SECONDS}).fetchone()
             if row is not None:
                 self._inserted.append((time.monotonic(), row[0]))
-                answer["between_runs"] = row[1]
+                answer |= {"between_runs": row[1], "active": row[2], "sessions": row[3]}
             return answer | {"healthy": True, "rows": summaries.row_count(self._connection)}
         except psycopg.errors.UndefinedTable:
             return answer | {"healthy": True, "rows": None, "reason": "no schema yet: run the job `provision`"}
@@ -100,11 +111,13 @@ class Sampler:
         answer = _part(broker_problem(self._settings), self._settings.bootstrap_servers)
         if answer["healthy"]:
             with suppress(PipelineError):
-                answer["lag"] = kafka.consumer_lag(self._settings, CONNECTOR_GROUP).total
+                answer["lag"] = self._lag.total()
         return answer
 
     def _connect(self) -> Sample:
         answer: Sample = {"healthy": False, "url": self._settings.connect_rest, "connector": None, "tasks": []}
+        if self._active != "connect":
+            return answer | {"healthy": True, "state": "not used"}
         try:
             state = sink_state(self._settings)
         except PipelineError as error:
@@ -112,6 +125,27 @@ class Sampler:
         tasks = [{"id": task.id, "state": task.state} for task in state.tasks]
         reason = {"reason": "; ".join(state.problems)} if state.problems else {}
         return answer | {"healthy": state.running, "connector": state.connector, "tasks": tasks} | reason
+
+    def _copy_sink(self, sessions: int) -> Sample:
+        """The COPY sink, when it is the active one; on another machine it shows by its sessions alone."""
+        answer: Sample = {"kind": "copy", "healthy": False, "state": "not running", "url": self._settings.sink_http}
+        if self._active != "copy":
+            return answer
+        problem = sink_problem(self._settings)
+        try:
+            published = requests.get(f"{self._settings.sink_http}/status", timeout=3).json()
+        except (requests.RequestException, ValueError):
+            # Nothing answers here: whether one runs elsewhere shows in PostgreSQL.
+            return answer | (
+                {"healthy": True, "state": "running elsewhere", "workers": None} if sessions else {"reason": problem}
+            )
+        workers = published.get("workers")
+        answer |= {
+            "healthy": problem is None,
+            "state": str(published.get("state") or ("running" if problem is None else "not healthy")),
+            "workers": len(workers) if isinstance(workers, list) else workers,
+        }
+        return answer | ({"reason": problem} if problem else {})
 
     def _producer(self) -> Sample:
         url = self._settings.producer_http
@@ -141,6 +175,18 @@ def _part(problem: str | None, url: str) -> Sample:
     return {"healthy": problem is None, "url": url} | ({"reason": problem} if problem else {})
 
 
+def _connector_as_sink(connect: Sample) -> Sample:
+    running = [task for task in connect["tasks"] if task["state"] == "RUNNING"]
+    answer: Sample = {
+        "kind": "connect",
+        "healthy": connect["healthy"],
+        "state": connect["connector"] or "not running",
+        "url": connect["url"],
+        "workers": len(running),
+    }
+    return answer | ({"reason": connect["reason"]} if "reason" in connect else {})
+
+
 def is_healthy(sample: Sample) -> bool:
-    """Whether every part of a sample is."""
-    return all(sample[part]["healthy"] for part in ("postgres", "broker", "connect", "producer", "dagster"))
+    """Whether every part of a sample is; of the sinks, the one that stores the readings."""
+    return all(sample[part]["healthy"] for part in ("postgres", "broker", "sink", "producer", "dagster"))

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from metrics_pipeline import kafka, postgres
+from metrics_pipeline import kafka, postgres, sinks
 from metrics_pipeline.claims import Claim, anomalies, unclaimed
 from metrics_pipeline.comparison import Bounds, Comparison, Counts, Finding
 from metrics_pipeline.errors import InstallError, RecordError, ServiceError
 from metrics_pipeline.metric import MetricName, decode
-from metrics_pipeline.records import Decoder, Reader, dead_letters
+from metrics_pipeline.records import Decoder, Reader, dead_letters, rejected, together
 from metrics_pipeline.rows import read_rows, reading, take_snapshot
-from metrics_pipeline.settings import CONNECTOR_GROUP, TOPIC, Settings
+from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline.spill import RECORD, ROW, Spill, buckets_for
 
 EXAMPLES = 10
@@ -44,7 +46,7 @@ class Report:
         counts: what the comparison of their keys and values found.
         tombstones: messages without a value, which the sinks skip.
         undecodable: messages that are not the wire format, by reason.
-        unaccounted: such messages that the sink had passed and that do not stand among the dead letters.
+        unaccounted: such messages that the sink had passed and that stand neither among the dead letters nor the rejects.
         acknowledged: what the producers' runs counted, over all runs still in the ledger.
         unclaimed: records that no run wrote down: of other producers, or of a run that was killed.
         anomalies: signs that an acknowledged record is not in the topic.
@@ -92,7 +94,7 @@ class Report:
         notes = {
             "rows older than the records retained, which nothing can verify": counts.unverifiable,
             "rows that hold 0.0 where the record says -0.0": counts.signless_zero,
-            "valid records among the dead letters": counts.rejected,
+            "valid records among the dead letters and rejects": counts.rejected,
             "messages that are not the wire format": sum(self.undecodable.values()),
             "tombstones": self.tombstones,
             "records that no producer run wrote down": self.unclaimed,
@@ -121,6 +123,7 @@ def verify(
     # In this order: a claim read first must lie below an end read later.
     with postgres.connect(settings, "metrics_reader") as connection:
         claims = read_claims(connection)
+        begun = connection.execute("SELECT now()").fetchone()
     ends = {partition: high for partition, (_, high) in kafka.watermarks(settings).items()}
     _wait_for_sink(settings, ends, timeout, told)
 
@@ -138,6 +141,8 @@ def verify(
             for entries in read_rows(connection):
                 rows.append(entries)
                 told("reading the table", rows.count, max(estimate, rows.count))
+            # A record published again before `ends` was taken has to be in the table by that new record.
+            refused = rejected(connection, begun[0] if begun else datetime.min.replace(tzinfo=UTC))
 
         records = spills.enter_context(Spill(folder, RECORD, buckets))
         reader, decoder, read = Reader(settings, TOPIC), Decoder(), 0
@@ -146,14 +151,16 @@ def verify(
             read += len(messages)
             told("reading the topic", read, expected)
 
-        bounds = Bounds(reader.low, {partition: ends.get(partition, 0) for partition in marks}, dead_letters(settings))
+        dead = dead_letters(settings)
+        end = {partition: ends.get(partition, 0) for partition in marks}
+        bounds = Bounds(reader.low, end, together(dead, refused.waiting))
         comparison = spills.enter_context(Comparison(bounds, folder, EXAMPLES))
         for bucket in range(buckets):
             comparison.bucket(records.bucket(bucket), rows.bucket(bucket))
             told("comparing", bucket + 1, buckets)
         counts = comparison.finish()
 
-    missing = unaccounted(decoder.undecodable, bounds)
+    missing = unaccounted(decoder.undecodable, bounds, together(dead, refused.every))
     return Report(
         records=read,
         rows=rows.count,
@@ -186,21 +193,23 @@ def read_claims(connection: postgres.Connection) -> list[Claim]:
     ]
 
 
-def unaccounted(undecodable: Mapping[int, list[int]], bounds: Bounds) -> list[tuple[int, int]]:
-    """Partition and offset of each undecodable record that the sink had passed and that is no dead letter."""
+def unaccounted(
+    undecodable: Mapping[int, Sequence[int]], bounds: Bounds, known: Mapping[int, npt.NDArray[np.int64]]
+) -> list[tuple[int, int]]:
+    """Partition and offset of each undecodable record that the sink had passed and that is not known as such."""
     return [
         (partition, offset)
         for partition, offsets in sorted(undecodable.items())
-        for offset in np.setdiff1d(offsets, bounds.rejected.get(partition, [])).astype(int).tolist()
+        for offset in np.setdiff1d(offsets, known.get(partition, [])).astype(int).tolist()
         if bounds.low[partition] <= offset < bounds.end[partition]
     ]
 
 
 def _wait_for_sink(settings: Settings, ends: Mapping[int, int], timeout: float, told: Progress) -> None:
-    """Return once the sink's committed offsets have reached `ends`."""
+    """Return once the active sink's offsets have reached `ends`."""
     best, since = -1, time.monotonic()
     while True:
-        offsets = kafka.committed(settings, CONNECTOR_GROUP)
+        offsets = sinks.offsets(settings)
         low = {partition: first for partition, (first, _) in kafka.watermarks(settings).items()}
         behind = {
             partition: end - max(offsets.get(partition, 0), low.get(partition, 0))
@@ -215,8 +224,8 @@ def _wait_for_sink(settings: Settings, ends: Mapping[int, int], timeout: float, 
             best, since = done, time.monotonic()
         elif time.monotonic() - since > timeout:
             raise ServiceError(
-                f"the sink {CONNECTOR_GROUP} has not advanced for {timeout:.0f} s and is {sum(behind.values()):,} records "
-                "behind: see the tasks in `metrics-pipeline status`, then verify again"
+                f"the sink ({sinks.active(settings)}) has not advanced for {timeout:.0f} s and is {sum(behind.values()):,} records "
+                "behind: see `metrics-pipeline status`, then verify again"
             )
         time.sleep(0.5)
 
@@ -262,4 +271,4 @@ def _reason(reader: Reader, partition: int, offset: int) -> str:
         reason = "no longer retained" if message is None else str(decode(message.key(), message.value()))
     except RecordError as error:
         reason = str(error)
-    return f"unaccounted: partition {partition}, offset {offset}: {reason}; not among the dead letters"
+    return f"unaccounted: partition {partition}, offset {offset}: {reason}; neither among the dead letters nor among the rejects"

@@ -6,7 +6,7 @@ from typing import Final
 import dagster as dg
 import psycopg
 
-from metrics_pipeline import chart, kafka, postgres, summaries
+from metrics_pipeline import chart, postgres, rejects, sinks, summaries
 from metrics_pipeline.defs.production import producing
 from metrics_pipeline.defs.provisioning import (
     metrics,
@@ -22,6 +22,9 @@ from metrics_pipeline.settings import Settings
 GROUP = "monitoring"
 THROUGHPUT_SECONDS: Final = 60
 DEVICES_SHOWN: Final = 10
+REJECTS_SECONDS: Final = 600
+"""Two rounds of the check's schedule, so that no record slips between them."""
+REJECTS_NAMED: Final = 5
 PURGED_AT_ONCE: Final = 2000
 
 _MINUTE_COLUMNS = dg.TableSchema(
@@ -152,7 +155,7 @@ def consumer_lag(pipeline: Pipeline) -> dg.AssetCheckResult:
     """Records that the sink has still to read stay within LAG_LIMIT."""
     try:
         settings = pipeline.load()
-        lag = kafka.consumer_lag(settings)
+        lag = sinks.lag(settings)
     except PipelineError as error:
         return _broken(error)
     within = lag.total <= settings.lag_limit
@@ -189,6 +192,26 @@ def freshness(context: dg.AssetCheckExecutionContext, pipeline: Pipeline) -> dg.
     )
 
 
+@dg.asset_check(asset=metrics.key, name="rejects")
+def recent_rejects(pipeline: Pipeline) -> dg.AssetCheckResult:
+    """The COPY sink has rejected no record within the last ten minutes; the newest ones are named."""
+    try:
+        found = rejects.recent(pipeline.load(), REJECTS_SECONDS, REJECTS_NAMED)
+    except PipelineError as error:
+        return _broken(error)
+    named = "; ".join(f"partition {one.partition}, offset {one.offset}: {one.reason}" for one in found.newest)
+    return dg.AssetCheckResult(
+        passed=not found.count,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=f"{found.count:,} within {REJECTS_SECONDS // 60} minutes" + (f"; {named}" if named else ""),
+        metadata={
+            "rejects": found.count,
+            "by_reason": dg.MetadataValue.json(found.reasons),
+            "newest": dg.MetadataValue.json([f"{one.partition}:{one.offset} {one.reason}" for one in found.newest]),
+        },
+    )
+
+
 summaries_job = dg.define_asset_job(
     "summaries",
     selection=[ingestion_rate, device_summary],
@@ -198,9 +221,9 @@ summaries_job = dg.define_asset_job(
 
 check_throughput = dg.define_asset_job(
     "check_throughput",
-    selection=dg.AssetSelection.checks(throughput, consumer_lag, freshness),
+    selection=dg.AssetSelection.checks(throughput, consumer_lag, freshness, recent_rejects),
     executor_def=dg.in_process_executor,
-    description="Throughput, lag and freshness against their limits. It observes, it puts no load on anything.",
+    description="Throughput, lag, freshness and rejects against their limits. It observes, it puts no load on anything.",
 )
 
 
@@ -281,7 +304,7 @@ housekeeping_schedule = dg.ScheduleDefinition(
 
 DEFINITIONS = dg.Definitions(
     assets=[ingestion_rate, device_summary],
-    asset_checks=[throughput, consumer_lag, freshness],
+    asset_checks=[throughput, consumer_lag, freshness, recent_rejects],
     jobs=[summaries_job, check_throughput, housekeeping],
     schedules=[ingestion_rate_schedule, device_summary_schedule, check_throughput_schedule, housekeeping_schedule],
 )

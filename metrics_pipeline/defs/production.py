@@ -11,7 +11,7 @@ from uuid import UUID
 import dagster as dg
 from pydantic import Field, create_model
 
-from metrics_pipeline import connect, guards, kafka, ledger, repair
+from metrics_pipeline import guards, ledger, repair, sinks
 from metrics_pipeline.defs.provisioning import metrics_sink_connector, metrics_topic, not_provisioned
 from metrics_pipeline.defs.resources import Pipeline, active_runs, plain_errors
 from metrics_pipeline.errors import PipelineError
@@ -57,7 +57,7 @@ def publish(context: dg.OpExecutionContext, config: ProducerConfig, pipeline: Pi
             settings,
             run_id=UUID(context.run_id),
             on_progress=watch.progress,
-            lag=lambda: kafka.consumer_lag(settings).total,
+            lag=sinks.LagMeter(settings).total,
         )
         try:
             report = producer.run()
@@ -75,6 +75,7 @@ class Watch:
         self._context = context
         self._settings = settings
         self._observed = time.monotonic()
+        self._meter = sinks.LagMeter(settings)
         limit = settings.producer_run_seconds + settings.producer_flush_seconds + STORAGE_SECONDS + SPARE_SECONDS
         with _storage_may_be_away():
             context.instance.add_run_tags(context.run_id, {dg.MAX_RUNTIME_SECONDS_TAG: str(int(limit))})
@@ -132,7 +133,7 @@ class Watch:
 
     def _lag(self) -> int | None:
         try:
-            return kafka.consumer_lag(self._settings).total
+            return self._meter.total()
         except PipelineError:
             return None
 
@@ -192,9 +193,8 @@ def _not_now(instance: dg.DagsterInstance, settings: Settings, lock: ledger.Hold
     if reason := not_provisioned(instance):
         return reason
     guards.check_disk(settings.data_dir, settings.disk_free_limit_gb)
-    state = connect.sink_state(settings)
-    if not state.running:
-        return "; ".join(state.problems)
+    if problem := sinks.sink_problem(settings):
+        return problem
     wait = _pause_after_failures(instance, time.time())
     return f"the last runs failed: next one in {wait:.0f} s" if wait > 0 else None
 
@@ -230,7 +230,7 @@ def _pause_after_failures(instance: dg.DagsterInstance, now: float) -> float:
 
 @dg.sensor(minimum_interval_seconds=5, default_status=dg.DefaultSensorStatus.RUNNING)
 def sink_repair_sensor(context: dg.SensorEvaluationContext, pipeline: Pipeline) -> dg.SensorResult:
-    """Restart what failed in Kafka Connect, with back-off, and say when that cannot help."""
+    """Restart what failed in Kafka Connect, with back-off, and say when that cannot help. The COPY sink heals itself."""
     try:
         settings = pipeline.load()
         sink = repair.SinkRepair(settings, context.cursor)

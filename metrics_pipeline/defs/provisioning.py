@@ -1,10 +1,10 @@
-"""Schema, then topic, then connector: each brought to its configured state, each checked by name."""
+"""Schema, then topic, then sink: each brought to its configured state, each checked by name."""
 
 from collections.abc import Callable
 
 import dagster as dg
 
-from metrics_pipeline import connect, kafka, postgres
+from metrics_pipeline import kafka, postgres, sinks
 from metrics_pipeline.change import Change
 from metrics_pipeline.defs.resources import OWNERS, Pipeline, active_runs, plain_errors
 from metrics_pipeline.errors import PipelineError
@@ -95,15 +95,19 @@ def topic_as_configured(pipeline: Pipeline) -> dg.AssetCheckResult:
 
 @dg.asset(group_name=GROUP, kinds={"kafka", "postgres"}, owners=OWNERS, deps=[metrics_topic])
 def metrics_sink_connector(pipeline: Pipeline) -> dg.MaterializeResult[None]:
-    """The JDBC sink in Kafka Connect: `connect/metrics-postgres-sink.json` put as it stands, all its tasks running."""
+    """The sink: the one that SINK names stores the readings, from where the other one stood.
+
+    For `connect` it is the JDBC sink in Kafka Connect, `connect/metrics-postgres-sink.json` put as it stands, all its tasks
+    running. For `copy` that connector is stopped, and processes of the COPY sink (`metrics-pipeline sink`) are connected.
+    """
     with plain_errors():
-        return _result(connect.ensure_connector(pipeline.load()))
+        return _result(sinks.ensure_sink(pipeline.load()))
 
 
 @dg.asset_check(asset=metrics_sink_connector, blocking=True)
 def connector_as_configured(pipeline: Pipeline) -> dg.AssetCheckResult:
-    """The connector's settings are those of its file, and it and all its tasks are RUNNING."""
-    return _verdict(pipeline, connect.connector_drift)
+    """The sink that SINK names is the one that stores the readings, and it runs; a connector is as its file says."""
+    return _verdict(pipeline, sinks.sink_drift)
 
 
 metrics = dg.AssetSpec(
@@ -120,7 +124,7 @@ provision = dg.define_asset_job(
     "provision",
     selection=[metrics_schema, metrics_topic, metrics_sink_connector],
     executor_def=dg.in_process_executor,
-    description="Bring schema, topic and connector to their configured state, in this order. Changes nothing that is right.",
+    description="Bring schema, topic and sink to their configured state, in this order. Changes nothing that is right.",
 )
 
 check_provisioning = dg.define_asset_job(

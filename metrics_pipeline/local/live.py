@@ -71,25 +71,41 @@ def table(sample: Sample) -> Table:
         ),
     ):
         grid.add_row(f"[bold]{name}[/]", value)
-    for part in ("postgres", "broker", "connect", "producer", "dagster"):
+    for part in _parts(sample):
         state = sample[part]
         mark = "[green]●[/] healthy" if state["healthy"] else f"[red]●[/] {escape(state.get('reason', 'not healthy'))}"
         if part == "connect" and state["connector"]:
             mark += f"   connector {state['connector']}, tasks {task_states(sample)}"
+        if part == "sink" and state["healthy"]:
+            mark += f"   COPY, {escape(state['state'])}" + ("" if state["workers"] is None else f", {workers(sample)}")
         grid.add_row(part, f"{mark}   [dim]{state['url']}[/]")
     return grid
 
 
 def line(sample: Sample) -> str:
     """The same in one line, for a log."""
-    sick = [part for part in ("postgres", "broker", "connect", "producer", "dagster") if not sample[part]["healthy"]]
+    sick = [part for part in _parts(sample) if not sample[part]["healthy"]]
     latency = sample["latency_seconds"]
+    if sample["sink"]["kind"] == "copy":
+        sink = f"COPY, {sample['sink']['state']}, {workers(sample)}"
+    else:
+        sink = f"{sample['connect']['connector']} ({task_states(sample)})"
     return (
         f"rows {number(sample['rows'])} ({number(sample['rows_per_second'])}/s), acknowledged {number(sample['acknowledged_per_second'])}/s, "
         f"lag {number(sample['lag'])}, latency p50 {seconds(latency['p50'])} p99 {seconds(latency['p99'])}, "
-        f"sink {sample['connect']['connector']} ({task_states(sample)})"
-        + (f", not healthy: {', '.join(sick)}" if sick else "")
+        f"sink {sink}" + (f", not healthy: {', '.join(sick)}" if sick else "")
     )
+
+
+def _parts(sample: Sample) -> tuple[str, ...]:
+    """The parts to show: of the sinks, the one that stores the readings."""
+    return ("postgres", "broker", "sink" if sample["sink"]["kind"] == "copy" else "connect", "producer", "dagster")
+
+
+def workers(sample: Sample) -> str:
+    """How many workers the COPY sink has: `2 workers`."""
+    count = sample["sink"]["workers"]
+    return f"{'–' if count is None else count} worker{'' if count == 1 else 's'}"
 
 
 def task_states(sample: Sample) -> str:

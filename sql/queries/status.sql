@@ -1,4 +1,11 @@
--- How many rows were ever inserted (PostgreSQL's own counter), and did a producer run report just now?
+-- How many rows were ever inserted (PostgreSQL's own counter), did a producer run report just now, which sink is active, and how
+-- many sessions does the COPY sink have?
 SELECT
   (SELECT n_tup_ins FROM pg_stat_user_tables WHERE relid = 'public.metrics'::regclass),
-  EXISTS (SELECT FROM producer_runs WHERE updated_at > now() - make_interval(secs => %(seconds)s))
+  EXISTS (SELECT FROM producer_runs WHERE updated_at > now() - make_interval(secs => %(seconds)s)),
+  (SELECT active FROM sink_state),
+  (
+    SELECT count(*)
+    FROM pg_stat_activity
+    WHERE datname = current_database() AND application_name LIKE 'metrics-pipeline sink%%'
+  )

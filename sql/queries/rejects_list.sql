@@ -1,0 +1,9 @@
+-- The newest records that the COPY sink rejected, without their bytes.
+SELECT partition, "offset", reason, detail, rejected_at, replayed_at, octet_length(payload)
+FROM rejected_metrics
+WHERE
+    topic = %(topic)s
+    AND (%(reason)s::text IS NULL OR reason = %(reason)s)
+    AND (%(every)s OR replayed_at IS NULL)
+ORDER BY rejected_at DESC, partition, "offset" DESC
+LIMIT %(limit)s
