@@ -1,0 +1,1 @@
+"""Benchmarks: how fast each way from the topic into the table is, measured on the real parts and checked for correctness."""

@@ -1,0 +1,111 @@
+"""Charts of a benchmark's result, as SVG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Final
+
+from metrics_pipeline.bench.figures import Spread
+from metrics_pipeline.errors import PipelineError
+
+WIDTH: Final = 760
+_LEFT, _RIGHT, _BAR, _GAP = 130, 90, 26, 14
+_COLOURS: Final = ("#4f43dd", "#0a8f62", "#c2410c", "#7c3aed")
+_INK: Final = "#444"
+
+
+def bars(title: str, spreads: Mapping[str, Spread], unit: str, note: str = "") -> str:
+    """A horizontal bar for each median, with its spread as a line.
+
+    Args:
+        title: stands above.
+        spreads: by label, from the top.
+        unit: of the values.
+        note: stands below.
+    """
+    greatest = max((spread.high for spread in spreads.values()), default=0) or 1
+    room = WIDTH - _LEFT - _RIGHT
+    height = 44 + len(spreads) * (_BAR + _GAP) + 28
+    parts = [_head(height), f'<text x="{_LEFT}" y="24" font-size="15">{escape(title)}</text>']
+    for number, (label, spread) in enumerate(spreads.items()):
+        top = 44 + number * (_BAR + _GAP)
+        middle = top + _BAR / 2
+        low, high, end = (_LEFT + room * value / greatest for value in (spread.low, spread.high, spread.median))
+        parts += [
+            f'<text x="{_LEFT - 10}" y="{middle + 4:.1f}" text-anchor="end">{escape(label)}</text>',
+            f'<rect x="{_LEFT}" y="{top}" width="{end - _LEFT:.1f}" height="{_BAR}" fill="{_COLOURS[0]}"/>',
+            f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 5}v10M{high:.1f} {middle - 5}v10" stroke="#111"/>',
+            f'<text x="{max(end, high) + 8:.1f}" y="{middle + 4:.1f}">{short(spread.median)}</text>',
+        ]
+    below = f"{unit}; bar: median, line: least to greatest" + (f". {note}" if note else "")
+    parts.append(f'<text x="{_LEFT}" y="{height - 10}" font-size="11">{escape(below)}</text>')
+    return "".join([*parts, "</svg>\n"])
+
+
+def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_unit: str, y_unit: str) -> str:
+    """Lines over a common axis; both axes begin at zero.
+
+    Args:
+        title: stands above.
+        series: points by label.
+        x_unit: of the horizontal axis.
+        y_unit: of the vertical axis.
+    """
+    points = [point for line in series.values() for point in line]
+    most_x = max((x for x, _ in points), default=0) or 1
+    most_y = max((y for _, y in points), default=0) or 1
+    left, top, height = 70, 44, 320
+    width, bottom = WIDTH - left - 30, height - 46
+    parts = [
+        _head(height),
+        f'<text x="{left}" y="24" font-size="15">{escape(title)}</text>',
+        f'<path d="M{left} {top}V{bottom}H{left + width}" stroke="{_INK}" fill="none"/>',
+    ]
+    for quarter in range(5):
+        share = quarter / 4
+        y, x = bottom - (bottom - top) * share, left + width * share
+        parts += [
+            f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/>' if quarter else "",
+            f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" font-size="11">{short(most_y * share)}</text>',
+            f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle" font-size="11">{short(most_x * share)}</text>',
+        ]
+    for number, (label, line) in enumerate(series.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        drawn = " ".join(f"{left + width * x / most_x:.1f},{bottom - (bottom - top) * y / most_y:.1f}" for x, y in line)
+        parts += [
+            f'<polyline points="{drawn}" stroke="{colour}" stroke-width="2" fill="none"/>',
+            f'<text x="{left + 8 + number * 170}" y="{top - 4}" fill="{colour}">{escape(label)}</text>',
+        ]
+    parts.append(f'<text x="{left}" y="{height - 10}" font-size="11">{escape(f"{y_unit} by {x_unit}")}</text>')
+    return "".join([*parts, "</svg>\n"])
+
+
+def _head(height: float) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}" '
+        f'font-family="sans-serif" font-size="13" fill="{_INK}"><rect width="{WIDTH}" height="{height:g}" fill="#fff"/>'
+    )
+
+
+def short(value: float) -> str:
+    """A number in at most three digits and a unit."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def write(path: Path, svg: str) -> Path:
+    """Write a chart, and return where it is.
+
+    Raises:
+        PipelineError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(svg, "utf-8")
+    except OSError as error:
+        raise PipelineError(f"--chart {path}: cannot be written: {error.strerror}; name another file") from error
+    return path.resolve()

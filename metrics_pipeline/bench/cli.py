@@ -1,0 +1,208 @@
+"""`metrics-pipeline bench …`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from metrics_pipeline.errors import SettingError
+from metrics_pipeline.settings import ProducerSettings, Settings
+
+if TYPE_CHECKING:  # the rest is loaded by the command that runs
+    from metrics_pipeline.bench.readings import Told
+
+bench = typer.Typer(
+    help="Measure this pipeline on this machine, on a stack of its own that leaves nothing behind.",
+    no_args_is_help=True,
+)
+
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+ALL_PATHS = "connect,connect-baseline,copy-1,copy-2,limit-1,limit-2"
+
+
+class Sink(StrEnum):
+    """Who stores."""
+
+    connect = "connect"
+    copy = "copy"
+
+
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+Chart = Annotated[
+    Path | None, typer.Option("--chart", help="file of the chart; default: bench-NAME.svg in this folder")
+]
+Here = Annotated[
+    bool,
+    typer.Option("--here", help="on the services of the settings; EMPTIES the table and the topic `metrics`"),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="with --here: do not ask")]
+Changed = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="another producer setting for this run; repeatable"),
+]
+Stored = Annotated[Sink | None, typer.Option("--sink", help="default: SINK")]
+
+
+@bench.command()
+def drain(
+    records: Annotated[int, typer.Option("--records", min=1000, help="records in the topic")] = 2_000_000,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="times that each path drains them")] = 5,
+    paths: Annotated[str, typer.Option("--paths", help="which ones, separated by commas")] = ALL_PATHS,
+    changed: Changed = None,
+    chart: Chart = None,
+    as_json: Json = False,
+    here: Here = False,
+    yes: Yes = False,
+) -> None:
+    """Drain the same records by each sink, and by COPY alone, into an empty table; compare the table with the topic each time."""
+    from metrics_pipeline.bench.drain import chosen
+    from metrics_pipeline.bench.drain import drain as measure
+
+    names = chosen(paths.split(","))
+    settings = Settings.load(**_overrides(changed))
+    with _place(settings, here=here, yes=yes) as place, _progress() as told:
+        document = measure(place, records, rounds, names, told, _say).document()
+    _finish(document, chart, as_json=as_json)
+
+
+@bench.command()
+def live(
+    seconds: Annotated[int, typer.Option("--seconds", min=5, help="that a measurement lasts")] = 60,
+    rate: Annotated[
+        str, typer.Option("--rate", metavar="N|max", help="messages/s; `max` searches the highest")
+    ] = "max",
+    sink: Stored = None,
+    changed: Changed = None,
+    chart: Chart = None,
+    as_json: Json = False,
+    here: Here = False,
+    yes: Yes = False,
+) -> None:
+    """Producer and sink together: stored rows/s, lag over time, latency, CPU; at a rate, or at the highest and half of it."""
+    from metrics_pipeline.bench.live import live as measure
+
+    if rate != "max" and not (rate.isascii() and rate.isdecimal() and int(rate) > 0):
+        raise SettingError(f"--rate {rate}: give a whole number of messages a second, or max")
+    settings = Settings.load(**_overrides(changed))
+    with _place(settings, here=here, yes=yes) as place, _progress() as told:
+        wanted = None if rate == "max" else int(rate)
+        document = measure(place, _sink(sink, settings), wanted, seconds, _overrides(changed), told, _say)
+    _finish(document, chart, as_json=as_json)
+
+
+@bench.command()
+def produce(
+    seconds: Annotated[int, typer.Option("--seconds", min=5, help="how long")] = 30,
+    changed: Changed = None,
+    chart: Chart = None,
+    as_json: Json = False,
+    here: Here = False,
+    yes: Yes = False,
+) -> None:
+    """One producer alone against the broker: acknowledged messages/s, and what a message costs."""
+    from metrics_pipeline.bench.produce import produce as measure
+
+    overrides = _overrides(changed)
+    settings = Settings.load(**overrides)
+    with _place(settings, here=here, yes=yes) as place, _progress() as told:
+        document = measure(place, seconds, overrides, told)
+    _finish(document, chart, as_json=as_json)
+
+
+@bench.command()
+def growth(
+    rows: Annotated[int, typer.Option("--rows", min=10_000, help="rows in the table at the end")] = 10_000_000,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="sizes at which it is measured")] = 10,
+    sink: Stored = None,
+    changed: Changed = None,
+    chart: Chart = None,
+    as_json: Json = False,
+    here: Here = False,
+    yes: Yes = False,
+) -> None:
+    """Stored rows/s, latency and the summaries' time while the table grows."""
+    from metrics_pipeline.bench.growth import growth as measure
+
+    overrides = _overrides(changed)
+    settings = Settings.load(**overrides)
+    with _place(settings, here=here, yes=yes) as place, _progress() as told:
+        document = measure(place, _sink(sink, settings), rows, steps, overrides, told, _say)
+    _finish(document, chart, as_json=as_json)
+
+
+def _sink(asked: Sink | None, settings: Settings) -> Any:
+    return asked.value if asked else settings.sink
+
+
+def _overrides(changed: list[str] | None) -> dict[str, Any]:
+    """Producer settings by field name, as they were given.
+
+    Raises:
+        SettingError: there is no such producer setting.
+    """
+    overrides = {}
+    for assignment in changed or []:
+        name, _, value = assignment.partition("=")
+        if name.lower() not in ProducerSettings.model_fields:
+            raise SettingError(f"--set {assignment}: there is no producer setting {name!r}; see the README")
+        overrides[name.lower()] = value
+    return overrides
+
+
+def _place(settings: Settings, *, here: bool, yes: bool) -> AbstractContextManager[Any]:
+    from metrics_pipeline.bench import place
+
+    if not here:
+        return place.temporary(settings, _say)
+    target = f"{settings.postgres_host}:{settings.postgres_host_port} and {settings.bootstrap_servers}"
+    if not yes and not typer.confirm(f"Empty the table metrics and the topic metrics at {target}?", err=True):
+        raise typer.Exit(1)
+    return place.here(settings, _say)
+
+
+def _say(line: str) -> None:
+    err.print(line, markup=False)
+
+
+@contextmanager
+def _progress() -> Iterator[Told]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    # Drawn seldom: the bench shares the cores with what it measures.
+    with Progress(*columns, console=err, transient=True, refresh_per_second=2, disable=not err.is_terminal) as progress:
+        task = progress.add_task("starting")
+
+        def told(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total or None)
+
+        yield told
+
+
+def _finish(document: dict[str, Any], chart: Path | None, *, as_json: bool) -> None:
+    """Show the result, write the chart, and exit with 1 when the table was not what it had to be."""
+    from metrics_pipeline.bench import charts, report
+
+    written = charts.write(chart or Path(f"bench-{document['bench']}.svg"), report.chart(document))
+    document["chart"] = str(written)
+    if as_json:
+        sys.stdout.write(json.dumps(document, default=str) + "\n")
+    else:
+        out.print(report.rendered(document))
+    _say(f"chart: {written}")
+    raise typer.Exit(0 if document["correct"] else 1)

@@ -1,0 +1,206 @@
+"""How fast each way drains the same records into an empty table, in rounds that take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from metrics_pipeline import postgres
+from metrics_pipeline.bench import paths, readings, surroundings, table
+from metrics_pipeline.bench.figures import Spread, ratio_of_medians, ratios
+from metrics_pipeline.bench.paths import Way
+from metrics_pipeline.bench.place import Place
+from metrics_pipeline.bench.readings import Reference, Told
+from metrics_pipeline.bench.stopwatch import Timed, time_way
+from metrics_pipeline.bench.table import Checked
+from metrics_pipeline.errors import SettingError
+from metrics_pipeline.records import Reader
+
+BASES: Final = ("limit-1", "limit-2", "connect", "connect-baseline")
+"""What the others are divided by."""
+
+MakeWay = Callable[[Place, str, str, Reference], Way]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One way in one round.
+
+    Attributes:
+        path: the way's name.
+        round: from 1.
+        timed: what it took.
+        checked: how the table compared with the topic afterwards.
+    """
+
+    path: str
+    round: int
+    timed: Timed
+    checked: Checked
+
+
+@dataclass
+class Drain:
+    """All rounds of a benchmark.
+
+    Attributes:
+        records: in the topic.
+        rounds: that were asked for.
+        paths: in the order of the first round.
+        surroundings: see `surroundings.describe`.
+        runs: in the order in which they were made.
+        table: sizes of the full table, in bytes.
+    """
+
+    records: int
+    rounds: int
+    paths: tuple[str, ...]
+    surroundings: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+    table: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def correct(self) -> bool:
+        """Whether the table equalled the topic after every round."""
+        return bool(self.runs) and all(run.checked.equal for run in self.runs)
+
+    def rates(self) -> dict[str, list[float]]:
+        """Rows a second by path, in the order of the rounds."""
+        found: dict[str, list[float]] = {path: [] for path in self.paths}
+        for run in self.runs:
+            found[run.path].append(run.timed.rows_per_second)
+        return {path: rates for path, rates in found.items() if rates}
+
+    def document(self) -> dict[str, Any]:
+        """Everything as one JSON object."""
+        rates = self.rates()
+        return {
+            "bench": "drain",
+            "correct": self.correct,
+            "records": self.records,
+            "rounds": self.rounds,
+            **self.surroundings,
+            "table": {"rows": self.records, **self.table},
+            "paths": {path: self._summary(path, own) for path, own in rates.items()},
+            "ratios": {base: ratio_of_medians(rates, base) for base in BASES if base in rates},
+            "ratios_within_rounds": {
+                base: {path: asdict(spread) for path, spread in ratios(rates, base).items()}
+                for base in BASES
+                if base in rates
+            },
+            "runs": [
+                {
+                    "path": run.path,
+                    "round": run.round,
+                    **asdict(run.timed),
+                    "rows_per_second": run.timed.rows_per_second,
+                    "check": asdict(run.checked),
+                }
+                for run in self.runs
+            ],
+        }
+
+    def _summary(self, path: str, rates: list[float]) -> dict[str, Any]:
+        own = [run.timed for run in self.runs if run.path == path]
+        parts = sorted({part for timed in own for part in timed.cpu})
+        return {
+            "rows_per_second": asdict(Spread.of(rates)),
+            "seconds": asdict(Spread.of([timed.seconds for timed in own])),
+            "cpu_us_per_row": {
+                part: Spread.of([timed.cpu[part] for timed in own if part in timed.cpu]).median for part in parts
+            },
+            "rows_per_transaction": Spread.of([timed.rows / timed.transactions for timed in own]).median,
+        }
+
+
+def chosen(names: Sequence[str]) -> tuple[str, ...]:
+    """The ways of these names.
+
+    Raises:
+        SettingError: there is no such way, or one stands there twice.
+    """
+    for name in names:
+        if name not in paths.NAMES:
+            raise SettingError(f"--paths {name}: there is no such path; there are {', '.join(paths.NAMES)}")
+    if len(set(names)) != len(names) or not names:
+        raise SettingError(f"--paths {','.join(names)}: name each path once")
+    return tuple(names)
+
+
+def order(names: Sequence[str], number: int) -> list[str]:
+    """The order of round `number` (from 0): each path is first, second and so on about equally often."""
+    turn = number % len(names)
+    return [*names[turn:], *names[:turn]]
+
+
+def drain(
+    place: Place,
+    records: int,
+    rounds: int,
+    names: Sequence[str],
+    told: Told,
+    say: Callable[[str], None] = lambda _line: None,
+    make: MakeWay = paths.make,
+) -> Drain:
+    """Fill the topic once, then let each path drain it into an empty table, `rounds` times.
+
+    The table is compared with the topic after each run: key by key after a path's first, by a checksum over all keys,
+    values and tags after the others. A difference does not stop the benchmark; the result says so.
+
+    Args:
+        place: where it runs; its topic must be empty.
+        records: to publish.
+        rounds: of every path.
+        names: of the paths.
+        told: told how far it is.
+        say: told each run's rate.
+        make: makes a way; replaced by tests.
+
+    Raises:
+        PipelineError: a part of the pipeline failed.
+    """
+    settings = place.settings
+    baseline = "connect-baseline" in names
+    if baseline:
+        readings.make_baseline_topic(settings)
+    found = Drain(records, rounds, tuple(names), surroundings.describe(place))
+    stamp = datetime.now(UTC)
+    try:
+        readings.fill(settings, readings.simulated(settings, records, stamp), records, told, baseline=baseline)
+        with (
+            readings.read_reference(
+                settings, settings.data_dir, told, batch_rows=settings.sink_flush_rows
+            ) as reference,
+            postgres.connect_admin(settings, settings.metrics_database) as connection,
+        ):
+            for number in range(rounds):
+                for name in order(names, number):
+                    told(f"preparing {name}", 0, 0)
+                    table.empty(connection)
+                    table.activate(connection, "connect")
+                    table.start_sink_at(connection, reference.low)
+                    way = make(place, name, f"bench-{stamp:%H%M%S}-{name}-{number + 1}", reference)
+                    target = sum(high for _, high in Reader(settings, way.topic).ends().values())
+                    first = target - records
+
+                    def show(passed: int, name: str = name, number: int = number, first: int = first) -> None:
+                        told(f"round {number + 1} of {rounds}: {name}", max(0, passed - first), records)
+
+                    timed = time_way(place, connection, way, target, show)
+                    told(f"comparing after {name}", 0, 0)
+                    known = any(run.path == name for run in found.runs)
+                    checked = table.check(settings, reference, full=not known)
+                    found.runs.append(Run(name, number + 1, timed, checked))
+                    found.table = table.size(connection)
+                    say(_line(found.runs[-1]))
+    finally:
+        if baseline:
+            readings.drop_baseline_topic(settings)
+    return found
+
+
+def _line(run: Run) -> str:
+    verdict = "equal to the topic" if run.checked.equal else f"NOT EQUAL: {'; '.join(run.checked.findings)}"
+    return f"round {run.round}, {run.path}: {run.timed.rows_per_second:,.0f} rows/s, {verdict}"

@@ -1,0 +1,202 @@
+"""Where a benchmark runs: on a stack of its own that leaves nothing behind, or on the services of the settings."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import psutil
+
+from metrics_pipeline import kafka, postgres
+from metrics_pipeline.bench.readings import empty_topic
+from metrics_pipeline.bench.table import start_sink_at
+from metrics_pipeline.connect import ConnectClient, ensure_connector
+from metrics_pipeline.errors import BusyError, ServiceError
+from metrics_pipeline.ledger import LOCK_KEY
+from metrics_pipeline.local import account, environment
+from metrics_pipeline.local.ports import free_ports
+from metrics_pipeline.local.stack import Stack, build, outsider_problem
+from metrics_pipeline.local.state import StackState
+from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings, external_services
+
+CARRIED: Final = ("producer", "topic", "sink")
+"""Groups of settings that a temporary stack takes over from the user's own."""
+
+SERVICES: Final = ("postgres", "broker", "connect")
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Running services to measure.
+
+    Attributes:
+        settings: of these services.
+        environment: for child processes, so that they meet the same services.
+        processes: of the services that run on this machine and that we know of, by name.
+        temporary: whether all of it goes away afterwards.
+    """
+
+    settings: Settings
+    environment: Mapping[str, str]
+    processes: Mapping[str, psutil.Process]
+    temporary: bool
+
+
+@contextmanager
+def temporary(user: Settings, say: Say) -> Iterator[Place]:
+    """PostgreSQL, broker and Connect on free ports in a temporary folder: migrated, with the topic, without Dagster.
+
+    Producer, topic and sink are set as in the user's settings; ports, folders, passwords and services are the stack's
+    own, so a pipeline that runs on this machine is not touched. However the block ends, by an error, Ctrl-C or SIGTERM,
+    the services are stopped and the folder is removed.
+
+    Args:
+        user: the user's own settings.
+        say: told what is being started.
+
+    Raises:
+        PipelineError: a part does not start.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-bench-")).resolve()
+    embedded: Stack | None = None
+
+    def cancel() -> None:
+        if embedded is not None:
+            embedded.cancelled.set()
+
+    with _as_interrupt(cancel), _environment(user, folder):
+        try:
+            environment.write_secrets()
+            settings = Settings.load()
+            embedded = build(settings, with_dagster=False, quiet=True)
+            # Tells afterwards when each row became visible, without a query while the clock runs.
+            embedded.service("postgres").command += ["-c", "track_commit_timestamp=on"]
+            embedded.start(say, provision=False)
+            postgres.migrate(settings)
+            kafka.ensure_topic(settings)
+            processes = {service.name: service.process for service in embedded.services if service.process}
+            yield Place(settings, environment.for_python(settings), processes, temporary=True)
+        finally:
+            with _undisturbed():
+                if embedded is not None:
+                    embedded.stop(lambda _line: None)
+                home = account.postgres_home(folder / "data", account.unprivileged())
+                shutil.rmtree(home, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def here(settings: Settings, say: Say) -> Iterator[Place]:
+    """The services that the settings name. The table `metrics` and the topic `metrics` are emptied before and after.
+
+    The connector is removed meanwhile and put back; the active sink stays what it was.
+
+    Args:
+        settings: where the services are.
+        say: told what is done to them.
+
+    Raises:
+        ServiceError: one of them does not answer.
+        BusyError: a producer or a COPY sink is at work on them.
+    """
+    for name in SERVICES:
+        if problem := outsider_problem(settings, name):
+            raise ServiceError(f"--here needs PostgreSQL, broker and Connect of the settings, but: {problem}")
+    written = StackState.read(settings.data_dir).children
+    processes = {
+        name: process
+        for name in SERVICES
+        if {"broker": "kafka"}.get(name, name) not in external_services()
+        and (child := written.get(name))
+        and (process := child.find())
+    }
+    with _as_interrupt(lambda: None):
+        _refuse_company(settings)
+        client = ConnectClient(settings.connect_urls)
+        had_connector = client.config(CONNECTOR) is not None
+        with postgres.connect_admin(settings, settings.metrics_database) as connection:
+            (active,) = connection.execute("SELECT active FROM sink_state").fetchone() or ("connect",)
+        say(f"emptying the table and the topic {TOPIC}; the connector {CONNECTOR} comes back at the end")
+        try:
+            client.delete(CONNECTOR)
+            yield Place(settings, environment.for_python(settings), processes, temporary=False)
+        finally:
+            with _undisturbed():
+                with postgres.connect_admin(settings, settings.metrics_database) as connection:
+                    connection.execute("TRUNCATE metrics")
+                    connection.execute("UPDATE sink_state SET active = %s", [active])
+                ends = empty_topic(settings)
+                with postgres.connect_admin(settings, settings.metrics_database) as connection:
+                    start_sink_at(connection, ends)
+                if had_connector:
+                    ensure_connector(settings)
+
+
+def _refuse_company(settings: Settings) -> None:
+    with postgres.connect_admin(settings, settings.metrics_database) as connection:
+        if connection.execute(postgres.query("producer_lock_holder"), {"key": LOCK_KEY}).fetchone():
+            raise BusyError("a producer is running: terminate its run in Dagster, and stop the sensor, before `--here`")
+        if connection.execute(postgres.query("bench_copy_sinks")).fetchone() != (0,):
+            raise BusyError("a COPY sink is running: stop it before `--here`, which starts its own")
+
+
+@contextmanager
+def _environment(user: Settings, folder: Path) -> Iterator[None]:
+    """The environment of a temporary stack: nothing of the user's that names a service, a port or a password."""
+    before = dict(os.environ)
+    kept = {name for group in CARRIED for name in Settings.group(group)} | {"disk_free_limit_gb", "pipeline_memory_gb"}
+    # With SINK=copy a stack has no Connect; whoever measures the COPY sink starts it.
+    own = {name: getattr(user, name) for name in kept} | {"sink": "connect"}
+    ports = [name for name in Settings.model_fields if name.endswith("_port")]
+    try:
+        for name in Settings.model_fields:
+            if name != "pipeline_cache_dir":
+                os.environ.pop(name.upper(), None)
+        os.environ.update({name.upper(): str(value) for name, value in own.items() if value is not None})
+        os.environ.update({name.upper(): str(port) for name, port in zip(ports, free_ports(len(ports)), strict=True)})
+        os.environ["PIPELINE_ENV_FILE"] = str(folder / "env")
+        os.environ["PIPELINE_DATA_DIR"] = str(folder / "data")
+        if user.pipeline_cache_dir is not None:
+            os.environ["PIPELINE_CACHE_DIR"] = str(user.pipeline_cache_dir)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _as_interrupt(cancel: Callable[[], None]) -> Iterator[None]:
+    """Signals that end the program raise KeyboardInterrupt here, after `cancel`, so that everything is cleaned up."""
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        cancel()
+        raise KeyboardInterrupt
+
+    former = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No second Ctrl-C leaves half of it behind."""
+    former = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

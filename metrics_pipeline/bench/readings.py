@@ -1,0 +1,325 @@
+"""What a benchmark stores: readings in the topic, and what the table must hold once they are drained."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from metrics_pipeline import kafka
+from metrics_pipeline.comparison import EPOCH
+from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.generator import Generator
+from metrics_pipeline.metric import Reading, connect_schema_key, connect_schema_value, decode
+from metrics_pipeline.publisher import client_config
+from metrics_pipeline.records import Decoder, Reader
+from metrics_pipeline.settings import TOPIC, Settings
+from metrics_pipeline.spill import RECORD, Rows, Spill, buckets_for
+
+BASELINE_TOPIC: Final = "bench-baseline"
+"""The same readings, each message with its schema inside."""
+
+ROUND: Final = timedelta(milliseconds=250)
+"""How far the simulated clock moves from round to round."""
+
+WAIT_SECONDS: Final = 120.0
+
+Pair = tuple[bytes, bytes]
+Told = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and how much there is (0: unknown)."""
+
+COPY_COLUMNS: Final = "device_id, published_at, metric_name, value, tags"
+COPY_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+COPY_TRAILER: Final = b"\xff\xff"
+_pack_row: Final = struct.Struct(">hi16siqihid").pack
+_int32: Final = struct.Struct(">i").pack
+_TEXT_OID: Final = 25
+
+
+# --- Into the topic ----------------------------------------------------------------------------------------------
+
+
+def simulated(settings: Settings, count: int, end: datetime) -> Iterator[list[Pair]]:
+    """Exactly `count` readings of the simulated fleet with unique keys, all taken before `end`."""
+    now = end - ROUND * (count // settings.producer_min_metrics + 2)
+    generator = Generator(settings, now)
+    while count > 0:
+        now += ROUND
+        readings = generator.round(now)[:count]
+        count -= len(readings)
+        if readings:
+            yield readings
+
+
+def with_schema(readings: Iterable[Pair]) -> list[Pair]:
+    """The same messages as JsonConverter takes them without a schema of its own: with the schema in each."""
+    return [(_KEY_HEAD + key + b"}", _VALUE_HEAD + value + b"}") for key, value in readings]
+
+
+def _head(schema: Mapping[str, Any]) -> bytes:
+    return f'{{"schema":{json.dumps(schema, separators=(",", ":"))},"payload":'.encode()
+
+
+_KEY_HEAD: Final = _head(connect_schema_key())
+_VALUE_HEAD: Final = _head(connect_schema_value())
+
+
+def fill(settings: Settings, rounds: Iterable[list[Pair]], count: int, told: Told, *, baseline: bool = False) -> None:
+    """Publish readings to the topic, and with `baseline` the same ones to its topic; returns when the broker has all.
+
+    Raises:
+        ServiceError: the broker refused, or holds another number of records than it was given.
+    """
+    topics = [TOPIC, BASELINE_TOPIC] if baseline else [TOPIC]
+    before = {topic: _held(settings, topic) for topic in topics}
+    producer = Producer(client_config(settings) | {"linger.ms": 50, "queue.buffering.max.messages": 200_000})
+    done = 0
+    try:
+        for readings in rounds:
+            _hand_over(producer, TOPIC, readings)
+            if baseline:
+                _hand_over(producer, BASELINE_TOPIC, with_schema(readings))
+            done += len(readings)
+            told("filling the topic", done, count)
+        left = producer.flush(WAIT_SECONDS)
+    finally:
+        producer.close()
+    for topic in topics:
+        held = _held(settings, topic) - before[topic]
+        if left or held != count:
+            raise ServiceError(
+                f"topic {topic} took {held:,} of {count:,} records: see `metrics-pipeline logs broker`, and whether "
+                f"TOPIC_RETENTION_BYTES ({settings.topic_retention_bytes:,}) and the disk have room for them"
+            )
+
+
+def _hand_over(producer: Producer, topic: str, readings: list[Pair]) -> None:
+    batch: list[dict[str, Any]] = [{"key": key, "value": value} for key, value in readings]
+    while batch:
+        if producer.produce_batch(topic, batch) == len(batch):
+            break
+        errors = [message.get("_error") for message in batch]
+        for error in errors:
+            if error is not None and error.code() != KafkaError._QUEUE_FULL:  # noqa: SLF001  # librdkafka's own codes
+                raise ServiceError(f"the broker refused a message for topic {topic}: {error.str()}")
+        batch = [message for message, error in zip(batch, errors, strict=True) if error is not None]
+        for message in batch:
+            del message["_error"]
+        producer.poll(0.05)
+    producer.poll(0)
+
+
+def _held(settings: Settings, topic: str) -> int:
+    return sum(high - low for low, high in Reader(settings, topic).ends().values())
+
+
+def make_baseline_topic(settings: Settings) -> None:
+    """A new, empty topic for the baseline, with as many partitions as the real one."""
+    drop_baseline_topic(settings)
+    spec = kafka.topic_spec(settings)
+    topic = NewTopic(BASELINE_TOPIC, spec.partitions, spec.replication_factor, config=dict(spec.config))
+    _settle(settings, lambda admin: admin.create_topics([topic]), there=True)
+
+
+def drop_baseline_topic(settings: Settings) -> None:
+    """Delete the baseline's topic if there is one."""
+    if Reader(settings, BASELINE_TOPIC).ends():
+        _settle(settings, lambda admin: admin.delete_topics([BASELINE_TOPIC]), there=False)
+
+
+def _settle(settings: Settings, ask: Callable[[AdminClient], Mapping[str, Any]], *, there: bool) -> None:
+    admin = AdminClient(kafka.client_config(settings))
+    try:
+        for future in ask(admin).values():
+            future.result()
+        for _ in range(200):
+            if (BASELINE_TOPIC in admin.list_topics(timeout=kafka.TIMEOUT_SECONDS).topics) == there:
+                return
+            admin.poll(0.1)
+    except KafkaException as problem:
+        raise ServiceError(f"topic {BASELINE_TOPIC}: the broker refused: {problem.args[0].str()}") from problem
+    raise ServiceError(f"topic {BASELINE_TOPIC}: the broker did not {'make' if there else 'delete'} it in time")
+
+
+def empty_topic(settings: Settings) -> dict[int, int]:
+    """Delete every record of the topic, and return the offset of the next one by partition.
+
+    Raises:
+        ServiceError: the broker refused.
+    """
+    ends = {partition: high for partition, (_, high) in kafka.watermarks(settings).items()}
+    admin = AdminClient(kafka.client_config(settings))
+    try:
+        places = [TopicPartition(TOPIC, partition, end) for partition, end in ends.items()]
+        for future in admin.delete_records(places).values():
+            future.result()
+    except KafkaException as problem:
+        raise ServiceError(f"topic {TOPIC} cannot be emptied: {problem.args[0].str()}") from problem
+    return ends
+
+
+# --- What the table must hold ------------------------------------------------------------------------------------
+
+
+def checksum(entries: Rows) -> int:
+    """A number that depends on every key, value and tags digest of `spill` entries, but not on their order.
+
+    Checksums of parts add up, modulo 2^64, to that of the whole.
+    """
+    mixed = np.full(len(entries), 0x9E3779B97F4A7C15, np.uint64)
+    for words in _words(entries):
+        mixed ^= words
+        mixed *= np.uint64(0xD6E8FEB86659FD93)
+        mixed ^= mixed >> np.uint64(32)
+    return int(mixed.sum(dtype=np.uint64))
+
+
+def _words(entries: Rows) -> Iterator[Any]:
+    for part in (entries["key"]["device_id"], entries["tags"]):
+        pairs = np.ascontiguousarray(part).view("<u8").reshape(-1, 2)
+        yield from (pairs[:, 0], pairs[:, 1])
+    yield entries["key"]["published_at"].astype(np.int64).view(np.uint64)
+    yield entries["key"]["metric_name"].astype(np.int64).view(np.uint64)
+    yield entries["value"].astype(np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one partition, encoded for binary COPY, in the file of a `Reference`."""
+
+    partition: int
+    start: int
+    size: int
+    rows: int
+
+
+@dataclass
+class Reference:
+    """All records of the topic: to compare the table with, and encoded for binary COPY. Kept on disk until closed.
+
+    Attributes:
+        records: to compare with.
+        low: first offset by partition.
+        ends: offset after the last record by partition.
+        count: of records.
+        checksum: of all of them.
+        batches: in the order of the topic; each a partition's.
+    """
+
+    records: Spill
+    low: Mapping[int, int]
+    ends: Mapping[int, int]
+    count: int = 0
+    checksum: int = 0
+    batches: list[Batch] = field(default_factory=list)
+    _file: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.records.close()
+        self._file.close()
+
+    def data(self, batch: Batch) -> bytes:
+        """The rows of a batch, without header and trailer. May be called from several threads."""
+        return os.pread(self._file.fileno(), batch.size, batch.start)
+
+    def keep(self, partition: int, rows: list[bytes]) -> None:
+        """Append a batch."""
+        data = b"".join(rows)
+        start = self.batches[-1].start + self.batches[-1].size if self.batches else 0
+        self._file.write(data)
+        self._file.flush()
+        self.batches.append(Batch(partition, start, len(data), len(rows)))
+
+
+def read_reference(
+    settings: Settings, folder: Path, told: Told, *, batch_rows: int = 0, start: Mapping[int, int] | None = None
+) -> Reference:
+    """Read the topic.
+
+    Args:
+        settings: where the broker is.
+        folder: where the files go, without a name, so that nothing stays behind.
+        told: told how far it is.
+        batch_rows: rows of a batch; the last ones of each partition have fewer. 0 for no batches.
+        start: first offset by partition; default: the first one there is.
+
+    Raises:
+        ServiceError: the broker sends no more, or a record is not of the wire format.
+    """
+    marks = kafka.watermarks(settings)
+    low = {partition: (start or {}).get(partition, first) for partition, (first, _) in marks.items()}
+    ends = {partition: end for partition, (_, end) in marks.items()}
+    total = sum(ends.values()) - sum(low.values())
+    reference = Reference(Spill(folder, RECORD, buckets_for(total)), low, ends)
+    reference._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, SLF001  # closed with the reference
+    encoder, decoder = RowEncoder(), Decoder()
+    waiting: dict[int, list[bytes]] = {partition: [] for partition in marks}
+    for messages in Reader(settings, TOPIC).read(low, ends):
+        entries = decoder.entries(messages)
+        if len(entries) != len(messages):
+            raise ServiceError(f"topic {TOPIC} holds records that are not of the wire format: empty it first")
+        reference.records.append(entries)
+        reference.count += len(entries)
+        reference.checksum = (reference.checksum + checksum(entries)) % 2**64
+        for message in messages if batch_rows else ():
+            partition, row = encoder.row(message)
+            rows = waiting[partition]
+            rows.append(row)
+            if len(rows) == batch_rows:
+                reference.keep(partition, rows)
+                rows.clear()
+        told("reading the topic", reference.count, total)
+    for partition, rows in waiting.items():
+        if rows:
+            reference.keep(partition, rows)
+    return reference
+
+
+class RowEncoder:
+    """Encodes readings as rows of a binary COPY of `COPY_COLUMNS`."""
+
+    def __init__(self) -> None:
+        self._tags: dict[tuple[str, ...], bytes] = {}
+
+    def row(self, message: Message) -> tuple[int, bytes]:
+        """Partition and row of a message.
+
+        Raises:
+            RecordError: it is not of the wire format.
+        """
+        return message.partition() or 0, self.encode(decode(message.key(), message.value()))
+
+    def encode(self, reading: Reading) -> bytes:
+        """The row of a reading."""
+        since = reading.published_at - EPOCH
+        micros = (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+        head = _pack_row(5, 16, reading.device_id.bytes, 8, micros, 2, reading.metric_name, 8, reading.value)
+        known = tuple(reading.tags)
+        if (tags := self._tags.get(known)) is None:
+            tags = self._tags[known] = _array(reading.tags)
+        return head + tags
+
+
+def _array(tags: list[str]) -> bytes:
+    """A field that holds a `text[]`."""
+    if not tags:
+        return _int32(12) + struct.pack(">iii", 0, 0, _TEXT_OID)
+    elements = b"".join(_int32(len(data)) + data for data in (tag.encode() for tag in tags))
+    array = struct.pack(">iiiii", 1, 0, _TEXT_OID, len(tags), 1) + elements
+    return _int32(len(array)) + array

@@ -1,0 +1,116 @@
+"""The clock of a measurement, the same for every way into the table.
+
+It runs from the begin of the first transaction that stored a row to the commit of the last one, both as PostgreSQL
+wrote them down: nothing is polled for it. What happens before that, the start of processes and tasks and the reading
+of what the first transaction stores, is not counted for any of them; it is at most one batch of each worker.
+
+CPU time is read twice: when the first page of rows appears in the table, and when all rows are seen to be stored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from metrics_pipeline import postgres
+from metrics_pipeline.bench import cpu, table
+from metrics_pipeline.bench.paths import Way
+from metrics_pipeline.bench.place import Place
+from metrics_pipeline.errors import ServiceError
+
+START_SECONDS: Final = 120.0
+STALL_SECONDS: Final = 120.0
+GLANCE_SECONDS: Final = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What a way took.
+
+    Attributes:
+        rows: that were stored.
+        seconds: by the clock of this module.
+        cpu: microseconds of CPU a row by part of the pipeline.
+        transactions: that stored the rows.
+        by_commit_times: whether the end is the last commit; else it is when all rows were seen to be stored, which is up
+            to two seconds later for a connector.
+    """
+
+    rows: int
+    seconds: float
+    cpu: dict[str, float]
+    transactions: int
+    by_commit_times: bool
+
+    @property
+    def rows_per_second(self) -> float:
+        """Stored rows a second."""
+        return self.rows / self.seconds
+
+
+def time_way(
+    place: Place,
+    connection: postgres.Connection,
+    way: Way,
+    target: int,
+    told: Callable[[int], None],
+) -> Timed:
+    """Let a way store what the topic holds beyond what the table does, and end it.
+
+    Args:
+        place: where it runs.
+        connection: of the superuser, autocommit, to the database of the readings.
+        way: not started yet.
+        target: the sum of the offsets that it is to reach.
+        told: told how far it is, as a sum of offsets.
+
+    Raises:
+        ServiceError: it does not begin, does not advance, or has failed.
+    """
+    try:
+        since = table.clock(connection)
+        size = table.pages(connection)
+        way.start()
+        meter = cpu.CpuMeter({**place.processes, **way.processes()})
+        _await_first_page(connection, way, size)
+        before = meter.read()
+        _await_target(way, target, told)
+        seen, after = table.clock(connection), meter.read()
+    finally:
+        way.stop()
+    stored = table.stored(connection, since)
+    end = stored.last_committed or seen
+    return Timed(
+        rows=stored.rows,
+        seconds=max((end - stored.first_began).total_seconds(), 1e-6),
+        cpu=cpu.per_row(before, after, stored.rows),
+        transactions=stored.transactions,
+        by_commit_times=stored.last_committed is not None,
+    )
+
+
+def _await_first_page(connection: postgres.Connection, way: Way, size: int) -> None:
+    begin = look = time.monotonic()
+    while table.pages(connection) == size:
+        now = time.monotonic()
+        if now - begin > START_SECONDS:
+            raise ServiceError(f"{way.name}: nothing was stored within {START_SECONDS:.0f} s")
+        if now - look > 1:
+            look = now
+            way.passed()  # raises when it has failed
+        time.sleep(GLANCE_SECONDS)
+
+
+def _await_target(way: Way, target: int, told: Callable[[int], None]) -> None:
+    best, since = -1, time.monotonic()
+    while (passed := way.passed()) < target:
+        told(passed)
+        now = time.monotonic()
+        if passed > best:
+            best, since = passed, now
+        elif now - since > STALL_SECONDS:
+            raise ServiceError(f"{way.name}: no progress for {STALL_SECONDS:.0f} s, {target - passed:,} records left")
+        time.sleep(way.interval)
+    told(passed)

@@ -1,0 +1,149 @@
+"""What a figure is worth nothing without: machine, versions, settings, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import confluent_kafka
+import psutil
+import psycopg
+import requests
+
+from metrics_pipeline import postgres
+from metrics_pipeline.bench.place import Place
+from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.local.account import postgres_home, unprivileged
+from metrics_pipeline.settings import ROOT, Settings, external_services
+
+GIB: Final = 2**30
+MEMORY_FILESYSTEMS: Final = ("tmpfs", "ramfs")
+
+
+def describe(place: Place) -> dict[str, Any]:
+    """Everything about the place that a figure depends on, as one JSON object."""
+    return {
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(postgres_home(place.settings.data_dir, unprivileged())),
+        "versions": versions(place),
+        "postgres": postgres_settings(place.settings),
+        "settings": pipeline_settings(place.settings),
+        "commit": commit(),
+        "stack": "temporary" if place.temporary else "of the settings",
+    }
+
+
+def machine(folder: Path) -> dict[str, Any]:
+    """The hardware, the operating system, and what PostgreSQL's folder lies on."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "filesystem": filesystem(folder),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def filesystem(folder: Path) -> str:
+    """Type of the file system that holds a folder."""
+    holders = [
+        partition
+        for partition in psutil.disk_partitions(all=True)
+        if folder.is_relative_to(partition.mountpoint) and partition.fstype
+    ]
+    return max(holders, key=lambda holder: len(holder.mountpoint)).fstype if holders else "unknown"
+
+
+def versions(place: Place) -> dict[str, str]:
+    """Of everything that takes part."""
+    found = {
+        "metrics-pipeline": version("metrics-pipeline"),
+        "python": platform.python_version(),
+        "librdkafka": confluent_kafka.libversion()[0],
+        "psycopg": psycopg.__version__,
+    }
+    with postgres.connect(place.settings, "metrics_reader", autocommit=True) as connection:
+        row: Any = connection.execute("SHOW server_version").fetchone()
+        found["postgresql"] = row[0]
+    if "kafka" not in external_services():
+        found["broker"] = f"Apache Kafka {_locked('org.apache.kafka:kafka_2.13')}"
+    return found | _connect_versions(place.settings)
+
+
+def _locked(artifact: str) -> str:
+    lines = (ROOT / "connect" / "jars.lock").read_text("utf-8").splitlines()
+    found = (words[1].rpartition(":")[2] for line in lines if (words := line.split())[1].startswith(f"{artifact}:"))
+    return next(found, "of unknown version")
+
+
+def _connect_versions(settings: Settings) -> dict[str, str]:
+    session = requests.Session()
+    session.trust_env = False
+    try:
+        connect = session.get(settings.connect_rest, timeout=10).json()["version"]
+        plugins = session.get(f"{settings.connect_rest}/connector-plugins", timeout=10).json()
+    except (requests.RequestException, KeyError, TypeError) as error:
+        raise ServiceError(f"Kafka Connect at {settings.connect_rest} does not tell its version: {error}") from error
+    sinks = [
+        plugin["version"] for plugin in plugins if plugin["class"].endswith("debezium.connector.jdbc.JdbcSinkConnector")
+    ]
+    return {"connect": connect, "debezium-jdbc": sinks[0] if sinks else "missing"}
+
+
+def postgres_settings(settings: Settings) -> dict[str, str]:
+    """Those of the server that durability and speed depend on."""
+    with postgres.connect(settings, "metrics_reader", autocommit=True) as connection:
+        return dict(connection.execute(postgres.query("bench_settings")).fetchall())
+
+
+def pipeline_settings(settings: Settings) -> dict[str, Any]:
+    """Of the producer, the topic and the sink."""
+    names = [name for group in ("producer", "topic", "sink") for name in Settings.group(group)]
+    return {name.upper(): getattr(settings, name) for name in names}
+
+
+def commit() -> str:
+    """The checkout's commit, with `-dirty` when files differ from it; empty without git."""
+    try:
+        done = subprocess.run(
+            ["git", "-c", f"safe.directory={ROOT}", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def warnings(surroundings: Mapping[str, Any]) -> list[str]:
+    """What makes the figures mean something else than they seem to."""
+    found = []
+    if surroundings["machine"]["filesystem"] in MEMORY_FILESYSTEMS:
+        found.append("the data lies in memory, so a sync costs nothing: set TMPDIR to a folder on a disk")
+    unsafe = [
+        name for name in ("fsync", "full_page_writes", "synchronous_commit") if surroundings["postgres"][name] == "off"
+    ]
+    if unsafe:
+        found.append(f"PostgreSQL trades durability for speed: {', '.join(unsafe)} off")
+    if surroundings["machine"]["load_before"] > 0.5 * surroundings["machine"]["cores"]:
+        found.append(f"the machine was busy before the start: load {surroundings['machine']['load_before']}")
+    return found

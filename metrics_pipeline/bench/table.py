@@ -1,0 +1,179 @@
+"""The table under measurement: emptied before, timed and compared after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from metrics_pipeline import postgres
+from metrics_pipeline.bench.readings import Reference, checksum
+from metrics_pipeline.comparison import Bounds, Comparison
+from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.rows import read_rows, take_snapshot
+from metrics_pipeline.settings import TOPIC, Settings
+from metrics_pipeline.spill import ROW, Spill
+
+VACUUM_SECONDS = 60.0
+"""How long an autovacuum that is at work is waited for before a round begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a look at the table after a round found.
+
+    Attributes:
+        first_began: begin of the first transaction that stored a row (`created_at`).
+        last_began: begin of the last one.
+        last_committed: commit of the last one; None where PostgreSQL does not keep commit times.
+        rows: stored since.
+        transactions: that stored them; a transaction with savepoints may count as several.
+    """
+
+    first_began: datetime
+    last_began: datetime
+    last_committed: datetime | None
+    rows: int
+    transactions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """How the table compares with the topic.
+
+    Attributes:
+        rows: in the table.
+        equal: whether it holds exactly the topic's keys with their values and tags.
+        compared: whether each key was compared, not only the checksum of all.
+        findings: what is wrong, one line each.
+    """
+
+    rows: int
+    equal: bool
+    compared: bool
+    findings: tuple[str, ...] = ()
+
+
+def empty(connection: postgres.Connection) -> None:
+    """Empty the table and what hangs on it, and let PostgreSQL finish what it still has to do for former rounds.
+
+    A COPY sink that has nothing to do may go on running: its offsets stay.
+
+    Args:
+        connection: of the superuser, autocommit, to the database of the readings.
+    """
+    connection.execute("TRUNCATE metrics, summary_inserts, summary_changes, rejected_metrics")
+    deadline = time.monotonic() + VACUUM_SECONDS
+    while time.monotonic() < deadline:
+        if connection.execute("SELECT count(*) FROM pg_stat_progress_vacuum").fetchone() == (0,):
+            break
+        time.sleep(0.2)
+    settle(connection)
+
+
+def settle(connection: postgres.Connection) -> None:
+    """Let PostgreSQL clean up and write out what there is, so that the next measurement does not pay for it."""
+    connection.execute("VACUUM (ANALYZE) metrics, summary_inserts, summary_changes, sink_offsets, sink_state")
+    connection.execute("CHECKPOINT")
+
+
+def start_sink_at(connection: postgres.Connection, offsets: Mapping[int, int]) -> None:
+    """Let the COPY sink begin at these offsets of the topic."""
+    with connection.transaction():
+        connection.execute("DELETE FROM sink_offsets WHERE topic = %s", [TOPIC])
+        with connection.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO sink_offsets (topic, partition, next_offset) VALUES (%s, %s, %s)",
+                [(TOPIC, partition, offset) for partition, offset in offsets.items()],
+            )
+
+
+def activate(connection: postgres.Connection, sink: Literal["connect", "copy"]) -> None:
+    """Say which sink stores."""
+    connection.execute("UPDATE sink_state SET active = %s, changed_at = now()", [sink])
+
+
+def pages(connection: postgres.Connection) -> int:
+    """Bytes of the table's pages: cheap enough to be asked many times a second."""
+    row: Any = connection.execute("SELECT pg_relation_size('public.metrics')").fetchone()
+    return int(row[0])
+
+
+def clock(connection: postgres.Connection) -> datetime:
+    """The server's clock."""
+    row: Any = connection.execute("SELECT clock_timestamp()").fetchone()
+    now: datetime = row[0]
+    return now
+
+
+def stored(connection: postgres.Connection, since: datetime) -> Stored:
+    """What was stored by transactions that began at `since` or later.
+
+    Raises:
+        ServiceError: nothing was.
+    """
+    row: Any = connection.execute(postgres.query("bench_stored"), {"since": since}).fetchone()
+    if row is None or row[0] is None:
+        raise ServiceError("nothing was stored: see the log of the sink")
+    return Stored(*row)
+
+
+def stored_between(connection: postgres.Connection, begin: datetime, end: datetime) -> int:
+    """Rows stored by transactions that began in that time; the end excluded."""
+    row: Any = connection.execute(
+        "SELECT count(*) FROM metrics WHERE created_at >= %s AND created_at < %s", [begin, end]
+    ).fetchone()
+    return int(row[0])
+
+
+def size(connection: postgres.Connection) -> dict[str, int]:
+    """Bytes of the table (`heap_bytes`) and of its indexes (`index_bytes`)."""
+    heap, index = connection.execute(postgres.query("bench_size")).fetchone() or (0, 0)
+    return {"heap_bytes": heap, "index_bytes": index}
+
+
+def check(settings: Settings, reference: Reference, *, full: bool) -> Checked:
+    """Compare the table with the topic: by a checksum over all rows, and key by key when asked or when that differs."""
+    rows, found = 0, 0
+    with ExitStack() as spills:
+        kept = spills.enter_context(Spill(_folder(settings), ROW, reference.records.buckets)) if full else None
+        with postgres.connect(settings, "metrics_reader") as connection:
+            take_snapshot(connection)
+            for entries in read_rows(connection):
+                rows += len(entries)
+                found = (found + checksum(entries)) % 2**64
+                if kept is not None:
+                    kept.append(entries)
+        equal = (rows, found) == (reference.count, reference.checksum)
+        if kept is None:
+            return Checked(rows, True, compared=False) if equal else check(settings, reference, full=True)
+        findings = _findings(reference, kept, _folder(settings))
+    if not equal and not findings:
+        findings = (f"{rows:,} rows with checksum {found:x}, expected {reference.count:,} with {reference.checksum:x}",)
+    return Checked(rows, not findings, compared=True, findings=findings)
+
+
+def _folder(settings: Settings) -> Path:
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    return settings.data_dir
+
+
+def _findings(reference: Reference, rows: Spill, folder: Path) -> tuple[str, ...]:
+    with Comparison(Bounds(reference.low, reference.ends), folder) as comparison:
+        for number in range(rows.buckets):
+            comparison.bucket(reference.records.bucket(number), rows.bucket(number))
+        counts = comparison.finish()
+    wrong = {"lost": counts.lost, "unexpected": counts.unexpected, "different": counts.different}
+    # Where retention deleted records, or another sink wrote before: here neither may be.
+    wrong |= {"unverifiable": counts.unverifiable, "signless_zero": counts.signless_zero}
+    totals = tuple(f"{count:,} {what}" for what, count in wrong.items() if count)
+    examples = tuple(
+        f"{finding.kind}: device_id {finding.device_id}, published_at {finding.published_at}, "
+        f"metric_name {finding.metric_name}: record {finding.record_value!r}, row {finding.row_value!r}"
+        for finding in comparison.findings[:3]
+    )
+    return totals + examples if totals else ()
