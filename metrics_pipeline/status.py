@@ -139,12 +139,9 @@ class Sampler:
             return answer | (
                 {"healthy": True, "state": "running elsewhere", "workers": None} if sessions else {"reason": problem}
             )
-        workers = published.get("workers")
-        answer |= {
-            "healthy": problem is None,
-            "state": str(published.get("state") or ("running" if problem is None else "not healthy")),
-            "workers": len(workers) if isinstance(workers, list) else workers,
-        }
+        workers = published.get("workers") or []
+        states = sorted({str(worker["state"]) for worker in workers})
+        answer |= {"healthy": problem is None, "state": ", ".join(states) or "starting", "workers": len(workers)}
         return answer | ({"reason": problem} if problem else {})
 
     def _producer(self) -> Sample:

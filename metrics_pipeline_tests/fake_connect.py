@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 @dataclass
 class FakeConnect:
-    """One worker. `poison` makes each task of a connector fail again as soon as it starts."""
+    """One worker. `poison` makes each task of a connector fail again as soon as it starts; `stopped` is called when one stops."""
 
     url: str = ""
     version: str = "4.3.1"
@@ -26,6 +26,7 @@ class FakeConnect:
     states: dict[str, str] = field(default_factory=dict)
     task_states: dict[str, dict[int, tuple[str, str]]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    stopped: Callable[[], object] = lambda: None
 
     def fail(self, name: str, trace: str, *tasks: int) -> None:
         """Set tasks (all by default) to FAILED with a trace."""
@@ -81,6 +82,10 @@ class FakeConnect:
                 return 202, {}
             case "PUT", "resume":
                 self.start(name)
+                return 202, None
+            case "PUT", "stop":
+                self.states[name], self.task_states[name] = "STOPPED", {}
+                self.stopped()
                 return 202, None
             case "DELETE", "":
                 del self.configs[name], self.states[name], self.task_states[name]

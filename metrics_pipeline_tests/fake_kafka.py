@@ -22,13 +22,17 @@ class FakeTopic:
 
 @dataclass
 class FakeBroker:
-    """The cluster behind every FakeAdmin; `created_by_another` is a topic that appears when we want to create it."""
+    """The cluster behind every FakeAdmin.
+
+    `created_by_another` is a topic that appears when we want to create it, `members` are groups that consumers belong to.
+    """
 
     topics: dict[str, FakeTopic] = field(default_factory=dict)
     commits: dict[str, list[TopicPartition]] = field(default_factory=dict)
     defaults: dict[str, str] = field(default_factory=lambda: {"retention.bytes": "-1", "retention.ms": "604800000"})
     created_by_another: FakeTopic | None = None
     down: bool = False
+    members: set[str] = field(default_factory=set)
 
     def add(self, name: str, topic: FakeTopic) -> None:
         """Have a topic, its settings laid over the defaults."""
@@ -112,6 +116,15 @@ class FakeConsumer(FakeAdmin):
     def committed(self, places: list[TopicPartition], timeout: float = -1) -> list[TopicPartition]:
         known = {place.partition: place for place in self._broker.commits.get(self._config["group.id"], [])}
         return [known.get(place.partition, TopicPartition(place.topic, place.partition, -1001)) for place in places]
+
+    def commit(self, *, offsets: list[TopicPartition], asynchronous: bool) -> list[TopicPartition]:
+        assert not asynchronous
+        group = self._config["group.id"]
+        if group in self._broker.members:
+            raise KafkaException(KafkaError(KafkaError.UNKNOWN_MEMBER_ID, "Broker: Unknown member"))
+        known = {place.partition: place for place in self._broker.commits.get(group, [])}
+        self._broker.commits[group] = list((known | {place.partition: place for place in offsets}).values())
+        return offsets
 
     def close(self) -> None:
         return None

@@ -25,6 +25,7 @@ ingestion_rate          monitoring    postgres,sql    <- metrics
 CHECKS = """
 metrics:consumer_lag
 metrics:freshness
+metrics:rejects
 metrics:throughput
 metrics_schema:schema_at_head                   blocking
 metrics_sink_connector:connector_as_configured  blocking
@@ -33,7 +34,7 @@ metrics_topic:topic_as_configured               blocking
 
 JOBS = """
 check_provisioning  metrics_schema_schema_at_head metrics_sink_connector_connector_as_configured metrics_topic_topic_as_configured
-check_throughput    metrics_consumer_lag metrics_freshness metrics_throughput
+check_throughput    metrics_consumer_lag metrics_freshness metrics_rejects metrics_throughput
 housekeeping        purge_runs
 produce_metrics     publish
 provision           metrics_schema metrics_schema_schema_at_head metrics_sink_connector metrics_sink_connector_connector_as_configured metrics_topic metrics_topic_topic_as_configured

@@ -6,7 +6,7 @@ import re
 import sys
 from base64 import b64decode
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ import dagster as dg
 import psycopg
 import pytest
 
-from metrics_pipeline import chart, kafka, summaries
+from metrics_pipeline import chart, rejects, sinks, summaries
 from metrics_pipeline.definitions import defs
 from metrics_pipeline.defs import monitoring
 from metrics_pipeline.defs.provisioning import metrics_schema, metrics_sink_connector, metrics_topic
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.kafka import Lag
+from metrics_pipeline.rejects import Recent, Reject
 from metrics_pipeline.summaries import DeviceSummaries, DeviceSummary, IngestionRate, MetricSummary, Minute
 
 START = datetime(2026, 11, 22, 16, 0, tzinfo=UTC)
@@ -162,6 +163,7 @@ class World:
     rows: int = 1_200_000
     age: float | None = 0.5
     lag: int = 1000
+    rejects: Recent = field(default_factory=lambda: Recent(0, {}, []))
     away: str = ""
 
     def check(self, name: str) -> dg.AssetCheckEvaluation:
@@ -181,7 +183,8 @@ def world(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> Worl
 
     monkeypatch.setattr(monitoring, "_recent", recent)
     monkeypatch.setattr(monitoring, "producing", lambda _instance, _settings: world.producing)
-    monkeypatch.setattr(kafka, "consumer_lag", lambda _settings: Lag(world.lag, {0: world.lag}))
+    monkeypatch.setattr(sinks, "lag", lambda _settings: Lag(world.lag, {0: world.lag}))
+    monkeypatch.setattr(rejects, "recent", lambda _settings, _seconds, _limit: world.rejects)
     return world
 
 
@@ -237,6 +240,22 @@ def test_lag_has_a_limit(world: World, lag: int, passed: bool) -> None:
     found = world.check("consumer_lag")
     assert found.passed is passed
     assert found.description == ("200,000 records" if passed else "200,001 records, LAG_LIMIT is 200,000")
+
+
+def test_rejects_are_a_warning_that_names_the_newest(world: World) -> None:
+    assert world.check("rejects").description == "0 within 10 minutes"
+    assert world.check("rejects").passed
+    newest = [
+        Reject(3, 12, "bad_value", "value: …", START, None, 5),
+        Reject(0, 7, "no_key", "key: null", START, None, 9),
+    ]
+    world.rejects = Recent(1000, {"bad_value": 999, "no_key": 1}, newest)
+    found = world.check("rejects")
+    assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert (
+        found.description == "1,000 within 10 minutes; partition 3, offset 12: bad_value; partition 0, offset 7: no_key"
+    )
+    assert found.metadata["by_reason"].value == {"bad_value": 999, "no_key": 1}
 
 
 def test_a_service_that_is_away_is_red_with_its_reason(world: World) -> None:

@@ -16,18 +16,18 @@ from uuid import UUID, uuid4
 import dagster as dg
 import pytest
 
-from metrics_pipeline import connect, kafka, ledger, repair
+from metrics_pipeline import connect, ledger, repair, sinks
 from metrics_pipeline.connect import SinkState, TaskState
 from metrics_pipeline.definitions import defs
 from metrics_pipeline.defs import production
 from metrics_pipeline.defs.resources import Pipeline
 from metrics_pipeline.errors import BusyError, ServiceError
 from metrics_pipeline.health import Snapshot
-from metrics_pipeline.kafka import Lag
 from metrics_pipeline.ledger import Holder
 from metrics_pipeline.probe import Latency
 from metrics_pipeline.producer import Report
 from metrics_pipeline.settings import CONNECTOR, Settings
+from metrics_pipeline.sinks import NO_WORKER, Position
 from metrics_pipeline_tests.fake_connect import serving
 
 RUNNING = SinkState("RUNNING", (TaskState(0, "RUNNING"),))
@@ -98,7 +98,7 @@ def producer(monkeypatch: pytest.MonkeyPatch) -> type[FakeProducer]:
     FakeClock.now = 0.0
     monkeypatch.setattr(production, "Producer", FakeProducer)
     monkeypatch.setattr(production, "time", FakeClock)
-    monkeypatch.setattr(kafka, "consumer_lag", lambda _settings: Lag(7, {0: 7}))
+    monkeypatch.setattr(sinks.LagMeter, "total", lambda _meter: 7)
     return FakeProducer
 
 
@@ -299,6 +299,7 @@ class World:
     instance: dg.DagsterInstance
     lock: Holder | None = None
     sink: SinkState = RUNNING
+    position: Position = field(default_factory=Position)
     not_provisioned: str | None = None
     postgres: str = ""
     cursor: str = ""
@@ -334,6 +335,7 @@ def world(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, tmp_pat
     world = World(instance)
     monkeypatch.setattr(ledger, "holder", world.holder)
     monkeypatch.setattr(connect, "sink_state", lambda _settings: world.sink)
+    monkeypatch.setattr(sinks, "position", lambda _settings: world.position)
     monkeypatch.setattr(production, "not_provisioned", lambda _instance: world.not_provisioned)
 
     class Clock:
@@ -361,6 +363,14 @@ def test_it_waits_for_the_sink(world: World) -> None:
     assert world.tick() == "task 0 is FAILED: x.Y: broken"
     world.sink = SinkState("MISSING")
     assert "does not exist" in world.tick()
+
+
+def test_it_waits_for_the_copy_sink_when_that_is_the_active_one(world: World) -> None:
+    world.sink = SinkState("STOPPED")
+    world.position = Position("copy", {}, 0)
+    assert world.tick() == NO_WORKER
+    world.position = Position("copy", {}, 2)
+    assert world.tick() == "launch"
 
 
 def test_it_says_when_the_disk_is_full(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

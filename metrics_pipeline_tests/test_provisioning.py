@@ -1,4 +1,4 @@
-"""Schema, topic, connector: in order, idempotent, each gated by a check that names drift."""
+"""Schema, topic, sink: in order, idempotent, each gated by a check that names drift."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from metrics_pipeline.postgres import MigrationStatus
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
 from metrics_pipeline_tests.fake_kafka import FakeBroker
+from metrics_pipeline_tests.fake_sinks import FakeSinkTables
 
 SECRET = "s3cret-of-nobody"
 
@@ -50,6 +51,7 @@ class Parts:
     broker: FakeBroker
     connect: FakeConnect
     instance: dg.DagsterInstance
+    tables: FakeSinkTables = field(default_factory=FakeSinkTables)
 
     def run(self, job: str = "provision", **config: Any) -> dg.ExecuteInProcessResult:
         definition = defs.resolve_job_def(job)
@@ -68,7 +70,9 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
     monkeypatch.setenv("POSTGRES_PASSWORD", SECRET)
     with serving() as fake, dg.DagsterInstance.ephemeral() as instance:
         monkeypatch.setenv("CONNECT_URL", fake.url)
-        yield Parts(schema, broker, fake, instance)
+        parts = Parts(schema, broker, fake, instance)
+        monkeypatch.setattr(postgres, "connect", parts.tables.connect)
+        yield parts
 
 
 def states(result: dg.ExecuteInProcessResult) -> list[tuple[str, object]]:
@@ -135,6 +139,21 @@ def test_a_deleted_connector_and_a_failed_task_are_red(parts: Parts) -> None:
     assert red(checked) == {"connector_as_configured": f"connector {CONNECTOR} does not exist"}
     assert not checked.success
     assert states(parts.run())[-1] == ("metrics_sink_connector", "created")
+
+
+def test_the_third_asset_changes_the_sink_when_asked_to(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts.run()
+    parts.tables.sessions = 2
+    monkeypatch.setenv("SINK", "copy")
+    checked = parts.run("check_provisioning")
+    assert "stored by Kafka Connect, configured the COPY sink" in red(checked)["connector_as_configured"]
+    assert states(parts.run())[-1] == ("metrics_sink_connector", "changed")
+    assert (parts.tables.active, parts.connect.states[CONNECTOR]) == ("copy", "STOPPED")
+    assert states(parts.run())[-1] == ("metrics_sink_connector", "unchanged")
+    assert red(parts.run("check_provisioning")) == {}
+    monkeypatch.setenv("SINK", "connect")
+    assert states(parts.run())[-1] == ("metrics_sink_connector", "changed")
+    assert (parts.tables.active, parts.connect.states[CONNECTOR]) == ("connect", "RUNNING")
 
 
 def test_an_asset_that_fails_blocks_what_is_downstream(parts: Parts) -> None:

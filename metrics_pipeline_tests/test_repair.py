@@ -12,8 +12,10 @@ import pytest
 
 from metrics_pipeline import connect, repair
 from metrics_pipeline.connect import ConnectClient
+from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.repair import ATTEMPTS, STALL_SECONDS, Offsets, SinkRepair, Tick
 from metrics_pipeline.settings import CONNECTOR, Settings
+from metrics_pipeline.sinks import NO_WORKER, Position
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
 
 POISON = "org.apache.kafka.connect.errors.ConnectException: x\nCaused by: org.postgresql.util.PSQLException: ERROR: bad row 17"
@@ -29,6 +31,13 @@ class World:
     committed: dict[int, int] | None = field(default_factory=lambda: {0: 40, 1: 100})
     end: int = 100
     state: str | None = None
+    position: Position = field(default_factory=Position)
+    away: bool = False
+
+    def look(self, settings: Settings) -> Position:
+        if self.away:
+            raise ServiceError("PostgreSQL at fake cannot be reached")
+        return self.position
 
     def offsets(self, settings: Settings) -> Offsets | None:
         if self.committed is None:
@@ -46,6 +55,7 @@ class World:
             client=ConnectClient(self.connect.url, patience=0.1),
             offsets=self.offsets,
             database=lambda _settings: self.database,
+            position=self.look,
             clock=lambda: self.now,
             jitter=lambda: 1.0,
         )
@@ -314,3 +324,25 @@ def test_restarts_are_recorded_in_a_file_that_stays_small(tmp_path: Path, monkey
         "by": "keeper",
     }
     assert path.stat().st_size < 1500
+
+
+def test_the_copy_sink_is_left_to_itself_and_its_absence_is_said(world: World) -> None:
+    world.connect.fail(CONNECTOR, POISON)
+    world.position = Position("copy", {}, 2)
+    outcome = world.tick()
+    assert outcome == Tick("the COPY sink stores the readings, in 2 sessions", healthy=True)
+    world.position = Position("copy", {}, 0)
+    assert world.tick() == Tick(NO_WORKER, healthy=False)
+    assert world.restarts == []
+
+
+def test_while_postgresql_is_away_the_sink_is_the_one_it_was(world: World) -> None:
+    world.connect.fail(CONNECTOR, POISON)
+    world.position = Position("copy", {}, 2)
+    world.tick()
+    world.away = True
+    assert world.tick() == Tick("PostgreSQL at fake cannot be reached", healthy=False)
+    world.position, world.away = Position(), False
+    assert [event.action for event in world.tick().events] == ["restart failed tasks"]
+    world.away = True
+    assert world.tick().message.startswith("connector"), "a connector is looked at without PostgreSQL"

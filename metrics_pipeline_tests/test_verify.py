@@ -8,6 +8,7 @@ import struct
 import tempfile
 import tracemalloc
 import uuid
+from array import array
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -25,7 +26,7 @@ from metrics_pipeline.comparison import EPOCH, Bounds, Comparison, Counts, Findi
 from metrics_pipeline.errors import InstallError
 from metrics_pipeline.metric import Reading, encode
 from metrics_pipeline.partitioner import murmur2, partition, partitions_of
-from metrics_pipeline.records import Decoder, tags_digest
+from metrics_pipeline.records import Decoder, tags_digest, together
 from metrics_pipeline.spill import KEY, RECORD, ROW, Rows, Spill, bucket_of, buckets_for
 from metrics_pipeline.verify import Report, unaccounted
 
@@ -451,7 +452,7 @@ def test_messages_become_entries_and_the_others_are_counted() -> None:
         Record(Key(1, 5, 30), -0.0, 3, 11, ("ü", ""), never),
     ]
     assert found.tolist() == entries(expected, RECORD).tolist()
-    assert (decoder.tombstones, decoder.undecodable) == (1, {3: [9, 10]})
+    assert (decoder.tombstones, decoder.undecodable) == (1, {3: array("q", [9, 10])})
     assert decoder.reasons == {"bad_json": 1, "no_key": 1}
 
 
@@ -516,9 +517,11 @@ def test_what_no_run_wrote_down_is_counted() -> None:
 # --- The report --------------------------------------------------------------------------------------------------
 
 
-def test_only_dead_letters_account_for_undecodable_records() -> None:
-    bounds = Bounds({0: 5, 1: 0}, {0: 20, 1: 20}, {0: np.array([7])})
-    assert unaccounted({0: [4, 6, 7, 20], 1: [7]}, bounds) == [(0, 6), (1, 7)]
+def test_only_dead_letters_and_rejects_account_for_undecodable_records() -> None:
+    bounds = Bounds({0: 5, 1: 0}, {0: 20, 1: 20})
+    known = together({0: np.array([7])}, {0: np.array([3, 9]), 2: np.array([7])})
+    assert {partition: offsets.tolist() for partition, offsets in known.items()} == {0: [3, 7, 9], 2: [7]}
+    assert unaccounted({0: array("q", [4, 6, 7, 9, 20]), 1: [7]}, bounds, known) == [(0, 6), (1, 7)]
 
 
 @pytest.mark.parametrize(
