@@ -58,6 +58,7 @@ def examine(settings: Settings) -> list[Finding]:
             "PostgreSQL's files",
             f"{postgres_home(settings.data_dir, account)}, as {account.name if account else 'this user'}",
         ),
+        Finding("sink", _sink(settings)),
         Finding(
             "JVM heaps",
             f"{settings.kafka_brokers} x broker {budget.broker_heap // MIB} MiB, "
@@ -69,6 +70,12 @@ def examine(settings: Settings) -> list[Finding]:
     findings += _ports(settings, external)
     findings += [Finding(f"PostgreSQL {name}", value) for name, value in configuration(settings, budget).items()]
     return findings
+
+
+def _sink(settings: Settings) -> str:
+    if settings.sink == "connect":
+        return "SINK=connect: Kafka Connect's JDBC sink"
+    return f"SINK=copy: the COPY sink, {settings.sink_workers} workers; the stack runs no Kafka Connect"
 
 
 def _memory(budget: Budget) -> Finding:

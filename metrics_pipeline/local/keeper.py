@@ -269,9 +269,9 @@ def stop_running(settings: Settings, report: Report) -> bool:
         state.adopt(stack.services)
         others = state.others(stack.services, settings.data_dir / "logs")
         found = bool(others) or any(service.alive() for service in stack.services)
-        stack.stop(report)
-        for service in others:
+        for service in others:  # a sink of another SINK, which is to end before the broker does
             service.stop()
+        stack.stop(report)
         StackState().write(settings.data_dir)
     finally:
         lock.close()

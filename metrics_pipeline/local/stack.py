@@ -4,7 +4,8 @@ postgres ─┬─> databases ─> code ─┬─> webserver
           │                      └─> daemon
 broker ───┴─> connect ───────────────> provision (the Dagster job), when everything before it is healthy
 
-With SINK=copy the COPY sink stands in Connect's place.
+With SINK=copy the COPY sink stands in Connect's place. Before Connect starts, the COPY sink's offsets become its own if that sink
+was the active one (handover).
 """
 
 from __future__ import annotations
@@ -319,4 +320,5 @@ def unused_ports(settings: Settings) -> set[str]:
     """Settings of the ports on which nothing listens, as these settings are."""
     off = [*list(broker.PORTS)[settings.kafka_brokers :], *list(connect.PORTS)[settings.connect_workers :]]
     off += [] if settings.exporter else ["exporter"]
+    off += ["sink"] if settings.sink == "connect" else list(connect.PORTS)
     return {port for name in off for port in PORTS[name]}
