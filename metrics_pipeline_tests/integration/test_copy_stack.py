@@ -1,0 +1,99 @@
+"""`SINK=copy metrics-pipeline up`: the COPY sink in Connect's place, killed and found again, and Connect back in its place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from metrics_pipeline.local.account import postgres_home, unprivileged
+from metrics_pipeline.local.ports import free_ports
+from metrics_pipeline.local.state import StackState
+from metrics_pipeline.settings import Settings
+from metrics_pipeline_tests.integration.test_keeper import Pipeline
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def place() -> Iterator[Pipeline]:
+    """Folder and ports of a pipeline that is not up yet."""
+    folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-copy-"))
+    names = [name.upper() for name in Settings.model_fields if name.endswith("_port")]
+    environment = dict(os.environ) | {
+        "PIPELINE_ENV_FILE": str(folder / "env"),
+        "PIPELINE_DATA_DIR": str(folder / "data"),
+        "PIPELINE_MEMORY_GB": "4",
+        "PRODUCER_RUN_SECONDS": "60",
+        "SINK": "copy",
+        **{name: str(port) for name, port in zip(names, free_ports(len(names)), strict=True)},
+    }
+    pipeline = Pipeline(environment, folder / "data")
+    try:
+        yield pipeline
+    finally:
+        pipeline.cli("down")
+        shutil.rmtree(postgres_home(folder / "data", unprivileged()), ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def flows(sink: str) -> Any:
+    """Whether readings are produced, and stored by this sink."""
+    return lambda sample: (
+        sample["sink"]["kind"] == sink
+        and all(sample[part]["healthy"] for part in ("postgres", "broker", "sink", "producer", "dagster"))
+        and (sample["rows_per_second"] or 0) > 0
+    )
+
+
+def test_the_copy_sink_in_connects_place_and_back(place: Pipeline) -> None:
+    up = place.cli("up", "--detach", timeout=400)
+    assert up.returncode == 0, up.stdout + up.stderr
+    assert "COPY sink is up: " in up.stdout
+    assert "Provisioned: schema, topic, COPY sink" in up.stdout
+    assert "Kafka Connect" not in up.stdout
+    place.wait("stored by the COPY sink", flows("copy"))
+    assert {"sink"} == set(StackState.read(place.data).children) & {"sink", "connect"}
+    assert place.cli("status").returncode == 0
+    assert place.cli("logs", "sink").returncode == 0
+    doctor = place.cli("doctor")
+    assert "SINK=copy" in doctor.stdout
+
+    place.child("sink").send_signal(signal.SIGKILL)
+    place.wait("seen without a sink", lambda sample: not sample["sink"]["healthy"])
+    place.wait("brought back", flows("copy"))
+
+    keeper = StackState.read(place.data).keeper
+    assert keeper is not None
+    process = keeper.find()
+    assert process is not None
+    process.kill()
+    psutil.wait_procs([process], timeout=10)
+    sink = place.child("sink").pid
+    again = place.cli("up", "--detach", timeout=400)
+    assert "COPY sink was running already: " in again.stdout, again.stdout + again.stderr
+    assert place.child("sink").pid == sink
+    place.wait("adopted", flows("copy"))
+
+    # A keeper of another SINK ends what is no part of its stack, and lets Connect begin where the COPY sink ended.
+    keeper = StackState.read(place.data).keeper
+    assert keeper is not None
+    process = keeper.find()
+    assert process is not None
+    process.kill()
+    psutil.wait_procs([process], timeout=10)
+    place.environment["SINK"] = "connect"
+    back = place.cli("up", "--detach", timeout=400)
+    assert back.returncode == 0, back.stdout + back.stderr
+    assert "sink is no part of the stack any more" in back.stdout
+    assert "the readings are stored by Kafka Connect, before by the COPY sink" in back.stdout
+    assert not psutil.pid_exists(sink)
+    place.wait("stored by Kafka Connect", flows("connect"))
+    place.verify()
