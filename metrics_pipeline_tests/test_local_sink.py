@@ -1,0 +1,149 @@
+"""The COPY sink as a part of the embedded stack: healthy when it says so, in Connect's place, handed over before Connect starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from metrics_pipeline import postgres, sinks
+from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.local import sink
+from metrics_pipeline.local.budget import Budget
+from metrics_pipeline.local.service import Service
+from metrics_pipeline.local.stack import Stack, unused_ports
+from metrics_pipeline.settings import Settings
+
+
+@pytest.fixture
+def answering() -> Iterator[tuple[Settings, list[tuple[int, bytes]]]]:
+    """Settings of a sink that answers with what the list's last entry says."""
+    answers: list[tuple[int, bytes]] = [(200, b"{}")]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answers[-1]
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Silent."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield Settings(sink_port=server.server_port), answers
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_it_is_healthy_when_it_says_so(answering: tuple[Settings, list[tuple[int, bytes]]]) -> None:
+    settings, answers = answering
+    place = f"127.0.0.1:{settings.sink_port}"
+    assert sink.sink_problem(settings) is None
+    answers.append((503, json.dumps({"reason": "worker 1/2 cannot write for 31 s"}).encode()))
+    assert sink.sink_problem(settings) == f"{place} answers 503: worker 1/2 cannot write for 31 s"
+    answers.append((500, b"<html>"))
+    assert sink.sink_problem(settings) == f"{place} answers 500"
+    assert sink.sink_problem(Settings(sink_port=1)) == "no answer on 127.0.0.1:1 (ConnectionError)"
+
+
+def test_no_secret_stands_in_its_command() -> None:
+    settings = Settings(sink="copy", sink_workers=3)
+    service = sink.service(settings)
+    assert service.command == [sys.executable, "-m", "metrics_pipeline", "sink", "--workers", "3"]
+    assert service.needs == ("databases", "broker")
+    assert service.environment["SINK_PORT"] == str(settings.sink_port)
+
+
+def test_ports_of_the_sink_that_is_not_used_may_be_anybodys() -> None:
+    assert "sink_port" in unused_ports(Settings(sink="connect"))
+    assert "connect_port" not in unused_ports(Settings(sink="connect"))
+    assert "sink_port" not in unused_ports(Settings(sink="copy"))
+    assert {"connect_port", "connect_2_port"} <= unused_ports(Settings(sink="copy"))
+
+
+# --- Handing over before Connect starts --------------------------------------------------------------------------
+
+
+class FakeService(Service):
+    """Up as soon as it is started."""
+
+    def start(self) -> None:
+        STARTED.append(self.name)
+
+    def wait_until_healthy(self, cancelled: object = None) -> None:
+        """At once."""
+
+
+STARTED: list[str] = []
+
+
+def made(tmp_path: Path, sink_kind: str, *names: str) -> Stack:
+    STARTED.clear()
+    needs = {"connect": ("postgres", "broker"), "connect-2": ("postgres", "broker"), "sink": ("databases", "broker")}
+    services: list[Service] = [
+        FakeService(name, name, "", [], {}, tmp_path / f"{name}.log", lambda: None, needs.get(name, ()))
+        for name in names
+    ]
+    settings = Settings(sink=sink_kind, pipeline_data_dir=tmp_path)
+    return Stack(settings, services, frozenset(), Budget.of(settings))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    def provision(_stack: Stack) -> str:
+        STARTED.append("provision")
+        return ""
+
+    monkeypatch.setattr(postgres, "bootstrap", lambda _settings: STARTED.append("databases"))
+    monkeypatch.setattr(Stack, "_provision", provision)
+
+
+def test_offsets_are_handed_over_before_any_worker_of_connect_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sinks, "active", lambda _settings: "copy")
+
+    def hand_back(_settings: Settings) -> list[str]:
+        STARTED.append("handed back")
+        return ["now by Kafka Connect", "more"]
+
+    monkeypatch.setattr(sinks, "hand_back", hand_back)
+    said: list[str] = []
+    made(tmp_path, "connect", "postgres", "broker", "connect", "connect-2").start(said.append)
+    assert STARTED.index("handed back") > max(STARTED.index("databases"), STARTED.index("broker"))
+    assert STARTED.index("handed back") < min(STARTED.index("connect"), STARTED.index("connect-2"))
+    assert STARTED[-1] == "provision"
+    assert any(line.startswith("now by Kafka Connect") for line in said)
+
+
+def test_nothing_is_handed_over_by_the_connector_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks, "active", lambda _settings: "connect")
+    monkeypatch.setattr(sinks, "hand_back", lambda _settings: pytest.fail("there is nothing to hand over"))
+    made(tmp_path, "connect", "postgres", "broker", "connect").start(lambda _line: None)
+    assert STARTED[-1] == "provision"
+
+
+def test_the_stack_starts_when_nothing_can_be_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(_settings: Settings) -> str:
+        raise ServiceError("PostgreSQL at fake cannot be reached")
+
+    monkeypatch.setattr(sinks, "active", away)
+    made(tmp_path, "connect", "postgres", "broker", "connect").start(lambda _line: None)
+    assert STARTED[-1] == "provision"
+
+
+def test_the_copy_sink_stands_in_connects_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks, "active", lambda _settings: pytest.fail("there is no Connect to hand over to"))
+    made(tmp_path, "copy", "postgres", "broker", "sink").start(lambda _line: None)
+    assert set(STARTED) == {"postgres", "broker", "databases", "sink", "provision"}
+    assert STARTED[-1] == "provision"
