@@ -35,6 +35,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from metrics_pipeline.bench.cli import bench
 from metrics_pipeline.errors import BusyError, PipelineError, SettingError
 from metrics_pipeline.settings import Settings
 
@@ -50,6 +51,7 @@ app = typer.Typer(
 )
 migrations = typer.Typer(help="The database schema: sql/migrations, applied by dbmate.", no_args_is_help=True)
 app.add_typer(migrations, name="migrate")
+app.add_typer(bench, name="bench")
 refused = typer.Typer(help="The records that the COPY sink rejected.", no_args_is_help=True)
 app.add_typer(refused, name="rejects")
 
