@@ -11,6 +11,7 @@ from typing import Final, Literal
 import numpy as np
 import psycopg
 from psycopg import errors as pg
+from psycopg.pq import TransactionStatus
 
 from metrics_pipeline import postgres
 from metrics_pipeline.errors import PipelineError
@@ -181,6 +182,9 @@ class Store:
                 tcp_user_timeout=30_000,
                 options=f"-c lock_timeout={LOCK_SECONDS}s",
             )
+        elif self._connection.info.transaction_status == TransactionStatus.INERROR:
+            # A question that failed (there is no schema yet, say) must not fail every later one.
+            self._connection.rollback()
         return self._connection
 
     def _write(self, session: postgres.Connection, batch: Batch, *, upsert: bool) -> Written:
