@@ -1,0 +1,148 @@
+"""What a benchmark publishes and expects: unique keys, the wire format, rows for COPY, checksums."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metrics_pipeline.bench import growth, paths, readings
+from metrics_pipeline.bench.place import _environment
+from metrics_pipeline.bench.readings import RowEncoder, checksum, simulated, with_schema
+from metrics_pipeline.connect import connector_config
+from metrics_pipeline.metric import Reading, connect_schema_value, decode
+from metrics_pipeline.records import tags_digest
+from metrics_pipeline.settings import Settings
+from metrics_pipeline.spill import RECORD
+
+NOW = datetime(2026, 11, 22, 20, 0, tzinfo=UTC)
+
+
+def all_of(count: int, end: datetime = NOW) -> list[tuple[bytes, bytes]]:
+    return [pair for round_ in simulated(Settings(), count, end) for pair in round_]
+
+
+def test_simulated_readings_are_as_many_as_asked_for_unique_valid_and_past() -> None:
+    pairs = all_of(20_001)
+    assert len(pairs) == 20_001
+    assert len({key for key, _ in pairs}) == 20_001
+    assert max(decode(*pair).published_at for pair in pairs) < NOW
+
+
+def test_steps_of_growth_share_no_key() -> None:
+    ends = growth.ends(Settings(), 8_000, 3, NOW)
+    keys = [key for end in ends for key, _ in all_of(8_000, end)]
+    assert len(keys) == len(set(keys)) == 24_000
+    assert ends[-1] == NOW
+
+
+def test_messages_of_the_baseline_carry_their_schema() -> None:
+    (pair,) = all_of(1)
+    ((key, value),) = with_schema([pair])
+    assert json.loads(value) == {"schema": connect_schema_value(), "payload": json.loads(pair[1])}
+    assert json.loads(key)["payload"] == json.loads(pair[0])
+    assert 600 < len(key) + len(value) < 1400
+
+
+def test_the_baseline_is_the_configuration_to_beat() -> None:
+    config = json.loads(paths.BASELINE_FILE.read_text())
+    assert config["topics"] == readings.BASELINE_TOPIC
+    assert (config["batch.size"], config["tasks.max"], config["insert.mode"]) == ("2500", "6", "upsert")
+    assert "reWriteBatchedInserts" not in config["connection.url"]
+    assert not {name for name in config if name.startswith("consumer.") or name == "use.reduction.buffer"}
+    assert not {name for name in config if name.endswith("schema.content")}
+    assert (
+        config.items()
+        >= {
+            name: connector_config()[name]
+            for name in ("primary.key.fields", "primary.key.mode", "collection.name.format")
+        }.items()
+    )
+
+
+def test_rows_are_what_binary_copy_reads() -> None:
+    (pair,) = all_of(1)
+    reading = decode(*pair)
+    row = RowEncoder().encode(reading)
+    fields, rest = struct.unpack_from(">h", row)[0], row[2:]
+    found = []
+    for _ in range(fields):
+        (size,) = struct.unpack_from(">i", rest)
+        found.append(rest[4 : 4 + size])
+        rest = rest[4 + size :]
+    assert rest == b""
+    assert found[0] == reading.device_id.bytes
+    assert struct.unpack(">hd", found[2] + found[3]) == (reading.metric_name, reading.value)
+    dimensions, _, oid, length, _ = struct.unpack_from(">iiiii", found[4])
+    assert (dimensions, oid, length) == (1, 25, len(reading.tags))
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=9), max_size=5))
+def test_encoded_tags_are_those_that_the_comparison_expects(tags: list[str]) -> None:
+    import hashlib
+
+    base = decode(*all_of(1)[0])
+    reading = Reading(base.device_id, base.published_at, base.metric_name, base.value, tags)
+    array = RowEncoder().encode(reading)[2 + 20 + 12 + 6 + 12 + 4 :]
+    assert hashlib.md5(array).digest() == tags_digest(tags)
+
+
+def entries(count: int = 50) -> np.ndarray:
+    random = np.random.default_rng(7)
+    return np.frombuffer(random.bytes(count * RECORD.itemsize), RECORD)
+
+
+def test_a_checksum_knows_no_order_and_adds_up() -> None:
+    all_ = entries()
+    assert checksum(all_) == checksum(all_[::-1])
+    assert (checksum(all_[:20]) + checksum(all_[20:])) % 2**64 == checksum(all_)
+
+
+@pytest.mark.parametrize("field", ["device_id", "published_at", "metric_name", "value", "tags"])
+def test_a_checksum_sees_each_field(field: str) -> None:
+    before = entries()
+    after = before.copy()
+    place = after["key"] if field in ("device_id", "published_at", "metric_name") else after
+    place[field][3], place[field][4] = place[field][4].copy(), place[field][3].copy()
+    assert checksum(before) != checksum(after)
+
+
+def test_a_checksum_sees_a_row_too_many_or_too_few() -> None:
+    all_ = entries()
+    assert checksum(all_) != checksum(np.concatenate([all_, all_[:1]], dtype=RECORD))
+    assert checksum(all_) != checksum(all_[1:])
+    assert checksum(all_[:0]) == 0
+
+
+def test_a_temporary_stack_takes_over_tuning_but_no_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SINK_FLUSH_ROWS", "777")
+    monkeypatch.setenv("SINK", "copy")
+    monkeypatch.setenv("POSTGRES_URL", "postgresql://somebody@elsewhere/db")
+    monkeypatch.setenv("METRICS_READER_PASSWORD", "tell-nobody")
+    monkeypatch.setenv("POSTGRES_PORT", "5432")
+    user = Settings.load(kafka_batch_size=321)
+    before = dict(os.environ)
+    with _environment(user, tmp_path):
+        inside = Settings.load()
+    assert dict(os.environ) == before
+    assert (inside.sink_flush_rows, inside.kafka_batch_size, inside.sink) == (777, 321, "connect")
+    assert inside.postgres_url == inside.metrics_reader_password.get_secret_value() == ""
+    assert inside.postgres_port != 5432
+    assert inside.data_dir == tmp_path / "data"
+    ports = [getattr(inside, name) for name in Settings.model_fields if name.endswith("_port")]
+    assert len(set(ports)) == len(ports)
+
+
+def test_the_wire_of_a_filled_topic_is_the_frozen_one() -> None:
+    key, value = all_of(1)[0]
+    fields = msgspec.json.decode(value)
+    assert list(fields) == ["device_id", "published_at", "metric_name", "value", "tags"]
+    assert msgspec.json.decode(key) == {name: fields[name] for name in ("device_id", "published_at", "metric_name")}

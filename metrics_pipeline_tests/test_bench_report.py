@@ -1,0 +1,220 @@
+"""Results as documents, tables and charts, made of made-up measurements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from metrics_pipeline.bench import charts, report, surroundings
+from metrics_pipeline.bench.drain import Drain, Run
+from metrics_pipeline.bench.figures import Spread
+from metrics_pipeline.bench.stopwatch import Timed
+from metrics_pipeline.bench.table import Checked
+from metrics_pipeline.errors import PipelineError
+
+SURROUNDINGS: dict[str, Any] = {
+    "measured_at": "2026-11-22T20:00:00+00:00",
+    "machine": {
+        "cpu": "A & B <fast>",
+        "cores": 2,
+        "memory_gib": 24.0,
+        "os": "Linux",
+        "filesystem": "ext4",
+        "load_before": 0.1,
+    },
+    "versions": {"postgresql": "17.11", "connect": "4.3.1"},
+    "postgres": dict.fromkeys(("fsync", "full_page_writes", "synchronous_commit"), "on")
+    | {"shared_buffers": "6GB", "max_wal_size": "3GB", "wal_buffers": "48MB"},
+    "settings": {"SINK_WORKERS": 2},
+    "commit": "0123abc",
+    "stack": "temporary",
+}
+EQUAL = Checked(1000, True, compared=True)
+
+
+def timed(rate: float, **costs: float) -> Timed:
+    return Timed(1000, 1000 / rate, {**costs, "total": sum(costs.values())}, 5, by_commit_times=True)
+
+
+@pytest.fixture
+def drained() -> Drain:
+    drain = Drain(
+        1000, 2, ("connect", "copy-2", "limit-2"), SURROUNDINGS, table={"heap_bytes": 2**20, "index_bytes": 2**19}
+    )
+    for number, (connect, copy, limit) in enumerate([(50.0, 250.0, 500.0), (40.0, 240.0, 480.0)], 1):
+        drain.runs += [
+            Run("connect", number, timed(connect, postgres=9.0, connect=23.0), EQUAL),
+            Run("copy-2", number, timed(copy, postgres=4.5, sink=4.0), EQUAL),
+            Run("limit-2", number, timed(limit, postgres=4.0, bench=0.1), EQUAL),
+        ]
+    return drain
+
+
+def shown(document: Any) -> str:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(report.rendered(document))
+    text = console.export_text()
+    console.file.close()
+    return text
+
+
+def test_a_drain_as_a_document(drained: Drain) -> None:
+    document = json.loads(json.dumps(drained.document()))
+    assert document["bench"] == "drain"
+    assert document["correct"] is True
+    copy = document["paths"]["copy-2"]
+    assert copy["rows_per_second"] == pytest.approx({"median": 245.0, "low": 240.0, "high": 250.0})
+    assert copy["cpu_us_per_row"] == pytest.approx({"postgres": 4.5, "sink": 4.0, "total": 8.5})
+    assert copy["rows_per_transaction"] == 200
+    assert document["ratios"]["limit-2"]["copy-2"] == pytest.approx(0.5)
+    assert document["ratios"]["connect"]["copy-2"] == pytest.approx(245 / 45)
+    assert document["ratios_within_rounds"]["limit-2"]["copy-2"]["low"] == pytest.approx(0.5)
+    assert len(document["runs"]) == 6
+    assert document["commit"] == "0123abc"
+
+
+def test_a_drain_for_people(drained: Drain) -> None:
+    text = shown(drained.document())
+    assert "245" in text
+    assert "0.50" in text
+    assert "8.5 = postgres 4.5 + sink 4.0" in text
+    assert "fsync on" in text
+    assert "exactly the topic's keys" in text
+    assert "NOT EQUAL" not in text
+
+
+def test_one_difference_spoils_a_drain(drained: Drain) -> None:
+    drained.runs[-1] = Run(
+        "limit-2", 2, drained.runs[-1].timed, Checked(999, False, compared=True, findings=("1 lost",))
+    )
+    assert not drained.correct
+    assert drained.document()["correct"] is False
+    text = shown(drained.document())
+    assert "NOT EQUAL after round 2, limit-2: 1 lost" in text
+    assert "exactly the topic's keys" not in text
+
+
+def test_nothing_measured_is_not_correct() -> None:
+    assert not Drain(1000, 1, ("connect",), SURROUNDINGS).correct
+
+
+def test_warnings_say_what_makes_figures_worthless() -> None:
+    assert surroundings.warnings(SURROUNDINGS) == []
+    doubtful = SURROUNDINGS | {
+        "machine": SURROUNDINGS["machine"] | {"filesystem": "tmpfs", "load_before": 3.0},
+        "postgres": SURROUNDINGS["postgres"] | {"fsync": "off"},
+    }
+    memory, durability, busy = surroundings.warnings(doubtful)
+    assert "memory" in memory
+    assert "fsync off" in durability
+    assert "busy" in busy
+
+
+def bar_widths(svg: str) -> list[float]:
+    tree = ElementTree.fromstring(svg)
+    space = {"s": "http://www.w3.org/2000/svg"}
+    return [float(bar.attrib["width"]) for bar in tree.findall("s:rect", space) if bar.attrib["fill"] != "#fff"]
+
+
+def test_bars_are_as_long_as_the_medians(drained: Drain) -> None:
+    connect, copy, limit = bar_widths(report.chart(drained.document()))
+    assert copy / connect == pytest.approx(245 / 45, rel=0.01)
+    assert limit / copy == pytest.approx(2, rel=0.01)
+
+
+def test_texts_of_charts_are_escaped() -> None:
+    svg = charts.bars("a < b & c", {"<x>": Spread(1, 1, 1)}, "rows/s")
+    assert "".join(ElementTree.fromstring(svg).itertext()).count("<x>") == 1
+    assert "a < b & c" in "".join(ElementTree.fromstring(svg).itertext())
+
+
+def test_charts_of_nothing_are_charts() -> None:
+    for svg in (charts.bars("none", {}, "rows/s"), charts.lines("none", {}, "s", "rows")):
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+
+
+def test_lines_reach_the_edges_and_stay_inside() -> None:
+    svg = charts.lines("lag", {"a": [(0, 0), (5, 50)], "b": [(10, 100)]}, "s", "records")
+    space = {"s": "http://www.w3.org/2000/svg"}
+    first, second = (line.attrib["points"] for line in ElementTree.fromstring(svg).findall("s:polyline", space))
+    corner, middle = (tuple(map(float, point.split(","))) for point in first.split())
+    far = tuple(map(float, second.split(",")))
+    assert middle[0] - corner[0] == pytest.approx((far[0] - corner[0]) / 2, abs=0.2)
+    assert corner[1] - middle[1] == pytest.approx((corner[1] - far[1]) / 2, abs=0.2)
+    assert far[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0"), (950.0, "950"), (1500.0, "1.5k"), (2e6, "2M"), (3.14159e9, "3.14G")]
+)
+def test_short_numbers(value: float, text: str) -> None:
+    assert charts.short(value) == text
+
+
+def test_a_chart_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PipelineError, match="--chart"):
+        charts.write(tmp_path / "file" / "chart.svg", "<svg/>")
+    written = charts.write(tmp_path / "new" / "chart.svg", "<svg/>")
+    assert written.read_text() == "<svg/>"
+
+
+LIVE_RUN = {
+    "rate": 100_000,
+    "acknowledged_per_second": 99_900.0,
+    "stored_per_second": 99_500.0,
+    "latency": {"p50": 0.21, "p95": 0.4, "p99": 0.55, "samples": 1200},
+    "cpu": {"postgres": 5.0, "sink": 4.0},
+    "looks": [{"seconds": 1.0, "lag": 20_000}, {"seconds": 2.0, "lag": 30_000}],
+    "problem": None,
+    "findings": [],
+}
+
+
+def test_a_live_run_for_people_and_as_a_chart() -> None:
+    document = SURROUNDINGS | {
+        "bench": "live",
+        "sink": "copy",
+        "sustained_per_second": 100_000,
+        "runs": [LIVE_RUN],
+        "tried": [LIVE_RUN | {"findings": ["3 rows of 4 acknowledged messages"]}],
+    }
+    text = shown(document)
+    assert "0.55 s" in text
+    assert "100,000 messages/s are sustained" in text
+    assert "NOT EQUAL at 100,000 messages/s: 3 rows of 4" in text
+    assert "100,000 messages/s" in report.chart(document)
+
+
+def test_growth_and_produce_for_people_and_as_charts() -> None:
+    step = {
+        "rows": 1_000_000,
+        "rows_per_second": 150_000.0,
+        "latency": {"p50": 0.2, "p99": None},
+        "tick_seconds": 0.8,
+        "tick_rows": 900_000,
+        "small_tick_seconds": 0.1,
+        "small_tick_rows": 100_000,
+        "heap_bytes": 2**20,
+        "index_bytes": 2**20,
+    }
+    grown = SURROUNDINGS | {"bench": "growth", "sink": "copy", "steps": [step], "problems": ["step 1: wrong"]}
+    assert "150,000" in shown(grown)
+    assert "NOT EQUAL: step 1: wrong" in shown(grown)
+    assert "polyline" in report.chart(grown)
+    produced = SURROUNDINGS | {
+        "bench": "produce",
+        "messages_per_second": 300_000.0,
+        "messages_per_second_of_a_second": {"median": 3.0e5, "low": 2.9e5, "high": 3.1e5},
+        "cpu_us_per_message": 2.5,
+        "cpu_us_per_message_by_part": {"producer": 2.5, "broker": 1.0},
+        "points": [{"seconds": 1.0, "messages_per_second": 300_000.0}],
+    }
+    assert "300,000" in shown(produced)
+    assert "2.50" in shown(produced)
+    assert "polyline" in report.chart(produced)
