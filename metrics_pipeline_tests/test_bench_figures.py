@@ -74,8 +74,8 @@ def test_every_path_takes_every_place_in_turn() -> None:
 
 
 def test_paths_are_known_and_named_once() -> None:
-    assert chosen(["copy-2", "limit-2"]) == ("copy-2", "limit-2")
-    for wrong in (["copy-9"], ["connect", "connect"], [""]):
+    assert chosen(["copy-4", "limit-2"]) == ("copy-4", "limit-2")
+    for wrong in (["copy-0"], ["copy"], ["connect-2"], ["connect", "connect"], [""]):
         with pytest.raises(SettingError, match="--paths"):
             chosen(wrong)
 

@@ -88,6 +88,13 @@ def test_a_drain_for_people(drained: Drain) -> None:
     assert "NOT EQUAL" not in text
 
 
+def test_a_drain_as_markdown(drained: Drain) -> None:
+    lines = report.markdown(drained.document()).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[3].startswith("| `copy-2` | 245 | 240 to 250 | 0.50 | 5.44 | 8.5 = ")
+    assert lines[4].startswith("| `limit-2` | 490 | 480 to 500 | 1 | 10.89 | ")
+
+
 def test_one_difference_spoils_a_drain(drained: Drain) -> None:
     drained.runs[-1] = Run(
         "limit-2", 2, drained.runs[-1].timed, Checked(999, False, compared=True, findings=("1 lost",))

@@ -122,8 +122,11 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
         SettingError: there is no such way, or one stands there twice.
     """
     for name in names:
-        if name not in paths.NAMES:
-            raise SettingError(f"--paths {name}: there is no such path; there are {', '.join(paths.NAMES)}")
+        if not paths.is_known(name):
+            raise SettingError(
+                f"--paths {name}: there is no such path; there are connect, connect-baseline, "
+                "copy-N with N workers and limit-N with N connections"
+            )
     if len(set(names)) != len(names) or not names:
         raise SettingError(f"--paths {','.join(names)}: name each path once")
     return tuple(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -292,12 +293,16 @@ def _await_silence(place: Place, application: str) -> None:
     raise ServiceError(f"the connector still writes {STOP_SECONDS:.0f} s after it was deleted: see connect.log")
 
 
-NAMES: Final = ("connect", "connect-baseline", "copy-1", "copy-2", "limit-1", "limit-2")
-"""Every way that can be measured."""
+_KNOWN: Final = re.compile(r"connect|connect-baseline|(copy|limit)-[1-9][0-9]?")
+
+
+def is_known(name: str) -> bool:
+    """Whether there is a way of that name."""
+    return _KNOWN.fullmatch(name) is not None
 
 
 def make(place: Place, name: str, connector: str, reference: Reference) -> Way:
-    """The way of that name, one of `NAMES`; `connector` is what a connector would be called."""
+    """The way of a known name; `connector` is what a connector would be called."""
     kind, _, number = name.rpartition("-")
     if name == "connect":
         return ConnectWay.ours(place, connector)

@@ -45,12 +45,14 @@ class Place:
         environment: for child processes, so that they meet the same services.
         processes: of the services that run on this machine and that we know of, by name.
         temporary: whether all of it goes away afterwards.
+        load_before: the machine's load of the last minute before anything was started.
     """
 
     settings: Settings
     environment: Mapping[str, str]
     processes: Mapping[str, psutil.Process]
     temporary: bool
+    load_before: float = 0.0
 
 
 @contextmanager
@@ -70,6 +72,7 @@ def temporary(user: Settings, say: Say) -> Iterator[Place]:
     """
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-bench-")).resolve()
     embedded: Stack | None = None
+    load = os.getloadavg()[0]
 
     def cancel() -> None:
         if embedded is not None:
@@ -86,7 +89,7 @@ def temporary(user: Settings, say: Say) -> Iterator[Place]:
             postgres.migrate(settings)
             kafka.ensure_topic(settings)
             processes = {service.name: service.process for service in embedded.services if service.process}
-            yield Place(settings, environment.for_python(settings), processes, temporary=True)
+            yield Place(settings, environment.for_python(settings), processes, temporary=True, load_before=load)
         finally:
             with _undisturbed():
                 if embedded is not None:
@@ -130,7 +133,9 @@ def here(settings: Settings, say: Say) -> Iterator[Place]:
         say(f"emptying the table and the topic {TOPIC}; the connector {CONNECTOR} comes back at the end")
         try:
             client.delete(CONNECTOR)
-            yield Place(settings, environment.for_python(settings), processes, temporary=False)
+            yield Place(
+                settings, environment.for_python(settings), processes, temporary=False, load_before=os.getloadavg()[0]
+            )
         finally:
             with _undisturbed():
                 with postgres.connect_admin(settings, settings.metrics_database) as connection:

@@ -1,8 +1,14 @@
-"""A benchmark's result for people: tables, and the surroundings that it holds for."""
+"""A benchmark's result for people: tables, and the surroundings that it holds for.
+
+`python -m metrics_pipeline.bench.report FILE.json` prints a drain's result as a Markdown table.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Group, RenderableType
@@ -157,3 +163,26 @@ def _parts(costs: Mapping[str, float]) -> str:
 
 def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.2f} s"
+
+
+def markdown(document: Document) -> str:
+    """A drain's result as a Markdown table."""
+    bases = [base for base in ("limit-2", "connect") if base in document["ratios"]]
+    heads = ["path", "rows/s", "least to greatest", *(f"× `{base}`" for base in bases), "CPU µs a row"]
+    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
+    for path, own in document["paths"].items():
+        rate = own["rows_per_second"]
+        ratios = [document["ratios"][base].get(path) for base in bases]
+        cells = [
+            f"`{path}`",
+            f"{rate['median']:,.0f}",
+            f"{rate['low']:,.0f} to {rate['high']:,.0f}",
+            *("1" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            _parts(own["cpu_us_per_row"]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown(json.loads(Path(sys.argv[1]).read_text("utf-8"))))

@@ -31,7 +31,8 @@ def describe(place: Place) -> dict[str, Any]:
     """Everything about the place that a figure depends on, as one JSON object."""
     return {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(postgres_home(place.settings.data_dir, unprivileged())),
+        "machine": machine(postgres_home(place.settings.data_dir, unprivileged()))
+        | {"load_before": round(place.load_before, 2)},
         "versions": versions(place),
         "postgres": postgres_settings(place.settings),
         "settings": pipeline_settings(place.settings),
@@ -48,7 +49,6 @@ def machine(folder: Path) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "filesystem": filesystem(folder),
-        "load_before": round(os.getloadavg()[0], 2),
     }
 
 
