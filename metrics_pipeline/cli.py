@@ -564,6 +564,21 @@ def sink(
     raise typer.Exit(0 if clean else 1)
 
 
+@app.command()
+def exporter() -> None:
+    """Serve Prometheus metrics of PostgreSQL, lag, table sizes, Dagster's runs and each part's health, until Ctrl-C."""
+    from metrics_pipeline.exporter import Exporter
+
+    server = Exporter(Settings.load())
+    server.start()
+    try:
+        with _stop_on_signals() as stop:
+            _say(f"http://127.0.0.1:{server.port}/metrics")
+            stop.wait()
+    finally:
+        server.stop()
+
+
 @contextmanager
 def _stop_on_signals() -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set; a second signal acts as ever."""

@@ -108,6 +108,9 @@ class Service:
     def start(self) -> None:
         """Start the process in a session of its own: a Ctrl-C at the terminal reaches the keeper alone."""
         self.prepare()
+        if self._child is not None:  # one that ended; nobody may have asked for its exit code yet
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(1)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         who = self.account.as_arguments() if self.account else {}
         with self.log.open("ab") as log:
