@@ -26,7 +26,7 @@ WORKERS_SECONDS: Final = 60.0
 """How long provisioning waits for a process of the COPY sink."""
 MEMBERS_SECONDS: Final = 60.0
 """How long it waits for consumers to leave the connector's group: Kafka drops a dead one after 45 s."""
-QUIET_SECONDS: Final = 5.0
+QUIET_SECONDS: Final = 1.0
 """How long a Connect is asked for that need not be there."""
 QUESTION_SECONDS: Final = 5
 
@@ -172,7 +172,7 @@ def sink_drift(settings: Settings) -> list[str]:
         return found + connect.connector_drift(settings)
     if not place.sessions:
         found.append(NO_WORKER)
-    state = _connector_if_any(settings, QUIET_SECONDS if settings.connect_url else 0.1)
+    state = _connector_if_any(settings, PATIENCE_SECONDS if settings.connect_url else QUIET_SECONDS)
     if state not in (None, "MISSING", "STOPPED"):
         found.append(f"connector {CONNECTOR} is {state} beside the COPY sink, configured STOPPED")
     for number, (_, high) in kafka.watermarks(settings).items():

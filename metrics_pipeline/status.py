@@ -74,6 +74,12 @@ class Sampler:
             "latency_seconds": published.get("latency_seconds") or {"p50": None, "p99": None},
         }
 
+    def close(self) -> None:
+        """End the session and the threads."""
+        self._pool.shutdown()
+        if self._connection is not None:
+            self._connection.close()
+
     def _postgres(self) -> Sample:
         settings = self._settings
         answer: Sample = {
