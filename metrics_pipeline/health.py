@@ -93,7 +93,12 @@ class HealthServer:
     """The producer's endpoints."""
 
     def __init__(
-        self, port: int, snapshot: Callable[[], Snapshot], registry: CollectorRegistry, stall_seconds: float
+        self,
+        port: int,
+        snapshot: Callable[[], Snapshot],
+        registry: CollectorRegistry,
+        stall_seconds: float,
+        host: str = "127.0.0.1",
     ) -> None:
         """Prepare; the port is taken by `start`.
 
@@ -102,6 +107,7 @@ class HealthServer:
             snapshot: the run at this moment.
             registry: what `/metrics` shows.
             stall_seconds: seconds without an owed acknowledgement after which `/health` answers 503.
+            host: address to listen on.
         """
         self._snapshot = snapshot
         self._registry = registry
@@ -111,7 +117,7 @@ class HealthServer:
             Route("/status", self._status),
             Route("/metrics", self._metrics),
         ]
-        self._server = WebServer(routes, port, "PRODUCER_PORT")
+        self._server = WebServer(routes, port, "PRODUCER_PORT", host)
 
     @property
     def port(self) -> int:

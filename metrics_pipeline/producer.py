@@ -142,7 +142,9 @@ class Producer:
         self._server: HealthServer | None = None
         if simulation if serve is None else serve:
             stall = settings.producer_stall_seconds
-            self._server = HealthServer(settings.producer_port, self.snapshot, metrics.registry, stall)
+            self._server = HealthServer(
+                settings.producer_port, self.snapshot, metrics.registry, stall, settings.listen_host
+            )
         self._deliveries = Deliveries(self._probe.offer)
         self._publisher = Publisher(
             settings,

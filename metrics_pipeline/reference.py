@@ -27,6 +27,7 @@ GROUPS: Final = {
     "services": "Services",
     "ports": "Ports, all on 127.0.0.1",
     "stack": "Embedded stack",
+    "compose": "Docker compose: ports on 127.0.0.1, and sizes",
     "monitoring": "Monitoring",
     "secrets": "Passwords; `up` fills in those that are empty",
 }

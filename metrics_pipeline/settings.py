@@ -1,6 +1,6 @@
 """Every setting, once: the environment variable is the field's name in capitals.
 
-Order of precedence: real environment, then the env file (`.env` in the checkout, or `PIPELINE_ENV_FILE`), then the default.
+Order of precedence: real environment (for secrets also a file that `X_PASSWORD_FILE` names), then the env file (`.env` in the checkout, or `PIPELINE_ENV_FILE`), then the default.
 The README's tables and `.env.example` are tested against this file.
 """
 
@@ -13,6 +13,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from metrics_pipeline.errors import SettingError
@@ -80,6 +81,26 @@ Positive = Annotated[int, Field(ge=1)]
 
 def _setting(default: Any, description: str, group: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"group": group}, **limits)
+
+
+class _SecretFiles(PydanticBaseSettingsSource):
+    """Secrets out of files, as containers get them: `X_PASSWORD_FILE` names the file that holds `X_PASSWORD`."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        path = os.environ.get(f"{field_name.upper()}_FILE") if field.annotation is SecretStr else None
+        if not path:
+            return None, field_name, False
+        try:
+            return Path(path).read_text("utf-8").strip(), field_name, False
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise SettingError(
+                f"{field_name.upper()}_FILE: cannot read {path}: {reason}; correct the path, or set {field_name.upper()}"
+            ) from error
+
+    def __call__(self) -> dict[str, Any]:
+        found = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items()}
+        return {name: value for name, value in found.items() if value}
 
 
 class ProducerSettings(BaseSettings):
@@ -201,6 +222,27 @@ class Settings(ProducerSettings):
     dagster_port: Port = _setting(3070, "Dagster UI", "ports")
     dagster_code_port: Port = _setting(3071, "Dagster code server (gRPC)", "ports")
     exporter_port: Port = _setting(9187, "exporter's `/metrics` and `/health`", "ports")
+    listen_host: str = _setting(
+        "127.0.0.1",
+        "address on which producer, COPY sink and exporter listen; another one only inside a container",
+        "ports",
+    )
+
+    console_port: Port = _setting(9090, "Redpanda Console", "compose")
+    pgadmin_port: Port = _setting(8000, "pgAdmin", "compose")
+    redpanda_admin_port: Port = _setting(9644, "Redpanda's admin API and metrics", "compose")
+    schema_registry_port: Port = _setting(8081, "Redpanda's schema registry", "compose")
+    prometheus_port: Port = _setting(9091, "Prometheus, profile `obs`", "compose")
+    grafana_port: Port = _setting(3001, "Grafana, profile `obs`", "compose")
+    sink_ports: Annotated[str, Field(pattern=r"^[0-9]+-[0-9]+$")] = _setting(
+        "3002-3011", "COPY sinks, profile `copy`: each container takes a free one of these", "compose"
+    )
+    postgres_memory_gb: Positive = _setting(
+        4, "GiB of PostgreSQL's container; its memory settings are sized by it", "compose"
+    )
+    redpanda_memory_gb: Positive = _setting(2, "GiB of each Redpanda container; four fifths are Redpanda's", "compose")
+    redpanda_cores: Positive = _setting(1, "cores that each Redpanda uses", "compose")
+    connect_memory_gb: Positive = _setting(2, "GiB of each Kafka Connect container; half is the JVM's heap", "compose")
 
     kafka_brokers: Annotated[int, AfterValidator(_is_quorum)] = _setting(
         1, "brokers of the embedded stack, 1 or 3; three of them keep each record three times", "stack"
@@ -258,9 +300,9 @@ class Settings(ProducerSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then the real environment, then the env file."""
-        del settings_cls, file_secret_settings
-        return init_settings, env_settings, dotenv_settings
+        """Flags, then the real environment, then the files it names, then the env file."""
+        del file_secret_settings
+        return init_settings, env_settings, _SecretFiles(settings_cls), dotenv_settings
 
     @classmethod
     def group(cls, name: str) -> list[str]:
@@ -354,9 +396,15 @@ class Settings(ProducerSettings):
         return self._url(role, getattr(self, f"{role}_password"), self.metrics_database)
 
     def admin_url(self, database: str = "postgres") -> str:
-        """`postgresql://` URL of the superuser (or of the role that `POSTGRES_URL` names)."""
+        """`postgresql://` URL of the superuser, or of the role that `POSTGRES_URL` names.
+
+        That role's password is `POSTGRES_PASSWORD` when the URL has none.
+        """
         if self.postgres_url:
-            return urlunsplit(urlsplit(self.postgres_url)._replace(path=f"/{quote(database, safe='')}"))
+            url = urlsplit(self.postgres_url)
+            if url.username and url.password is None:
+                return self._url(unquote(url.username), self.postgres_password, database)
+            return urlunsplit(url._replace(path=f"/{quote(database, safe='')}"))
         return self._url(self.postgres_user, self.postgres_password, database)
 
     @property

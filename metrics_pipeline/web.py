@@ -15,16 +15,18 @@ from metrics_pipeline.errors import BusyError
 
 
 class WebServer:
-    """uvicorn in a thread, on 127.0.0.1 only; it leaves signals alone.
+    """uvicorn in a thread, on one address only; it leaves signals alone.
 
     Args:
         routes: what it answers.
         port: where to listen; 0 for any, see `port` after `start`.
         variable: the setting that moves the port, for the message when it is taken.
+        host: address to listen on (`LISTEN_HOST`); loopback outside containers.
     """
 
-    def __init__(self, routes: Sequence[Route], port: int, variable: str) -> None:
+    def __init__(self, routes: Sequence[Route], port: int, variable: str, host: str = "127.0.0.1") -> None:
         self.port = port
+        self._host = host
         self._variable = variable
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -50,7 +52,7 @@ class WebServer:
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(("127.0.0.1", self.port))
+            listener.bind((self._host, self.port))
         except OSError as error:
             listener.close()
             why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"cannot be used ({error})"

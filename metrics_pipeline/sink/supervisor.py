@@ -84,6 +84,7 @@ class Supervisor:
             [Route("/health", self._health), Route("/status", self._status), Route("/metrics", self._metrics)],
             settings.sink_port,
             "SINK_PORT",
+            settings.listen_host,
         )
 
     @property
