@@ -71,7 +71,8 @@ def drain(
 
     names = chosen(paths.split(","))
     settings = Settings.load(**_overrides(changed))
-    with _place(settings, here=here, yes=yes) as place, _progress() as told:
+    connect = any(name.startswith("connect") for name in names)
+    with _place(settings, here=here, yes=yes, connect=connect) as place, _progress() as told:
         document = measure(place, records, rounds, names, told, _say).document()
     _finish(document, chart, as_json=as_json)
 
@@ -95,9 +96,10 @@ def live(
     if rate != "max" and not (rate.isascii() and rate.isdecimal() and int(rate) > 0):
         raise SettingError(f"--rate {rate}: give a whole number of messages a second, or max")
     settings = Settings.load(**_overrides(changed))
-    with _place(settings, here=here, yes=yes) as place, _progress() as told:
+    stored_by = _sink(sink, settings)
+    with _place(settings, here=here, yes=yes, connect=stored_by == "connect") as place, _progress() as told:
         wanted = None if rate == "max" else int(rate)
-        document = measure(place, _sink(sink, settings), wanted, seconds, _overrides(changed), told, _say)
+        document = measure(place, stored_by, wanted, seconds, _overrides(changed), told, _say)
     _finish(document, chart, as_json=as_json)
 
 
@@ -136,8 +138,9 @@ def growth(
 
     overrides = _overrides(changed)
     settings = Settings.load(**overrides)
-    with _place(settings, here=here, yes=yes) as place, _progress() as told:
-        document = measure(place, _sink(sink, settings), rows, steps, overrides, told, _say)
+    stored_by = _sink(sink, settings)
+    with _place(settings, here=here, yes=yes, connect=stored_by == "connect") as place, _progress() as told:
+        document = measure(place, stored_by, rows, steps, overrides, told, _say)
     _finish(document, chart, as_json=as_json)
 
 
@@ -160,7 +163,7 @@ def _overrides(changed: list[str] | None) -> dict[str, Any]:
     return overrides
 
 
-def _place(settings: Settings, *, here: bool, yes: bool) -> AbstractContextManager[Any]:
+def _place(settings: Settings, *, here: bool, yes: bool, connect: bool = False) -> AbstractContextManager[Any]:
     from metrics_pipeline.bench import place
 
     if not here:
@@ -168,7 +171,7 @@ def _place(settings: Settings, *, here: bool, yes: bool) -> AbstractContextManag
     target = f"{settings.postgres_host}:{settings.postgres_host_port} and {settings.bootstrap_servers}"
     if not yes and not typer.confirm(f"Empty the table metrics and the topic metrics at {target}?", err=True):
         raise typer.Exit(1)
-    return place.here(settings, _say)
+    return place.here(settings, _say, connect=connect)
 
 
 def _say(line: str) -> None:

@@ -100,7 +100,7 @@ def temporary(user: Settings, say: Say) -> Iterator[Place]:
 
 
 @contextmanager
-def here(settings: Settings, say: Say) -> Iterator[Place]:
+def here(settings: Settings, say: Say, *, connect: bool = True) -> Iterator[Place]:
     """The services that the settings name. The table `metrics` and the topic `metrics` are emptied before and after.
 
     The connector is removed meanwhile and put back; the active sink stays what it was.
@@ -108,14 +108,16 @@ def here(settings: Settings, say: Say) -> Iterator[Place]:
     Args:
         settings: where the services are.
         say: told what is done to them.
+        connect: whether Kafka Connect is needed; where none answers there is no connector to remove.
 
     Raises:
         ServiceError: one of them does not answer.
         BusyError: a producer or a COPY sink is at work on them.
     """
-    for name in SERVICES:
-        if problem := outsider_problem(settings, name):
-            raise ServiceError(f"--here needs PostgreSQL, broker and Connect of the settings, but: {problem}")
+    problems = {name: problem for name in SERVICES if (problem := outsider_problem(settings, name))}
+    for name, problem in problems.items():
+        if name != "connect" or connect:
+            raise ServiceError(f"--here needs {name} as the settings have it, but: {problem}")
     written = StackState.read(settings.data_dir).children
     processes = {
         name: process
@@ -127,12 +129,13 @@ def here(settings: Settings, say: Say) -> Iterator[Place]:
     with _as_interrupt(lambda: None):
         _refuse_company(settings)
         client = ConnectClient(settings.connect_urls)
-        had_connector = client.config(CONNECTOR) is not None
+        had_connector = "connect" not in problems and client.config(CONNECTOR) is not None
         with postgres.connect_admin(settings, settings.metrics_database) as connection:
             (active,) = connection.execute("SELECT active FROM sink_state").fetchone() or ("connect",)
         say(f"emptying the table and the topic {TOPIC}; the connector {CONNECTOR} comes back at the end")
         try:
-            client.delete(CONNECTOR)
+            if had_connector:
+                client.delete(CONNECTOR)
             yield Place(
                 settings, environment.for_python(settings), processes, temporary=False, load_before=os.getloadavg()[0]
             )
