@@ -36,6 +36,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metrics_pipeline.bench.cli import bench
+from metrics_pipeline.compose.commands import container
 from metrics_pipeline.errors import BusyError, PipelineError, SettingError
 from metrics_pipeline.settings import Settings
 
@@ -52,6 +53,7 @@ app = typer.Typer(
 migrations = typer.Typer(help="The database schema: sql/migrations, applied by dbmate.", no_args_is_help=True)
 app.add_typer(migrations, name="migrate")
 app.add_typer(bench, name="bench")
+app.add_typer(container, name="container")
 refused = typer.Typer(help="The records that the COPY sink rejected.", no_args_is_help=True)
 app.add_typer(refused, name="rejects")
 

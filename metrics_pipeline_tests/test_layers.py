@@ -22,6 +22,8 @@ def layer(module: Path) -> str:
     parts = module.relative_to(PACKAGE).with_suffix("").parts
     if parts[0] in ("definitions", "defs", "local"):
         return parts[0]
+    if parts[0] == "compose":  # the same parts in containers
+        return "local"
     if parts[0] == "status":  # of the embedded stack
         return "local"
     if parts[0] in BASE:

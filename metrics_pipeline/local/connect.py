@@ -35,25 +35,38 @@ def services(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: P
     return [_service(settings, budget, jars, plugin, name) for name in names]
 
 
-def _service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: Path, name: str) -> Service:
-    url = f"http://127.0.0.1:{getattr(settings, PORTS[name])}"
+def environment(settings: Settings, jars: Sequence[Path], *, listeners: str, advertised: str) -> dict[str, str]:
+    """What a worker's file and the connector refer to, and the class path."""
     # Connect's own topics take the brokers' `min.insync.replicas`, so fewer replicas than brokers would not do.
     replicas = min(settings.topic_replication_factor, 3) if settings.kafka_url else settings.kafka_brokers
-    environment = java.environment(
+    return java.environment(
         jars,
         CONNECT_BOOTSTRAP_SERVERS=settings.bootstrap_servers,
-        CONNECT_LISTENERS=url,
-        CONNECT_ADVERTISED_HOST="127.0.0.1",
+        CONNECT_LISTENERS=listeners,
+        CONNECT_ADVERTISED_HOST=advertised,
         CONNECT_REPLICATION_FACTOR=str(replicas),
         **sink_environment(settings),
     )
+
+
+def command(worker: Path, heap: int, *options: str) -> list[str]:
+    """The JVM of a worker with `heap` bytes."""
+    return java.command(
+        "org.apache.kafka.connect.cli.ConnectDistributed", [str(worker)], heap, "-XX:+UseParallelGC", *options
+    )
+
+
+def write_worker_file(worker: Path, plugin: Path) -> None:
+    """The checkout's worker file, with the folder of the plugin."""
+    worker.parent.mkdir(parents=True, exist_ok=True)
+    worker.write_text(f"{WORKER_FILE.read_text()}plugin.path={plugin}\n")
+
+
+def _service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: Path, name: str) -> Service:
+    url = f"http://127.0.0.1:{getattr(settings, PORTS[name])}"
     brokers = ["broker"] if settings.kafka_url else [node.name for node in broker.nodes(settings)]
     _, _, number = name.partition("-")
     worker = settings.data_dir / "config" / ("worker.properties" if not number else f"worker-{number}.properties")
-
-    def prepare() -> None:
-        worker.parent.mkdir(parents=True, exist_ok=True)
-        worker.write_text(f"{WORKER_FILE.read_text()}plugin.path={plugin}\n")
 
     def check() -> str | None:
         return connect_problem(url)
@@ -62,16 +75,11 @@ def _service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: P
         name=name,
         title=f"Kafka Connect {number}".strip(),
         url=url,
-        command=java.command(
-            "org.apache.kafka.connect.cli.ConnectDistributed",
-            [str(worker)],
-            budget.connect_heap,
-            "-XX:+UseParallelGC",
-        ),
-        environment=environment,
+        command=command(worker, budget.connect_heap),
+        environment=environment(settings, jars, listeners=url, advertised="127.0.0.1"),
         log=settings.data_dir / "logs" / f"{name}.log",
         check=check,
-        prepare=prepare,
+        prepare=lambda: write_worker_file(worker, plugin),
         needs=("postgres", *brokers),
         cwd=settings.data_dir,
         stop_seconds=45,

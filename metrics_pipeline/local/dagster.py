@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psycopg
 import requests
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -97,6 +98,17 @@ def prepare_home(settings: Settings) -> None:
     home = dagster_home(settings)
     home.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(ROOT / "dagster_home" / "dagster.yaml", home / "dagster.yaml")
+
+
+MAKE_TABLES = [sys.executable, "-c", "from dagster import DagsterInstance; DagsterInstance.get()"]
+"""Dagster's processes make its tables on first use, and several of them at once collide: this one goes first."""
+
+
+def has_tables(settings: Settings) -> bool:
+    """Whether Dagster's own database is set up."""
+    with psycopg.connect(settings.dagster_postgres_url) as connection:
+        row = connection.execute("SELECT to_regclass('public.alembic_version') IS NOT NULL").fetchone()
+    return bool(row and row[0])
 
 
 def code_problem(settings: Settings) -> str | None:

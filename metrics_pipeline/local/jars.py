@@ -32,6 +32,7 @@ LOCK_FILE = ROOT / "connect" / "jars.lock"
 KAFKA = "4.3.1"
 DEBEZIUM = "3.6.0.Final"
 POSTGRES = "17.11.0"
+JMX_AGENT = "1.0.1"
 
 KAFKA_ROOTS = (
     f"org.apache.kafka:kafka_2.13:{KAFKA}",
@@ -261,6 +262,7 @@ def write_lock() -> None:
             | {LOG4J_BINDING}
         )
         files = [("kafka", coordinate) for coordinate in kafka]
+        files.append(("jmx", f"io.prometheus.jmx:jmx_prometheus_javaagent:jar::{JMX_AGENT}"))
         files.append(("debezium", f"io.debezium:debezium-connector-jdbc:tar.gz:plugin:{DEBEZIUM}"))
         files += [
             (f"postgres-{name}", f"io.zonky.test.postgres:embedded-postgres-binaries-{name}:jar::{POSTGRES}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,14 +48,27 @@ def cluster(settings: Settings, archive: Path) -> Cluster:
 
 
 def configuration(settings: Settings, budget: Budget) -> dict[str, str]:
-    """Every PostgreSQL setting that differs from the default. Durability settings stay on."""
-    return {
+    """Every PostgreSQL setting that differs from the default."""
+    place = {
         "listen_addresses": "'127.0.0.1'",
         "port": str(settings.postgres_port),
         "unix_socket_directories": "''",
+    }
+    return place | server_settings(budget.postgres)
+
+
+def render(values: Mapping[str, str]) -> str:
+    """Settings as a configuration file."""
+    lines = [f"{name} = {value}\n" for name, value in values.items()]
+    return "".join(["# Written at every start; change settings, not this file.\n", *lines])
+
+
+def server_settings(memory: Mapping[str, str]) -> dict[str, str]:
+    """The settings that every stack has, embedded or in containers. Durability settings stay on."""
+    return {
         "password_encryption": "'scram-sha-256'",
         "max_connections": "100",
-        **budget.postgres,
+        **memory,
         "fsync": "on",
         "full_page_writes": "on",
         "synchronous_commit": "on",
@@ -79,12 +93,7 @@ def service(settings: Settings, budget: Budget, place: Cluster) -> Service:
     def prepare() -> None:
         if not (place.data / "PG_VERSION").exists():
             _initialise(settings, place)
-        lines = [f"{name} = {value}" for name, value in configuration(settings, budget).items()]
-        _write(
-            place,
-            place.data / CONFIGURATION,
-            "# Written at every start; change settings, not this file.\n" + "\n".join(lines) + "\n",
-        )
+        _write(place, place.data / CONFIGURATION, render(configuration(settings, budget)))
 
     def find() -> psutil.Process | None:
         # Also the way to a postmaster that somebody restarted by `pg_ctl`.

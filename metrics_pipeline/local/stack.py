@@ -185,16 +185,8 @@ class Stack:
             return ""
 
     def _dagster_schema(self) -> None:
-        # Dagster's processes make its tables on first use, and several of them at once collide.
-        with psycopg.connect(self.settings.dagster_postgres_url) as connection:
-            row = connection.execute("SELECT to_regclass('public.alembic_version') IS NOT NULL").fetchone()
-        if row and row[0]:
-            return
-        self._run(
-            [sys.executable, "-c", "from dagster import DagsterInstance; DagsterInstance.get()"],
-            "dagster-schema",
-            "Dagster's tables",
-        )
+        if not dagster.has_tables(self.settings):
+            self._run(dagster.MAKE_TABLES, "dagster-schema", "Dagster's tables")
 
     def _provision(self) -> str:
         command = [
