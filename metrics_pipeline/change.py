@@ -17,3 +17,8 @@ class Change:
 
     state: Literal["created", "changed", "unchanged"]
     details: list[str] = field(default_factory=list)
+
+    def then(self, other: Change) -> Change:
+        """Both as one: what was done first says whether the thing is new."""
+        state = "changed" if self.state == "unchanged" and other.details else self.state
+        return Change(state, [*self.details, *other.details])

@@ -15,6 +15,7 @@ from metrics_pipeline.defs import provisioning
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.postgres import MigrationStatus
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
+from metrics_pipeline_tests import fake_registry
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
 from metrics_pipeline_tests.fake_kafka import FakeBroker
 from metrics_pipeline_tests.fake_sinks import FakeSinkTables
@@ -234,3 +235,18 @@ def test_checks_wait_for_the_first_provisioning(monkeypatch: pytest.MonkeyPatch)
     with dg.instance_for_test() as instance:  # a schedule opens its instance by itself
         assert tick(instance, "not yet") == dg.SkipReason("not yet")
         assert isinstance(tick(instance, None), dg.RunRequest)
+
+
+def test_schemas_at_a_registry_belong_to_the_topic(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_registry.serving() as registry:
+        monkeypatch.setenv("SCHEMA_REGISTRY_URL", registry.url)
+        assert parts.run().success
+        assert set(registry.versions) == {"metrics-key", "metrics-value"}
+        assert dict(states(parts.run()))["metrics_topic"] == "unchanged"
+        registry.versions["metrics-value"].append(("JSON", '{"type":"object"}'))
+        found = red(parts.run("check_provisioning"))
+        assert list(found) == ["topic_as_configured"]
+        assert f"schema metrics-value at {registry.url} is at version 2" in found["topic_as_configured"]
+        del registry.versions["metrics-value"]
+        assert ("metrics_topic", "changed") in states(parts.run())
+        assert red(parts.run("check_provisioning")) == {}

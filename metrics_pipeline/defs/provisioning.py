@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import dagster as dg
 
-from metrics_pipeline import kafka, postgres, sinks
+from metrics_pipeline import kafka, postgres, registry, sinks
 from metrics_pipeline.change import Change
 from metrics_pipeline.defs.resources import OWNERS, Pipeline, active_runs, plain_errors
 from metrics_pipeline.errors import PipelineError
@@ -84,13 +84,15 @@ def metrics_topic(config: TopicConfig, pipeline: Pipeline) -> dg.MaterializeResu
     Partitions only grow, and only with `grow_partitions: true`, since keys then move to other partitions.
     """
     with plain_errors():
-        return _result(kafka.ensure_topic(pipeline.load(), grow=config.grow_partitions))
+        settings = pipeline.load()
+        topic = kafka.ensure_topic(settings, grow=config.grow_partitions)
+        return _result(topic.then(registry.ensure_schemas(settings)))
 
 
 @dg.asset_check(asset=metrics_topic, blocking=True)
 def topic_as_configured(pipeline: Pipeline) -> dg.AssetCheckResult:
-    """Partitions, replicas and settings of the topic are those of the configuration."""
-    return _verdict(pipeline, kafka.topic_drift)
+    """Partitions, replicas and settings of the topic are those of the configuration, and so are its schemas at a registry."""
+    return _verdict(pipeline, lambda settings: kafka.topic_drift(settings) + registry.registry_drift(settings))
 
 
 @dg.asset(group_name=GROUP, kinds={"kafka", "postgres"}, owners=OWNERS, deps=[metrics_topic])
