@@ -47,6 +47,9 @@ HAS_MEMBERS = frozenset(
 )
 """What a broker answers to a commit from outside of a group that consumers belong to."""
 
+UNSETTLED = frozenset({"NOT_COORDINATOR", "COORDINATOR_NOT_AVAILABLE", "COORDINATOR_LOAD_IN_PROGRESS", "_WAIT_COORD"})
+"""What a broker answers about a group for a moment after it started, and after a change of leaders."""
+
 MIB = 2**20
 _T = TypeVar("_T")
 
@@ -234,14 +237,11 @@ def commit(settings: Settings, offsets: Mapping[int, int], group: str) -> bool:
     places = [TopicPartition(TOPIC, number, offset) for number, offset in sorted(offsets.items())]
     with _consumer(settings, group) as consumer:
         try:
-            answers = consumer.commit(offsets=places, asynchronous=False) or []
-            problems = [place.error for place in answers if place.error is not None]
+            _settled(lambda: consumer.commit(offsets=places, asynchronous=False) or [])
         except KafkaException as error:
-            problems = [error.args[0]]
-        if any(problem.name() in HAS_MEMBERS for problem in problems):
-            return False
-        if problems:
-            raise KafkaException(problems[0])
+            if error.args[0].name() in HAS_MEMBERS:
+                return False
+            raise
     return True
 
 
@@ -371,9 +371,23 @@ def _watermarks(consumer: Consumer) -> dict[int, tuple[int, int]]:
     return found
 
 
+def _settled(ask: Callable[[], list[TopicPartition]]) -> list[TopicPartition]:
+    """The answer of a group's coordinator, asked again while the brokers have not agreed on who that is."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while True:
+        try:
+            answers = ask()
+            problem = next((place.error for place in answers if place.error is not None), None)
+        except KafkaException as error:
+            problem = error.args[0]
+        if problem is None:
+            return answers
+        if problem.name() not in UNSETTLED or time.monotonic() >= deadline:
+            raise KafkaException(problem)
+        time.sleep(0.2)
+
+
 def _committed(consumer: Consumer, partitions: list[int]) -> dict[int, int]:
-    places = consumer.committed([TopicPartition(TOPIC, number) for number in partitions], timeout=TIMEOUT_SECONDS)
-    for place in places:
-        if place.error is not None:
-            raise KafkaException(place.error)
+    asked = [TopicPartition(TOPIC, number) for number in partitions]
+    places = _settled(lambda: consumer.committed(asked, timeout=TIMEOUT_SECONDS))
     return {place.partition: place.offset for place in places if place.offset >= 0}

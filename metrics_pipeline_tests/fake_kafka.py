@@ -24,7 +24,8 @@ class FakeTopic:
 class FakeBroker:
     """The cluster behind every FakeAdmin.
 
-    `created_by_another` is a topic that appears when we want to create it, `members` are groups that consumers belong to.
+    `created_by_another` is a topic that appears when we want to create it, `members` are groups that consumers belong to,
+    `unsettled` is how often a question for a group comes too early.
     """
 
     topics: dict[str, FakeTopic] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class FakeBroker:
     created_by_another: FakeTopic | None = None
     down: bool = False
     members: set[str] = field(default_factory=set)
+    unsettled: int = 0
 
     def add(self, name: str, topic: FakeTopic) -> None:
         """Have a topic, its settings laid over the defaults."""
@@ -114,11 +116,13 @@ class FakeConsumer(FakeAdmin):
         return self._broker.topics[place.topic].offsets[place.partition]
 
     def committed(self, places: list[TopicPartition], timeout: float = -1) -> list[TopicPartition]:
+        self._settle()
         known = {place.partition: place for place in self._broker.commits.get(self._config["group.id"], [])}
         return [known.get(place.partition, TopicPartition(place.topic, place.partition, -1001)) for place in places]
 
     def commit(self, *, offsets: list[TopicPartition], asynchronous: bool) -> list[TopicPartition]:
         assert not asynchronous
+        self._settle()
         group = self._config["group.id"]
         if group in self._broker.members:
             raise KafkaException(KafkaError(KafkaError.UNKNOWN_MEMBER_ID, "Broker: Unknown member"))
@@ -128,6 +132,11 @@ class FakeConsumer(FakeAdmin):
 
     def close(self) -> None:
         return None
+
+    def _settle(self) -> None:
+        if self._broker.unsettled:
+            self._broker.unsettled -= 1
+            raise KafkaException(KafkaError(KafkaError.NOT_COORDINATOR, "Broker: Not coordinator"))
 
 
 def _done(value: Any) -> Future[Any]:

@@ -146,3 +146,25 @@ def test_a_real_client_gives_up_within_seconds(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(kafka, "TIMEOUT_SECONDS", 0.5)
     with pytest.raises(ServiceError, match=r"127\.0\.0\.1:1 cannot be reached \(Connection refused\)"):
         kafka.topic_drift(settings(kafka_url="127.0.0.1:1"))
+
+
+def test_a_broker_that_has_just_started_is_asked_again(broker: FakeBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers that it does not coordinate the group, until its leaders are elected."""
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    broker.add(TOPIC, FakeTopic(1, {0: (0, 9)}, {}))
+    broker.unsettled = 3
+    assert kafka.committed(settings(), "g") == {}
+    broker.unsettled = 3
+    assert kafka.commit(settings(), {0: 5}, "g")
+    assert kafka.committed(settings(), "g") == {0: 5}
+    broker.unsettled = 10**9
+    monkeypatch.setattr(kafka, "TIMEOUT_SECONDS", 0.0)
+    with pytest.raises(ServiceError, match="Not coordinator"):
+        kafka.committed(settings(), "g")
+
+
+def test_a_group_with_members_is_left_to_them(broker: FakeBroker) -> None:
+    broker.add(TOPIC, FakeTopic(1, {0: (0, 9)}, {}))
+    broker.members = {"g"}
+    assert not kafka.commit(settings(), {0: 5}, "g")
+    assert kafka.committed(settings(), "g") == {}
