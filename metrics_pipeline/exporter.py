@@ -347,7 +347,7 @@ class Exporter:
     def __init__(self, settings: Settings) -> None:
         self.metrics = PipelineMetrics(settings)
         routes = [Route("/metrics", self._metrics), Route("/health", self._health)]
-        self._server = WebServer(routes, settings.exporter_port, "EXPORTER_PORT")
+        self._server = WebServer(routes, settings.exporter_port, "EXPORTER_PORT", settings.listen_host)
 
     @property
     def port(self) -> int:

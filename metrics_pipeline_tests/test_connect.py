@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from metrics_pipeline import connect
 from metrics_pipeline.connect import ConnectClient, SinkState, TaskState
 from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.settings import CONNECTOR, ROOT, Settings
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
 
@@ -185,3 +187,64 @@ def test_delete_is_done_when_there_is_nothing_to_delete(fake: FakeConnect) -> No
     connect.ensure_connector(at(fake))
     ConnectClient(fake.url).delete(CONNECTOR)
     assert connect.sink_state(at(fake)).connector == "MISSING"
+
+
+@pytest.fixture
+def dead() -> str:
+    """A URL on which nobody listens."""
+    return f"http://127.0.0.1:{free_ports(1)[0]}"
+
+
+def test_a_worker_that_is_away_is_passed_over(fake: FakeConnect, dead: str) -> None:
+    settings = Settings(connect_url=f"{dead},{fake.url}")
+    assert connect.ensure_connector(settings, patience=0.5).state == "created"
+    assert connect.sink_state(settings, patience=0.5).running
+    assert connect.connector_drift(settings, patience=0.5) == []
+
+
+def test_the_worker_that_answered_last_is_asked_first(fake: FakeConnect, dead: str) -> None:
+    client = ConnectClient([dead, fake.url], patience=0.5)
+    client.version()
+    asked: list[str] = []
+    client._session.hooks["response"].append(lambda answer, **_: asked.append(answer.url))
+    client.version()
+    assert asked == [f"{fake.url}/"]
+    assert client._urls == [fake.url, dead]
+
+
+def test_when_all_workers_are_away_each_is_named(dead: str) -> None:
+    other = f"http://127.0.0.1:{free_ports(1)[0]}"
+    with pytest.raises(ServiceError, match=r"cannot be reached \(Connection refused\)") as caught:
+        ConnectClient([dead, other], patience=0.3).version()
+    assert dead in str(caught.value)
+    assert other in str(caught.value)
+
+
+def test_a_worker_that_hangs_is_not_asked_again_but_the_other_is(
+    fake: FakeConnect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "_TIMEOUT", (0.5, 0.2))
+    with socket.socket() as hanging:
+        hanging.bind(("127.0.0.1", 0))
+        hanging.listen()
+        client = ConnectClient([f"http://127.0.0.1:{hanging.getsockname()[1]}", fake.url], patience=0.5)
+        with pytest.raises(ServiceError, match="timed out"):
+            client.put(CONNECTOR, {})  # it may have been taken in: not repeated elsewhere
+        assert fake.requests == []
+        assert client.version() == fake.version
+
+
+def test_a_change_that_the_groups_leader_is_not_there_for_is_tried_again(
+    fake: FakeConnect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, refusals = fake.answer, [500, 500]
+
+    def forwarding(method: str, target: str, body: object) -> tuple[int, object]:
+        if method == "PUT" and refusals:
+            message = "IO Error trying to forward REST request: java.net.ConnectException: Connection refused"
+            return refusals.pop(), {"error_code": 500, "message": message}
+        return answer(method, target, body)
+
+    monkeypatch.setattr(fake, "answer", forwarding)
+    assert connect.ensure_connector(at(fake), patience=5).state == "created"
+    assert refusals == []

@@ -60,6 +60,21 @@ def test_heaps_and_shared_buffers_leave_half_of_the_memory(gib: int) -> None:
     assert 512 * MIB <= budget.connect_heap <= 2 * GIB
 
 
+@pytest.mark.parametrize("gib", [8, 16, 32, 256])
+def test_a_cluster_leaves_a_third_of_the_memory(gib: int) -> None:
+    alone, cluster = (Budget.from_total(gib * GIB, "test", brokers, workers) for brokers, workers in ((1, 1), (3, 2)))
+    buffers = int(cluster.postgres["shared_buffers"].removesuffix("MB")) * MIB
+    assert 3 * cluster.broker_heap + 2 * cluster.connect_heap + buffers <= cluster.total * 2 / 3
+    assert cluster.postgres == alone.postgres
+    assert 240 * MIB <= cluster.broker_heap <= alone.broker_heap
+    assert 384 * MIB <= cluster.connect_heap <= alone.connect_heap
+
+
+def test_the_heaps_of_one_of_each_are_what_they_were() -> None:
+    budget = Budget.of(Settings.load(pipeline_memory_gb=16))
+    assert (budget.broker_heap, budget.connect_heap) == (GIB, 2 * GIB)
+
+
 def test_a_setting_replaces_what_the_machine_has() -> None:
     budget = Budget.of(Settings.load(pipeline_memory_gb=1.5))
     assert (budget.total, budget.source) == (3 * GIB // 2, "PIPELINE_MEMORY_GB")

@@ -80,9 +80,10 @@ def test_python_children_get_the_chosen_ports_and_no_password_but_dagsters(
 ) -> None:
     write_secrets()
     monkeypatch.setenv("KAFKA_PORT", "1")
-    settings = Settings.load(kafka_port=2, pipeline_data_dir=tmp_path / "data")
+    settings = Settings.load(kafka_port=2, kafka_brokers=3, pipeline_data_dir=tmp_path / "data")
     variables = for_python(settings)
     assert variables["KAFKA_PORT"] == "2"
+    assert (variables["KAFKA_BROKERS"], variables["CONNECT_WORKERS"]) == ("3", "1")
     assert variables["PIPELINE_ENV_FILE"] == str(file)
     assert variables["DAGSTER_HOME"] == str(tmp_path / "data" / "dagster_home")
     assert variables["PATH"] == os.environ["PATH"]

@@ -142,3 +142,17 @@ def test_an_instance_that_nobody_wrote_down_is_found_by_the_service_itself(make:
     after.find = lambda: service.process
     assert StackState().adopt([after]) == [after]  # how it was started is not known
     assert after.process == service.process
+
+
+def test_what_is_no_part_of_the_stack_any_more_can_be_ended(tmp_path: Path, make: Make) -> None:
+    stays, goes = make("broker"), make("broker-2")
+    for service in (stays, goes):
+        service.start()
+    state = StackState(keeper=ProcessId(1, 1))
+    state.note([stays, goes])
+    (other,) = state.others([make("broker")], tmp_path)
+    assert (other.name, other.process) == ("broker-2", goes.process)
+    other.stop()
+    assert not goes.alive()
+    assert stays.alive()
+    assert state.others([make("broker")], tmp_path) == []

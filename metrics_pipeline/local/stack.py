@@ -309,8 +309,9 @@ def ports_in_use(stack: Stack) -> list[str]:
 
 
 def unused_ports(settings: Settings) -> set[str]:
-    """Settings of the ports on which nothing listens, as these settings are."""
+    """Settings of the ports on which nothing of the embedded stack listens, as these settings are."""
     off = [*list(broker.PORTS)[settings.kafka_brokers :], *list(connect.PORTS)[settings.connect_workers :]]
     off += [] if settings.exporter else ["exporter"]
     off += ["sink"] if settings.sink == "connect" else list(connect.PORTS)
-    return {port for name in off for port in PORTS[name]}
+    used = {port for name, ports in PORTS.items() if name not in off for port in ports}
+    return {name for name in Settings.model_fields if name.endswith("_port")} - used
