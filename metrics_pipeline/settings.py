@@ -183,7 +183,7 @@ class Settings(ProducerSettings):
     )
     sink_workers: Positive = _setting(2, "processes of the COPY sink on this machine", "sink")
     sink_flush_rows: Annotated[int, Field(ge=1, le=1_000_000)] = _setting(
-        20_000, "records after which a worker of the COPY sink writes", "sink"
+        50_000, "records after which a worker of the COPY sink writes", "sink"
     )
     sink_flush_ms: Annotated[int, Field(ge=1, le=60_000)] = _setting(
         200, "milliseconds after which a worker of the COPY sink writes what it has", "sink"
@@ -222,12 +222,12 @@ class Settings(ProducerSettings):
     dagster_port: Port = _setting(3070, "Dagster UI", "ports")
     dagster_code_port: Port = _setting(3071, "Dagster code server (gRPC)", "ports")
     exporter_port: Port = _setting(9187, "exporter's `/metrics` and `/health`", "ports")
+
     listen_host: str = _setting(
         "127.0.0.1",
         "address on which producer, COPY sink and exporter listen; another one only inside a container",
-        "ports",
+        "compose",
     )
-
     console_port: Port = _setting(9090, "Redpanda Console", "compose")
     pgadmin_port: Port = _setting(8000, "pgAdmin", "compose")
     redpanda_admin_port: Port = _setting(9644, "Redpanda's admin API and metrics", "compose")

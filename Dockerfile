@@ -1,0 +1,41 @@
+# Our image: the checkout with its locked packages (target `pipeline`), and the same with the locked jars (`connect`).
+# Every download is compared with a hash that is committed: requirements/runtime.txt and connect/jars.lock.
+ARG PYTHON=python:3.13.9-slim-bookworm
+
+FROM ${PYTHON} AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+WORKDIR /opt/metrics-pipeline
+RUN python -m venv /opt/venv
+COPY requirements/runtime.txt requirements/runtime.txt
+RUN /opt/venv/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements/runtime.txt
+COPY . .
+RUN /opt/venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e . \
+ && /opt/venv/bin/python -m compileall -q metrics_pipeline
+
+FROM build AS jars
+ENV PIPELINE_CACHE_DIR=/opt/jars
+RUN /opt/venv/bin/metrics-pipeline container fetch
+
+FROM ${PYTHON} AS pipeline
+LABEL org.opencontainers.image.title="metrics-pipeline" org.opencontainers.image.licenses="MIT"
+# The numbers that metrics_pipeline/compose/secrets.py gives files to. Volumes take the owner of the folder they cover.
+RUN groupadd --gid 10001 pipeline \
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/metrics-pipeline --shell /usr/sbin/nologin pipeline \
+ && install --directory --owner=10001 --group=10001 --mode=0750 /var/lib/metrics-pipeline
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /opt/metrics-pipeline /opt/metrics-pipeline
+ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
+    PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    LISTEN_HOST=0.0.0.0 \
+    PIPELINE_DATA_DIR=/var/lib/metrics-pipeline \
+    DAGSTER_HOME=/var/lib/metrics-pipeline/dagster_home
+# Not the checkout: Dagster would look for an env file there.
+WORKDIR /var/lib/metrics-pipeline
+USER 10001:10001
+CMD ["metrics-pipeline", "--help"]
+
+FROM pipeline AS connect
+COPY --from=jars /opt/jars /opt/jars
+ENV PIPELINE_CACHE_DIR=/opt/jars PIPELINE_DATA_DIR=/run/metrics-pipeline
+WORKDIR /run/metrics-pipeline
+CMD ["metrics-pipeline", "container", "connect"]
