@@ -112,11 +112,19 @@ class Decoder:
         self._tags.forget()
         keys: list[Any] = [message.key() for message in messages]
         values: list[Any] = [message.value() for message in messages]
-        odd = [at for at, value in enumerate(values) if value is None or len(value) > LONGEST or keys[at] is None]
-        if odd:
-            for at in odd:
+        try:
+            lengths = np.fromiter(map(len, values), np.int64, len(values))
+            key_lengths = np.fromiter(map(len, keys), np.int64, len(keys))
+        except TypeError:  # there is a None among them
+            lengths = np.array([-1 if value is None else len(value) for value in values], np.int64)
+            key_lengths = np.array([-1 if key is None else len(key) for key in keys], np.int64)
+        odd = (lengths < 0) | (lengths > LONGEST) | (key_lengths < 0) | (key_lengths > LONGEST)
+        if odd.any():
+            # Left to the strict decoder by the message itself; here it only keeps its place.
+            lengths[odd] = key_lengths[odd] = 0
+            for at in np.flatnonzero(odd).tolist():
                 keys[at] = values[at] = b""
-        columns, others = parse(keys, values, self._tags)
+        columns, others = parse(keys, values, key_lengths, lengths, self._tags)
         rejects: list[Reject] = []
         tombstones = 0
         if len(others):

@@ -205,21 +205,23 @@ EMPTY: Final = Columns(
 )
 
 
-def parse(keys: Sequence[bytes], values: Sequence[bytes], tags: TagTable) -> tuple[Columns, Array]:
+def parse(
+    keys: Sequence[bytes], values: Sequence[bytes], key_lengths: Array, lengths: Array, tags: TagTable
+) -> tuple[Columns, Array]:
     """Take apart the canonical ones among some records.
 
     Args:
-        keys: of the messages; none of them None.
-        values: of the same messages; none of them None.
+        keys: of the messages.
+        values: of the same messages.
+        key_lengths: of the keys, in bytes.
+        lengths: of the values, in bytes.
         tags: gives each text of tags a number, -1 for one that is not strictly an array of storable strings.
 
     Returns:
         The readings, in order, and the positions of the records that are not canonical.
     """
     count = len(values)
-    lengths = np.fromiter(map(len, values), np.int64, count)
-    key_lengths = np.fromiter(map(len, keys), np.int64, count)
-    text = np.frombuffer(b"".join([*values, bytes(_HEAD + 8)]), np.uint8)
+    text = np.frombuffer(b"".join([*values, bytes(_HEAD + 64)]), np.uint8)
     key_text = np.frombuffer(b"".join([*keys, bytes(_HEAD)]), np.uint8)
     starts = np.cumsum(lengths) - lengths
     key_starts = np.cumsum(key_lengths) - key_lengths
@@ -228,13 +230,16 @@ def parse(keys: Sequence[bytes], values: Sequence[bytes], tags: TagTable) -> tup
     fractions = heads[:, _FRACTION_AT] == ord(".")
     long_enough = lengths >= SHORTEST
     parts, refused = [], [np.flatnonzero(~long_enough)]
-    for length, chosen in ((27, fractions & long_enough), (20, ~fractions & long_enough)):
+    for shape, chosen in ((_SHAPES[27], fractions & long_enough), (_SHAPES[20], ~fractions & long_enough)):
         which = np.flatnonzero(chosen)
-        if len(which) == count:  # the usual case: no copy of the heads
-            found, good = _rows(_SHAPES[length], heads, text, starts, key_text, key_starts, key_lengths, values, tags)
+        if 2 * len(which) > count:  # the usual case: looking at some in vain costs less than copying the others
+            found, good = _rows(shape, heads, text, starts, key_text, key_starts, key_lengths, values, tags)
+            good &= chosen
+            found.source = np.arange(count)
+            refused.append(np.flatnonzero(chosen & ~good))
         elif len(which):
             found, good = _rows(
-                _SHAPES[length],
+                shape,
                 heads[which],
                 text,
                 starts[which],
@@ -244,13 +249,11 @@ def parse(keys: Sequence[bytes], values: Sequence[bytes], tags: TagTable) -> tup
                 [values[at] for at in which.tolist()],
                 tags,
             )
+            found.source = which
+            refused.append(which[~good])
         else:
             continue
-        found.source = which
-        if not good.all():
-            found = found.take(good)
-            refused.append(which[~good])
-        parts.append(found)
+        parts.append(found if good.all() else found.take(good))
     columns = Columns.joined(parts) if parts else EMPTY
     if len(parts) > 1:
         columns = columns.take(np.argsort(columns.source, kind="stable"))
@@ -272,7 +275,10 @@ def _rows(
     with np.errstate(over="ignore"):
         words = heads.view(_WORD)[:, : len(shape.template)]
         key_words = _windows(key_text, _HEAD)[key_starts].view(_WORD)[:, : len(shape.template)]
-        differs = ((words ^ shape.template) & shape.fixed) | ((words ^ key_words) & shape.key_mask)
+        differs, other = words ^ shape.template, words ^ key_words
+        differs &= shape.fixed
+        other &= shape.key_mask
+        differs |= other
         bad = np.bitwise_or.reduce(differs, axis=1) != 0
 
         nibbles = _HEX.take(heads.take(_HEX_AT, axis=1))
@@ -383,8 +389,7 @@ def _long_numbers(cells: Array, length: Array, point: Array, has_point: Array, n
     allowed[rows[has_point], point[has_point]] = True
     allowed[negative, 0] = True
     texts = np.ascontiguousarray(np.where(inside, cells, 0).astype(np.uint8)).view(f"S{_NUMBER}")[:, 0]
-    good: Array = allowed.all(axis=1)
-    return texts, good
+    return texts, np.asarray(allowed.all(axis=1))
 
 
 def _are_digits(words: Array) -> Array:

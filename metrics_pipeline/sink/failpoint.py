@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import random
 import signal
+from pathlib import Path
 from typing import Final
 
 from metrics_pipeline.errors import SettingError
 
 VARIABLE: Final = "METRICS_SINK_FAILPOINTS"
 """`NAME=PROBABILITY[,NAME=PROBABILITY…]`; for tests only, and nothing happens without it."""
+
+MARKS: Final = "METRICS_SINK_FAILPOINT_MARKS"
+"""A file to which a process that kills itself first appends the name of the place."""
 
 PLACES: Final = ("polled", "decoded", "locked", "advanced", "copying", "copied", "committing", "committed")
 """In the order in which a batch passes them; from `locked` to `committing` a transaction is open."""
@@ -41,4 +45,7 @@ class Failpoints:
     def reach(self, name: str) -> None:
         """Die here, now and then, if asked to."""
         if self._chances and self._random.random() < self._chances.get(name, 0.0):
+            if marks := os.environ.get(MARKS):
+                with Path(marks).open("a") as file:
+                    file.write(f"{name}\n")
             os.kill(os.getpid(), signal.SIGKILL)

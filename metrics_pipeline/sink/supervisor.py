@@ -287,6 +287,8 @@ def work(name: str, pipe: Connection) -> None:
         level=os.environ.get("LOG_LEVEL", "WARNING"), format=f"%(asctime)s %(levelname)s sink {name}: %(message)s"
     )
     logging.getLogger("metrics_pipeline.librdkafka").setLevel(logging.CRITICAL)
+    # Before numpy is there: its matrices are small, and threads of its own would only take turns with ours.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from metrics_pipeline.sink.worker import Worker
 
     worker = Worker(Settings.load(), name)

@@ -10,9 +10,9 @@ import msgspec
 from metrics_pipeline.errors import RecordError
 from metrics_pipeline.metric import check_tags
 
-LARGEST: Final = 1 << 16
+LARGEST: Final = 1 << 15
 """Distinct texts that are remembered; beyond it everything is forgotten and learnt anew."""
-LONGEST: Final = 4096
+LONGEST: Final = 512
 """Bytes of a text that is worth remembering."""
 
 _TEXT_OID: Final = 25
