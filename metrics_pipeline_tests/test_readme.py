@@ -158,7 +158,11 @@ def test_run_configurations_are_accepted() -> None:
 
 def test_variables_that_are_named_exist() -> None:
     worker = (ROOT / "metrics_pipeline/local/connect.py").read_text()
-    known = {name.upper() for name in Settings.model_fields} | OUTSIDE | set(re.findall(r"\b(?:SINK_PG|CONNECT)_[A-Z_]+", worker))
+    known = (
+        {name.upper() for name in Settings.model_fields}
+        | OUTSIDE
+        | set(re.findall(r"\b(?:SINK_PG|CONNECT)_[A-Z_]+", worker))
+    )
     for document in DOCUMENTS:
         for text in inline(document):
             for name in re.findall(r"^[A-Z]+(?:_[A-Z]+)+\b", text):

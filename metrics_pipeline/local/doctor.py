@@ -49,7 +49,7 @@ def examine(settings: Settings) -> list[Finding]:
         ),
         Finding("embedded", f"PostgreSQL {jars.POSTGRES}, Kafka {jars.KAFKA}, Debezium JDBC {jars.DEBEZIUM}"),
         Finding("processors", str(os.cpu_count())),
-        _memory(budget),
+        _memory(settings, budget),
         _disk(settings),
         _jars(settings),
         Finding("env file", f"{env_file()} ({'there' if env_file().exists() else 'the first `up` writes it'})"),
@@ -78,9 +78,10 @@ def _sink(settings: Settings) -> str:
     return f"SINK=copy: the COPY sink, {settings.sink_workers} workers; the stack runs no Kafka Connect"
 
 
-def _memory(budget: Budget) -> Finding:
-    enough = budget.total >= 3 * GIB
-    advice = "" if enough else ": the stack needs about 3 GiB, more is better"
+def _memory(settings: Settings, budget: Budget) -> Finding:
+    least = 3 + 0.5 * (settings.kafka_brokers + settings.connect_workers - 2)
+    enough = budget.total >= least * GIB
+    advice = "" if enough else f": the stack needs about {least:g} GiB, more is better"
     return Finding("memory", f"{budget.total / GIB:.1f} GiB ({budget.source}){advice}", enough)
 
 
