@@ -250,6 +250,16 @@ def test_doctor_names_what_is_in_the_way(run: Run, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "cache").exists()
 
 
+def test_doctor_counts_further_brokers_and_workers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PIPELINE_MEMORY_GB": "4", "KAFKA_BROKERS": "3", "CONNECT_WORKERS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    ended = run("doctor")
+    assert re.search(r"no +memory +4\.0 GiB \(PIPELINE_MEMORY_GB\): the stack needs about 4\.5 GiB", ended.out)
+    assert re.search(r"JVM heaps +3 x broker 240 MiB, 2 x Connect 384 MiB", ended.out)
+    monkeypatch.setenv("CONNECT_WORKERS", "1")
+    assert re.search(r"ok +memory", run("doctor").out)
+
+
 def test_up_refuses_a_folder_that_cannot_be_written(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("PIPELINE_DATA_DIR", str(tmp_path / "file" / "data"))
