@@ -99,6 +99,9 @@ class PipelineMetrics(Collector):
     def close(self) -> None:
         """Ask no more; a part that still owes an answer is not waited for."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        for part in self._parts.values():
+            if isinstance(part, _Reader):
+                part.close()
 
     def _ask(self) -> list[Metric]:
         for name, part in self._parts.items():
@@ -140,15 +143,21 @@ class PipelineMetrics(Collector):
             log.warning("%s is %s", name, "well again" if problem is None else f"down: {problem}")
 
 
-class _Session:
-    """One session of the read-only role, opened anew after an error."""
+class _Reader:
+    """Asks with a session of the read-only role, which is opened anew after an error."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._connection: postgres.Connection | None = None
 
-    def use(self, ask: Callable[[postgres.Connection], list[Metric]]) -> list[Metric]:
-        """Ask with it."""
+    def close(self) -> None:
+        """End the session."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def __call__(self) -> list[Metric]:
+        """Ask PostgreSQL."""
         if self._connection is None or self._connection.closed:
             self._connection = postgres.connect(
                 self._settings,
@@ -158,22 +167,17 @@ class _Session:
                 application_name="metrics-pipeline exporter",
             )
         try:
-            return ask(self._connection)
+            return self._figures(self._connection)
         except psycopg.Error:
-            self._connection.close()
-            self._connection = None
+            self.close()
             raise
 
+    def _figures(self, connection: postgres.Connection) -> list[Metric]:
+        raise NotImplementedError
 
-class Database:
+
+class Database(_Reader):
     """PostgreSQL's own counters, the sizes of our tables, and how many readings there are."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._session = _Session(settings)
-
-    def __call__(self) -> list[Metric]:
-        """Ask PostgreSQL."""
-        return self._session.use(self._figures)
 
     def _figures(self, connection: postgres.Connection) -> list[Metric]:
         counted = connection.execute(postgres.query("exporter_postgres")).fetchone()
@@ -213,17 +217,10 @@ class Database:
         return found
 
 
-class Producer:
+class Producer(_Reader):
     """Whether a producer reports to its ledger. Its own figures are on its own port, while it runs."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._session = _Session(settings)
-
-    def __call__(self) -> list[Metric]:
-        """Ask the ledger."""
-        return self._session.use(self._reports)
-
-    def _reports(self, connection: postgres.Connection) -> list[Metric]:
+    def _figures(self, connection: postgres.Connection) -> list[Metric]:
         row = connection.execute(postgres.query("exporter_producer"), {"seconds": PRODUCER_SECONDS}).fetchone()
         if row != (True,):
             raise ServiceError(f"no producer's run has reported for {PRODUCER_SECONDS} s")
