@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -289,6 +290,8 @@ def work(name: str, pipe: Connection) -> None:
     logging.getLogger("metrics_pipeline.librdkafka").setLevel(logging.CRITICAL)
     # Before numpy is there: its matrices are small, and threads of its own would only take turns with ours.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # The writer needs the interpreter often and briefly; by default it would wait 5 ms for the reader each time.
+    sys.setswitchinterval(0.0005)
     from metrics_pipeline.sink.worker import Worker
 
     worker = Worker(Settings.load(), name)

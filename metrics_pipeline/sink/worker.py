@@ -83,7 +83,8 @@ def consumer_config(settings: Settings) -> dict[str, Any]:
         "auto.offset.reset": "error",
         "partition.assignment.strategy": "cooperative-sticky",
         "session.timeout.ms": 10_000,
-        "heartbeat.interval.ms": 2_000,
+        # How long a rebalance waits until every member has heard of it, twice over with cooperative assignment.
+        "heartbeat.interval.ms": 300,
         "max.poll.interval.ms": 120_000,
         "fetch.min.bytes": 65_536,
         "fetch.wait.max.ms": 100,
