@@ -66,9 +66,11 @@ def test_the_copy_sink_in_connects_place_and_back(place: Pipeline) -> None:
     doctor = place.cli("doctor")
     assert "SINK=copy" in doctor.stdout
 
-    place.child("sink").send_signal(signal.SIGKILL)
-    place.wait("seen without a sink", lambda sample: not sample["sink"]["healthy"])
+    killed = place.child("sink")
+    killed.send_signal(signal.SIGKILL)
+    psutil.wait_procs([killed], timeout=10)
     place.wait("brought back", flows("copy"))
+    assert place.child("sink").pid != killed.pid
 
     keeper = StackState.read(place.data).keeper
     assert keeper is not None

@@ -44,23 +44,28 @@ def until(condition: Callable[[], object], seconds: float = 90) -> None:
 @contextmanager
 def running(stack: RunningStack, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A command of ours beside the test."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "metrics_pipeline", *arguments],
-        env=dict(stack.environment),
-        cwd=stack.settings.data_dir,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    log = stack.settings.data_dir / "logs" / f"test-{arguments[0]}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "metrics_pipeline", *arguments],
+            env=dict(stack.environment),
+            cwd=stack.settings.data_dir,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
     try:
         yield process
+    except BaseException:
+        print(log.read_text()[-5000:])  # noqa: T201  # shown by pytest when the test fails
+        raise
     finally:
         process.terminate()
         try:
-            process.communicate(timeout=60)
+            process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +141,7 @@ def test_one_sink_takes_over_from_the_other_under_load(stack: RunningStack, work
             stored[sink] += former - reached
             assert producer.poll() is None, "there was no load any more"
         producer.terminate()
-        said, _ = producer.communicate(timeout=60)
-        assert producer.returncode == 0, said
+        assert producer.wait(timeout=60) == 0
     after = verify(settings)
     assert problems(after) == problems(before)
     assert after.records - before.records == after.counts.compared - before.counts.compared > 80_000
