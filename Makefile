@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test unit integration lint types lock clean
+.PHONY: help up down test unit integration chaos lint types lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ unit: $(VENV)/.dev  ## unit tests, seconds
 
 integration: $(VENV)/.dev  ## tests on the real embedded stack
 	@$(BIN)/python -m pytest -m integration $(ARGS)
+
+chaos: $(VENV)/.dev  ## the COPY sink under crashes, restarts and pauses at full length, half an hour (ARGS=crashes for one)
+	@$(BIN)/python -m metrics_pipeline_tests.chaos $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and squawk
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
