@@ -15,7 +15,7 @@ import requests
 from metrics_pipeline import postgres, sinks, summaries
 from metrics_pipeline.connect import sink_state
 from metrics_pipeline.errors import PipelineError
-from metrics_pipeline.local.broker import broker_problem
+from metrics_pipeline.local import broker
 from metrics_pipeline.local.dagster import code_problem, daemon_problem, web_problem
 from metrics_pipeline.local.sink import sink_problem
 from metrics_pipeline.settings import Settings
@@ -114,8 +114,9 @@ class Sampler:
         return round(max(after - before, 0) / (last - then), 1) if last > then else None
 
     def _broker(self) -> Sample:
-        answer = _part(broker_problem(self._settings), self._settings.bootstrap_servers)
-        if answer["healthy"]:
+        answers, problem = broker.look(self._settings)
+        answer = _part(problem, self._settings.bootstrap_servers)
+        if answers:
             with suppress(PipelineError):
                 answer["lag"] = self._lag.total()
         return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -139,3 +140,28 @@ def test_ports_that_nobody_uses_need_not_be_free(tmp_path: Path) -> None:
     }
     assert unused_ports(settings(tmp_path, kafka_brokers=3, connect_workers=3, exporter=True)) & ours == {"sink_port"}
     assert "pgadmin_port" in unused_ports(settings(tmp_path))  # of docker compose
+
+
+@pytest.mark.parametrize(
+    ("given", "found", "expected"),
+    [
+        ({}, 1, (True, None)),
+        ({}, 0, (False, "no broker in the cluster yet")),
+        ({"kafka_brokers": 3}, 3, (True, None)),
+        ({"kafka_brokers": 3}, 2, (True, "1 of 3 brokers away")),
+        ({"kafka_brokers": 3, "kafka_url": "127.0.0.1:1"}, 1, (True, None)),
+    ],
+)
+def test_a_cluster_that_lacks_a_broker_works_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, object], found: int, expected: object
+) -> None:
+    metadata = SimpleNamespace(brokers=dict.fromkeys(range(1, found + 1)))
+    monkeypatch.setattr(broker, "_client", lambda addresses: SimpleNamespace(list_topics=lambda timeout: metadata))
+    assert broker.look(settings(tmp_path, **given)) == expected
+
+
+def test_a_broker_is_well_when_it_has_its_place_in_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = SimpleNamespace(brokers={1: None, 3: None})
+    monkeypatch.setattr(broker, "_client", lambda addresses: SimpleNamespace(list_topics=lambda timeout: metadata))
+    assert broker._no_answer("127.0.0.1:1", 3) is None
+    assert broker._no_answer("127.0.0.1:1", 2) == "broker 2 has not joined the cluster yet"

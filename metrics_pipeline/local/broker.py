@@ -182,15 +182,20 @@ def _service(settings: Settings, budget: Budget, jars: Sequence[Path], node: Nod
 
 def broker_problem(settings: Settings) -> str | None:
     """None when the broker answers, or all of them do, else why not."""
+    return look(settings)[1]
+
+
+def look(settings: Settings) -> tuple[bool, str | None]:
+    """Whether there is a broker to work with, and what is wrong; a cluster may lack one and work."""
     client = _client(settings.bootstrap_servers)
     try:
         found = len(client.list_topics(timeout=3).brokers)
     except KafkaException as error:
-        return f"no answer on {settings.bootstrap_servers}: {error.args[0].str()}"
+        return False, f"no answer on {settings.bootstrap_servers}: {error.args[0].str()}"
     if not found:
-        return "no broker in the cluster yet"
+        return False, "no broker in the cluster yet"
     missing = 0 if settings.kafka_url else settings.kafka_brokers - found
-    return f"{missing} of {settings.kafka_brokers} brokers away" if missing > 0 else None
+    return True, f"{missing} of {settings.kafka_brokers} brokers away" if missing > 0 else None
 
 
 def _no_answer(address: str, node: int) -> str | None:
