@@ -287,7 +287,7 @@ class Connect(_Placed):
             "metrics_pipeline_sink_task", "1 for the state that the connector's task is in", labels=["task", "state"]
         )
         for task in connect.sink_state(self._settings).tasks:
-            for state in {*TASK_STATES, task.state}:
+            for state in sorted({*TASK_STATES, task.state}):
                 family.add_metric([str(task.id), state], int(task.state == state))
         return [family]
 

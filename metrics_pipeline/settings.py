@@ -251,7 +251,7 @@ class Settings(ProducerSettings):
         1, "Kafka Connect workers of the embedded stack, 1 to 3, in one group", "stack"
     )
     exporter: bool = _setting(
-        False, "whether the embedded stack runs `metrics-pipeline exporter` (about 90 MB of memory)", "stack"
+        False, "whether the embedded stack runs `metrics-pipeline exporter` (about 80 MB of memory)", "stack"
     )
     pipeline_data_dir: Path = _setting(Path(".local"), "where the embedded stack keeps its data and logs", "stack")
     pipeline_cache_dir: Path | None = _setting(
