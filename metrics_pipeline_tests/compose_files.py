@@ -70,7 +70,8 @@ def _extended(service: Service, folder: Path) -> Service:
         return service
     own = {key: value for key, value in service.items() if key != "extends"}
     base = yaml.safe_load((folder / service["extends"]["file"]).read_text("utf-8"))["services"]
-    return _merge(base[service["extends"]["service"]], own)
+    whole: Service = _merge(base[service["extends"]["service"]], own)
+    return whole
 
 
 def _merge(below: Any, above: Any) -> Any:

@@ -70,8 +70,10 @@ def fetch() -> None:
 
 
 @container.command("connect")
-def run_connect() -> None:
+def run_connect(
+    jmx_port: Annotated[int, typer.Option("--jmx-port", help="where Prometheus finds the worker's figures")] = 9404,
+) -> None:
     """Become a Kafka Connect worker."""
     from metrics_pipeline.compose import connect
 
-    connect.run(Settings.load())
+    connect.run(Settings.load(), jmx_port=jmx_port)

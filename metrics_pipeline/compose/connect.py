@@ -7,7 +7,6 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from metrics_pipeline import sinks
@@ -69,12 +68,11 @@ def worker(settings: Settings, *, jmx_port: int = JMX_PORT) -> Worker:
     )
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, *, jmx_port: int = JMX_PORT) -> None:
     """Become the worker; does not return."""
-    made = worker(settings)
+    made = worker(settings, jmx_port=jmx_port)
     if settings.sink == "connect":
         _hand_over(settings)
-    Path(made.command[0]).stat()
     os.execve(made.command[0], made.command, dict(made.environment))  # noqa: S606  # no shell
 
 
