@@ -87,10 +87,12 @@ class Batch:
     def without(self, partitions: Iterable[int]) -> Batch:
         """The same batch without what comes from these partitions."""
         gone = set(partitions)
-        kept = np.array([message.partition() not in gone for message in self.messages], np.bool_)
+        chunks = {number: chunk for number, chunk in self.chunks.items() if number not in gone}
+        # By what is left, not by what goes: messages of partitions that went before are still among them.
+        kept = np.array([message.partition() in chunks for message in self.messages], np.bool_)
         return replace(
             self,
-            chunks={number: chunk for number, chunk in self.chunks.items() if number not in gone},
+            chunks=chunks,
             columns=self.columns.take(kept[self.columns.source]) if len(self.columns) else self.columns,
             rejects=[reject for reject in self.rejects if kept[reject.at]],
             tombstones=sum(
