@@ -34,6 +34,7 @@ from metrics_pipeline_tests.compose_files import (
     ports,
     project,
 )
+from metrics_pipeline_tests.documents import table
 
 BIN = Path(sys.executable).parent
 STACKS = [(MAIN,), (MAIN, CLUSTER)]
@@ -617,3 +618,31 @@ def test_the_workflow_runs_compose_for_real() -> None:
     yaml.safe_load(text)
     for piece in ("docker compose config", "docker compose up", "metrics-pipeline verify", "promtool"):
         assert piece in text, piece
+
+
+# The README
+
+
+def test_readme_lists_every_published_port() -> None:
+    listed = {
+        (row[0].strip("`"), re.findall(r"127\.0\.0\.1:(\d+)", row[1])[0], row[2].strip("`"))
+        for row in table(ROOT / "README.md", "## Docker compose")
+        if row[1].lstrip("<").startswith(("127.", "http"))
+    }
+    published = {(name, port.partition("-")[0]) for name, service in project().items() for _, port, _ in ports(service)}
+    assert {(name, port) for name, port, _ in listed} == published
+    for _, port, setting in listed:
+        assert field_default(setting).partition("-")[0] == port
+
+
+def test_readme_sizes_are_those_that_the_code_gives() -> None:
+    rows = table(ROOT / "README.md", "### Sizes")
+    sizes = [row for row in rows if row[0][0].isdigit()]
+    assert len(sizes) == 4
+    for _, gib, buffers, *_ in sizes:
+        assert postgres_memory(int(gib) * GIB)["shared_buffers"] == buffers
+    defaults = [
+        field_default(name)
+        for name in ("postgres_memory_gb", "redpanda_memory_gb", "redpanda_cores", "connect_memory_gb")
+    ]
+    assert defaults in [[row[1], *row[3:]] for row in sizes]
