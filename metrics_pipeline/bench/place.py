@@ -16,7 +16,7 @@ from typing import Final
 import psutil
 
 from metrics_pipeline import kafka, postgres
-from metrics_pipeline.bench.readings import empty_topic
+from metrics_pipeline.bench.readings import await_topic, empty_topic
 from metrics_pipeline.bench.table import start_sink_at
 from metrics_pipeline.connect import ConnectClient, ensure_connector
 from metrics_pipeline.errors import BusyError, ServiceError
@@ -88,6 +88,7 @@ def temporary(user: Settings, say: Say) -> Iterator[Place]:
             embedded.start(say, provision=False)
             postgres.migrate(settings)
             kafka.ensure_topic(settings)
+            await_topic(settings, TOPIC)
             processes = {service.name: service.process for service in embedded.services if service.process}
             yield Place(settings, environment.for_python(settings), processes, temporary=True, load_before=load)
         finally:
@@ -185,9 +186,14 @@ def _environment(user: Settings, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _as_interrupt(cancel: Callable[[], None]) -> Iterator[None]:
-    """Signals that end the program raise KeyboardInterrupt here, after `cancel`, so that everything is cleaned up."""
+    """The first signal that ends the program raises KeyboardInterrupt here, after `cancel`; further ones do nothing.
+
+    A second Ctrl-C would come while threads that start a service are waited for, and what they start would be left behind.
+    """
 
     def handle(_number: int, _frame: FrameType | None) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         cancel()
         raise KeyboardInterrupt
 

@@ -128,7 +128,7 @@ ONE = "WHERE ctid = (SELECT min(ctid) FROM metrics)"
     ("statement", "finding"),
     [
         (f"UPDATE metrics SET value = value + 1 {ONE}", "1 different"),
-        (f"UPDATE metrics SET tags = tags || 'more' {ONE}", "1 different"),
+        (f"UPDATE metrics SET tags = array_append(tags, 'more') {ONE}", "1 different"),
         (f"DELETE FROM metrics {ONE}", "1 lost"),
         (
             f"INSERT INTO metrics SELECT device_id, '2001-02-03Z', metric_name, value, tags FROM metrics {ONE}",
