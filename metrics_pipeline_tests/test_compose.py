@@ -261,8 +261,8 @@ def test_ports_inside_are_those_of_the_settings() -> None:
     assert inside["sink"] == [settings.sink_port]
     assert inside["exporter"] == [settings.exporter_port]
     assert inside["connect"] == [settings.connect_port]
-    command = services["code"]["command"]
-    assert command[command.index("-p") + 1] == str(settings.dagster_code_port)
+    health = services["code"]["healthcheck"]["test"]
+    assert health[health.index("-p") + 1] == str(settings.dagster_code_port)
     assert services["code"]["environment"]["DAGSTER_CODE_PORT"] == str(settings.dagster_code_port)
     assert str(settings.dagster_port) in services["webserver"]["command"]
     assert settings.sink_ports.startswith(f"{settings.sink_port}-")

@@ -61,6 +61,14 @@ def databases() -> None:
         typer.echo(line)
 
 
+@container.command("code")
+def run_code() -> None:
+    """Serve Dagster's definitions; ends the runs before itself."""
+    from metrics_pipeline.compose import code
+
+    raise typer.Exit(code.run(Settings.load()))
+
+
 @container.command("fetch")
 def fetch() -> None:
     """Fetch the locked jars of the Connect image."""

@@ -60,19 +60,6 @@ def services(settings: Settings) -> list[Service]:
             stop_seconds=20,
         )
 
-    code = [
-        "dagster",
-        "api",
-        "grpc",
-        "-m",
-        DEFINITIONS,
-        "-d",
-        str(ROOT),
-        "-h",
-        "127.0.0.1",
-        "-p",
-        str(settings.dagster_code_port),
-    ]
     web = [
         "dagster-webserver",
         "-h",
@@ -85,12 +72,19 @@ def services(settings: Settings) -> list[Service]:
     ]
     return [
         part("code", "Dagster code server", f"grpc://127.0.0.1:{settings.dagster_code_port}",
-             [*code, "--location-name", LOCATION, "--log-level", "warning"], lambda: code_problem(settings), ("databases",)),
+             code_command(settings, "127.0.0.1"), lambda: code_problem(settings), ("databases",)),
         part("webserver", "Dagster UI", settings.dagster_http, [*web, "--log-level", "warning"],
              lambda: web_problem(settings), ("code",)),
         part("daemon", "Dagster daemon", "", ["dagster-daemon", "run", "-w", str(workspace), "--log-level", "warning"],
              lambda: None, ("code",)),
     ]  # fmt: skip
+
+
+def code_command(settings: Settings, host: str) -> list[str]:
+    """What serves the definitions by gRPC, on DAGSTER_CODE_PORT."""
+    command = ["dagster", "api", "grpc", "-m", DEFINITIONS, "-d", str(ROOT)]
+    command += ["-h", host, "-p", str(settings.dagster_code_port)]
+    return [*command, "--location-name", LOCATION, "--log-level", "warning"]
 
 
 def prepare_home(settings: Settings) -> None:
