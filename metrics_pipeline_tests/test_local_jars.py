@@ -106,6 +106,7 @@ def test_the_committed_lock_is_whole() -> None:
     assert {jar.use for jar in locked} == {
         "kafka",
         "debezium",
+        "jmx",
         *(f"postgres-{name}" for name in jars.POSTGRES_PLATFORMS),
     }
     for jar in locked:

@@ -1,5 +1,5 @@
--- Rejected records that wait, in the order of their places behind one place, and none that was rejected after the replay began:
--- a record that is refused again would be published for ever.
+-- Rejected records that wait, in the order of their places behind one place.
+-- None that was rejected after the replay began: a record that is refused again would be published for ever.
 SELECT partition, "offset", key, payload
 FROM rejected_metrics
 WHERE

@@ -1,5 +1,5 @@
--- Which sink stores the readings, how many sessions the COPY sink has, and its offset in each partition of a topic (one row
--- of nulls when there is none).
+-- Which sink stores the readings, how many sessions the COPY sink has, and its offset in each partition of a topic.
+-- One row of nulls when there is no offset.
 SELECT
     s.active,
     (

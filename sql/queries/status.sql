@@ -1,5 +1,4 @@
--- How many rows were ever inserted (PostgreSQL's own counter), did a producer run report just now, which sink is active, and how
--- many sessions does the COPY sink have?
+-- Rows ever inserted (PostgreSQL's own counter), whether a producer run reported just now, the active sink, the COPY sink's sessions.
 SELECT
   (SELECT n_tup_ins FROM pg_stat_user_tables WHERE relid = 'public.metrics'::regclass),
   EXISTS (SELECT FROM producer_runs WHERE updated_at > now() - make_interval(secs => %(seconds)s)),
