@@ -100,10 +100,11 @@ class Sink(Child):
         self.workers = workers
         variables.setdefault("SINK_PORT", str(free_ports(1)[0]))
         self.http = f"http://127.0.0.1:{variables['SINK_PORT']}"
-        arguments = ["--workers", str(workers), *(["--session-ms", str(session_ms)] if session_ms else [])]
+        if session_ms is not None:
+            variables["CHAOS_SESSION_MS"] = str(session_ms)
         (place.settings.data_dir / "notes").mkdir(exist_ok=True)
         variables.setdefault("CHAOS_FOLDER", str(place.settings.data_dir / "notes"))
-        super().__init__(place, "sink", module, *arguments, **variables)
+        super().__init__(place, "sink", module, "--workers", str(workers), **variables)
 
     def status(self) -> dict[str, Any]:
         """What `/status` answers."""

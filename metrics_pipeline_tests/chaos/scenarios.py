@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psutil
 from confluent_kafka import KafkaError, Producer
@@ -64,7 +64,8 @@ class Outcome:
         """Let a sink store what is left, one that nobody disturbs unless another is given, and compare table and topic."""
         with ExitStack() as stack:
             if sink is None:
-                stack.enter_context(Sink(place))
+                # In a group of its own, which has no dead members to wait for.
+                stack.enter_context(Sink(place, CHAOS_GROUP=f"chaos-{uuid4()}"))
             self.report = verify(place.settings, timeout=120)
         report, counts = self.report, self.report.counts
         self.facts |= {"records": report.records, "rows": report.rows, "verify": report.lines()[0]}

@@ -1,22 +1,23 @@
 """The COPY sink as the tests run it: its workers may die at a named place, one place after another, and note what they try to write.
 
-    python -m metrics_pipeline_tests.chaos.sink --workers N [--session-ms N]
+    python -m metrics_pipeline_tests.chaos.sink --workers N
 
 It is the real command with the real workers; only what is patched below differs, and what is in the environment:
-`CHAOS_FOLDER` takes the notes, `CHAOS_PLACES` names the failpoints to use, separated by commas (none: nobody dies).
+`CHAOS_FOLDER` takes the notes, `CHAOS_PLACES` names the failpoints to use, separated by commas (none: nobody dies),
+`CHAOS_SESSION_MS` is how long the group waits for a dead worker, and `CHAOS_GROUP` is another group.
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import os
 import random
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from metrics_pipeline import cli
 from metrics_pipeline.sink import failpoint, supervisor, worker
@@ -26,6 +27,7 @@ from metrics_pipeline.sink.store import Store, Written
 FOLDER: Final = "CHAOS_FOLDER"
 PLACES: Final = "CHAOS_PLACES"
 SESSION: Final = "CHAOS_SESSION_MS"
+GROUP: Final = "CHAOS_GROUP"
 MARKS: Final = "marks"
 TRIES: Final = "tries"
 
@@ -56,11 +58,13 @@ def work(name: str, pipe: Connection, store: type[Store] = NotingStore) -> None:
         os.environ[failpoint.VARIABLE] = f"{place}={CHANCES[place]}"
         os.environ[failpoint.MARKS] = str(folder / MARKS)
     worker.Store = store  # type: ignore[attr-defined]
+    changes: dict[str, Any] = {}
     if session := os.environ.get(SESSION):
-        plain = worker.consumer_config
-        worker.consumer_config = lambda settings: (
-            plain(settings) | {"session.timeout.ms": int(session), "heartbeat.interval.ms": int(session) // 4}
-        )
+        changes |= {"session.timeout.ms": int(session), "heartbeat.interval.ms": int(session) // 4}
+    if group := os.environ.get(GROUP):
+        changes["group.id"] = group
+    plain = worker.consumer_config
+    worker.consumer_config = lambda settings: plain(settings) | changes
     _work(name, pipe)
 
 
@@ -105,15 +109,9 @@ def covered(spans: Iterable[tuple[int, int]]) -> int:
 
 def main(body: Callable[[str, Connection], None] = work) -> None:
     """Run the command `sink` with other workers."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--session-ms", type=int)
-    chosen = parser.parse_args()
-    if chosen.session_ms:
-        os.environ[SESSION] = str(chosen.session_ms)
     supervisor.work = body  # type: ignore[assignment]
     supervisor.LONGEST_PAUSE = LONGEST_PAUSE  # type: ignore[misc]
-    cli.app(["sink", "--workers", str(chosen.workers)])
+    cli.app(["sink", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

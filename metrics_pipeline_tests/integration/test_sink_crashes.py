@@ -33,7 +33,7 @@ def passed(outcome: Outcome) -> Outcome:
 
 
 def test_dying_at_each_place_changes_nothing(place: Place) -> None:
-    outcome = passed(scenarios.crashes(place, 1, workers=4, session_ms=SESSION_MS, seconds=180))
+    outcome = passed(scenarios.crashes(place, 1, workers=6, session_ms=SESSION_MS, seconds=180))
     assert set(outcome.facts["kills"]) == set(PLACES)
 
 
