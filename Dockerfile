@@ -10,7 +10,8 @@ COPY requirements/runtime.txt requirements/runtime.txt
 RUN /opt/venv/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements/runtime.txt
 COPY . .
 RUN /opt/venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e . \
- && /opt/venv/bin/python -m compileall -q metrics_pipeline
+ && /opt/venv/bin/python -m compileall -q metrics_pipeline \
+ && chmod -R a+rX .
 
 FROM build AS jars
 ENV PIPELINE_CACHE_DIR=/opt/jars
@@ -18,10 +19,11 @@ RUN /opt/venv/bin/metrics-pipeline container fetch
 
 FROM ${PYTHON} AS pipeline
 LABEL org.opencontainers.image.title="metrics-pipeline" org.opencontainers.image.licenses="MIT"
-# The numbers that metrics_pipeline/compose/secrets.py gives files to. Volumes take the owner of the folder they cover.
+# The numbers that metrics_pipeline/compose/secrets.py gives files to. Volumes take the owner of the folder they cover;
+# root without capabilities has to be able to enter it, too.
 RUN groupadd --gid 10001 pipeline \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/metrics-pipeline --shell /usr/sbin/nologin pipeline \
- && install --directory --owner=10001 --group=10001 --mode=0750 /var/lib/metrics-pipeline
+ && install --directory --owner=10001 --group=10001 --mode=0755 /var/lib/metrics-pipeline
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/metrics-pipeline /opt/metrics-pipeline
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
