@@ -39,6 +39,7 @@ BLOCKED_SECONDS: Final = 1.0
 """How long the reader waits for the writer before it pauses its partitions and only answers the group."""
 DRAIN_SECONDS: Final = 20.0
 """How long a revocation or a stop waits for the batch that is being written."""
+DRAIN_POLL_SECONDS: Final = 0.01
 STANDBY_SECONDS: Final = 1.0
 FIRST_DELAY: Final = 0.05
 LONGEST_DELAY: Final = 5.0
@@ -307,8 +308,6 @@ class Worker:
         self._writer = Writer(self._store, self._places, self.report, sleep=self._sleep)
         self._queue: Queue[Batch] = Queue(maxsize=1)
         self._written: deque[Batch] = deque()
-        self._idle = threading.Event()
-        self._idle.set()
         self._standby = threading.Event()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
@@ -362,6 +361,7 @@ class Worker:
             self._places.lose(self._places.all())
             with suppress(Empty):
                 self._queue.get_nowait()
+                self._queue.task_done()
             writer.join(DRAIN_SECONDS)
             consumer.close()
             self.report.lag = {}
@@ -454,6 +454,7 @@ class Worker:
     def _resolve(self, consumer: Consumer) -> set[int]:
         """Read where the partitions stand that are new or were forgotten, and consume from there; which were sought."""
         sought: set[int] = set()
+        commits: dict[int, int] | None = None
         for number in self._places.unknown():
             place = self._places.get(number)
             if place is None:
@@ -462,8 +463,10 @@ class Worker:
             low, high = consumer.get_watermark_offsets(target, timeout=kafka.TIMEOUT_SECONDS)
             offset = self._places_store.offsets([number]).get(number)
             if offset is None:
-                offset = self._first(number, low, high)
-                self._places_store.begin(number, offset)
+                # Never written: where the connector stands, else the earliest.
+                commits = kafka.committed(self._settings, CONNECTOR_GROUP) if commits is None else commits
+                first = commits.get(number, low)
+                self._places_store.begin(number, first if low <= first <= high else low)
                 continue  # the next round reads what is there now, ours or another worker's
             if not low <= offset <= high:
                 self._missing(number, offset, low, high)
@@ -479,11 +482,6 @@ class Worker:
             if self._places.set(number, place.epoch, offset, fresh=True):
                 consumer.resume([TopicPartition(TOPIC, number)])
         return sought
-
-    def _first(self, number: int, low: int, high: int) -> int:
-        """Where to begin a partition that this sink never wrote: the connector's committed offset, else the earliest."""
-        committed = kafka.committed(self._settings, CONNECTOR_GROUP).get(number)
-        return committed if committed is not None and low <= committed <= high else low
 
     def _missing(self, number: int, offset: int, low: int, high: int) -> None:
         """Offsets that the topic does not have: retention was faster, or the topic is another one of the same name."""
@@ -533,8 +531,9 @@ class Worker:
         """Wait until nothing is queued or being written any more."""
         deadline = time.monotonic() + DRAIN_SECONDS
         while time.monotonic() < deadline and not self._standby.is_set() and self._failure is None:
-            if self._queue.empty() and self._idle.wait(0.1) and self._queue.empty():
+            if not self._queue.unfinished_tasks:
                 return
+            time.sleep(DRAIN_POLL_SECONDS)
 
     def _write(self, over: threading.Event) -> None:
         while not over.is_set():
@@ -542,7 +541,6 @@ class Worker:
                 batch = self._queue.get(timeout=0.1)
             except Empty:
                 continue
-            self._idle.clear()
             try:
                 if (done := self._writer.write(batch, give_up=over.is_set)) is not None:
                     self._written.append(done)
@@ -554,7 +552,7 @@ class Worker:
                 self._failure = error
                 return
             finally:
-                self._idle.set()
+                self._queue.task_done()
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         numbers = [partition.partition for partition in partitions]
