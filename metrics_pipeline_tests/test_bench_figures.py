@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +14,8 @@ from metrics_pipeline.bench.figures import Spread, quantile, quantiles, ratio_of
 from metrics_pipeline.bench.live import Look
 from metrics_pipeline.bench.load import Beat
 from metrics_pipeline.bench.produce import figures
+from metrics_pipeline.bench.stopwatch import Timed
+from metrics_pipeline.bench.table import Stored
 from metrics_pipeline.errors import ServiceError, SettingError
 
 RATES = {"limit-2": [400.0, 500.0, 450.0], "copy-2": [200.0, 300.0, 180.0], "connect": [50.0, 40.0, 45.0]}
@@ -147,3 +151,31 @@ def test_a_producers_figures_leave_out_its_start_and_its_end() -> None:
     assert found["messages_per_second_of_a_second"] == {"median": 200_000, "low": 180_000, "high": 220_000}
     with pytest.raises(ServiceError, match="too short"):
         figures(beats[:3])
+
+
+BEGAN = datetime(2026, 11, 22, 20, 0, tzinfo=UTC)
+
+
+def after(seconds: float) -> datetime:
+    return BEGAN + timedelta(seconds=seconds)
+
+
+def test_the_clock_counts_what_began_after_the_first_commit() -> None:
+    timed = Timed.of(Stored(BEGAN, after(0.5), after(9.5), 2_000_000, 40, 1_900_000), after(11), {})
+    assert timed.rows_per_second == pytest.approx(1_900_000 / 9)
+    assert timed.steady
+    assert timed.by_commit_times
+
+
+@pytest.mark.parametrize("counted", [None, 0, 90_000])
+def test_the_clock_counts_everything_when_there_are_too_few_batches(counted: int | None) -> None:
+    timed = Timed.of(Stored(BEGAN, after(0.5), after(2), 200_000, 4, counted), after(3), {})
+    assert timed.rows_per_second == pytest.approx(200_000 / 2)
+    assert not timed.steady
+
+
+def test_the_clock_ends_when_all_is_seen_where_no_commit_times_are_kept() -> None:
+    timed = Timed.of(Stored(BEGAN, None, None, 200_000, 4, None), after(4), {})
+    assert timed.rows_per_second == pytest.approx(200_000 / 4)
+    assert not timed.steady
+    assert not timed.by_commit_times

@@ -38,7 +38,8 @@ EQUAL = Checked(1000, True, compared=True)
 
 
 def timed(rate: float, **costs: float) -> Timed:
-    return Timed(1000, 1000 / rate, {**costs, "total": sum(costs.values())}, 5, by_commit_times=True)
+    costs["total"] = sum(costs.values())
+    return Timed(1000, 800, 800 / rate, costs, 5, steady=True, by_commit_times=True)
 
 
 @pytest.fixture

@@ -65,6 +65,11 @@ def _drain(document: Document) -> Iterable[RenderableType]:
         f"{document['records']:,} records, {document['rounds']} rounds; medians. "
         f"The full table: {heap:,.0f} MiB and {index:,.0f} MiB of indexes."
     )
+    hasty = sorted({run["path"] for run in document["runs"] if not run["steady"]})
+    if hasty:
+        yield Text(
+            f"Too few records for a steady clock: {', '.join(hasty)} counted from the first transaction's begin."
+        )
     if document["correct"]:
         yield Text("After each run the table held exactly the topic's keys, values and tags.")
     for run in document["runs"]:

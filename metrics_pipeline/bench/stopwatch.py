@@ -1,8 +1,11 @@
 """The clock of a measurement, the same for every way into the table.
 
-It runs from the begin of the first transaction that stored a row to the commit of the last one, both as PostgreSQL
-wrote them down: nothing is polled for it. What happens before that, the start of processes and tasks and the reading
-of what the first transaction stores, is not counted for any of them; it is at most one batch of each worker.
+It runs from the first commit to the last one, and counts the rows of the transactions that began after the first commit:
+what was under way then, and the start of processes and tasks before it, neither costs a way time nor is a gift to it. All of
+this is read from the table afterwards (`created_at` is the begin of a row's transaction), so nothing is polled for it.
+
+Where that leaves less than half of the rows, because there are too few for more than a batch or two of each worker, or where
+PostgreSQL keeps no commit times, the clock runs from the begin of the first transaction to the end and counts all rows.
 
 CPU time is read twice: when the first page of rows appears in the table, and when all rows are seen to be stored.
 """
@@ -12,12 +15,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 from metrics_pipeline import postgres
 from metrics_pipeline.bench import cpu, table
 from metrics_pipeline.bench.paths import Way
 from metrics_pipeline.bench.place import Place
+from metrics_pipeline.bench.table import Stored
 from metrics_pipeline.errors import ServiceError
 
 START_SECONDS: Final = 120.0
@@ -31,23 +36,51 @@ class Timed:
 
     Attributes:
         rows: that were stored.
-        seconds: by the clock of this module.
+        counted: of these, by the clock of this module.
+        seconds: in which it counted them.
         cpu: microseconds of CPU a row by part of the pipeline.
         transactions: that stored the rows.
-        by_commit_times: whether the end is the last commit; else it is when all rows were seen to be stored, which is up
+        steady: whether the clock ran from the first commit; else from the begin of the first transaction.
+        by_commit_times: whether it ended with the last commit; else it is when all rows were seen to be stored, which is up
             to two seconds later for a connector.
     """
 
     rows: int
+    counted: int
     seconds: float
     cpu: dict[str, float]
     transactions: int
+    steady: bool
     by_commit_times: bool
 
     @property
     def rows_per_second(self) -> float:
         """Stored rows a second."""
-        return self.rows / self.seconds
+        return self.counted / self.seconds
+
+    @classmethod
+    def of(cls, stored: Stored, seen: datetime, costs: dict[str, float]) -> Timed:
+        """What the table and the meter tell.
+
+        Args:
+            stored: of the table.
+            seen: when all rows were seen to be stored.
+            costs: CPU microseconds a row by part.
+        """
+        end = stored.last_committed or seen
+        begin, counted = stored.first_committed, stored.rows_after_first or 0
+        steady = begin is not None and 2 * counted >= stored.rows
+        if begin is None or not steady:
+            begin, counted = stored.first_began, stored.rows
+        return cls(
+            rows=stored.rows,
+            counted=counted,
+            seconds=max((end - begin).total_seconds(), 1e-6),
+            cpu=costs,
+            transactions=stored.transactions,
+            steady=steady,
+            by_commit_times=stored.last_committed is not None,
+        )
 
 
 def time_way(
@@ -81,14 +114,7 @@ def time_way(
     finally:
         way.stop()
     stored = table.stored(connection, since)
-    end = stored.last_committed or seen
-    return Timed(
-        rows=stored.rows,
-        seconds=max((end - stored.first_began).total_seconds(), 1e-6),
-        cpu=cpu.per_row(before, after, stored.rows),
-        transactions=stored.transactions,
-        by_commit_times=stored.last_committed is not None,
-    )
+    return Timed.of(stored, seen, cpu.per_row(before, after, stored.rows))
 
 
 def _await_first_page(connection: postgres.Connection, way: Way, size: int) -> None:

@@ -28,17 +28,19 @@ class Stored:
 
     Attributes:
         first_began: begin of the first transaction that stored a row (`created_at`).
-        last_began: begin of the last one.
-        last_committed: commit of the last one; None where PostgreSQL does not keep commit times.
+        first_committed: the first commit; None where PostgreSQL does not keep commit times.
+        last_committed: the last one; None likewise.
         rows: stored since.
         transactions: that stored them; a transaction with savepoints may count as several.
+        rows_after_first: of the transactions that began after the first commit; None without commit times, or without any.
     """
 
     first_began: datetime
-    last_began: datetime
+    first_committed: datetime | None
     last_committed: datetime | None
     rows: int
     transactions: int
+    rows_after_first: int | None
 
 
 @dataclass(frozen=True, slots=True)
