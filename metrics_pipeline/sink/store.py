@@ -256,7 +256,15 @@ class Store:
             with session.transaction():
                 self._stage(session, columns, batch.tags)
         except (pg.DataError, pg.IntegrityError):
-            return self._bisect(session, columns, batch.tags)
+            refused = found = self._bisect(session, columns, batch.tags)
+            left = batch.columns
+            # A reading that was refused had taken the place of former ones of its key, which are as good as any.
+            while found and len(columns) < len(left):
+                left = left.take(~np.isin(left.source, [reject.at for reject in found]))
+                columns = latest(left)
+                found = self._bisect(session, columns, batch.tags)
+                refused = refused + found
+            return refused
         return None
 
     def _stage(self, session: postgres.Connection, columns: Columns, tags: Sequence[bytes]) -> None:
