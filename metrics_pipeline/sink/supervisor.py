@@ -72,6 +72,8 @@ class Supervisor:
 
     def __init__(self, settings: Settings, workers: int) -> None:
         self._settings = settings
+        # One heap for all threads of a worker: with glibc's default each keeps what it once needed. Read when a process begins.
+        os.environ.setdefault("MALLOC_ARENA_MAX", "2")
         # Spawned, not forked: librdkafka and libpq do not survive a fork.
         self._context = get_context("spawn")
         self._slots = [Slot(f"{os.getpid()}/{number}") for number in range(1, workers + 1)]

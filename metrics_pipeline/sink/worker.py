@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 CONSUMED_AT_ONCE: Final = 2000
 POLL_SECONDS: Final = 0.05
-BATCH_BYTES: Final = 24 << 20
+BATCH_BYTES: Final = 16 << 20
 """Bytes of messages after which a batch is written, however few they are."""
 BLOCKED_SECONDS: Final = 1.0
 """How long the reader waits for the writer before it pauses its partitions and only answers the group."""
@@ -307,7 +307,7 @@ class Worker:
         self._reader = Reader(self._places)
         self._writer = Writer(self._store, self._places, self.report, sleep=self._sleep)
         self._queue: Queue[Batch] = Queue(maxsize=1)
-        self._written: deque[Batch] = deque()
+        self._written: deque[dict[int, Chunk]] = deque()
         self._standby = threading.Event()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
@@ -404,6 +404,7 @@ class Worker:
                 if batch is not None:
                     self._failpoints.reach("decoded")
                     self._hand_over(consumer, batch)
+                del batch  # the writer's now
         if pending and (batch := self._reader.batch(pending)) is not None:
             self._hand_over(consumer, batch)
 
@@ -519,7 +520,7 @@ class Worker:
         """Tell the group what is in the database: for lag displays only, so that failures do not matter."""
         offsets: dict[int, int] = {}
         while self._written:
-            for number, chunk in self._written.popleft().chunks.items():
+            for number, chunk in self._written.popleft().items():
                 offsets[number] = chunk.stop
         ours = set(self._places.all())
         places = [TopicPartition(TOPIC, number, offset) for number, offset in offsets.items() if number in ours]
@@ -543,7 +544,7 @@ class Worker:
                 continue
             try:
                 if (done := self._writer.write(batch, give_up=over.is_set)) is not None:
-                    self._written.append(done)
+                    self._written.append(done.chunks)
             except StandbyError:
                 self._standby.set()
                 return
@@ -552,6 +553,7 @@ class Worker:
                 self._failure = error
                 return
             finally:
+                del batch  # tens of MB, which must not outlive the wait for the next one
                 self._queue.task_done()
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
