@@ -465,11 +465,16 @@ def _messages(settings: Settings, records: int, big: int) -> Iterator[list[tuple
 
 
 def _bulky(count: int) -> Iterator[tuple[bytes, bytes]]:
-    """Big messages: readings with an unknown field that long, which are good, and with tags that long, which are not."""
+    """Big messages: readings with an unknown field that long, which are good, and with tags that long, which are not.
+
+    Half of both are of one letter, so that a fetch of a megabyte holds a hundred of them; the others can hardly be compressed.
+    """
     device, start = UUID(int=0xB16), datetime(2026, 3, 1, tzinfo=UTC)
+    noise = random.Random(6).randbytes(BIG // 2).hex().encode()
     for number in range(count):
         key, value = encode(Reading(device, start + timedelta(seconds=number), 10, float(number), ["size:big"]))
-        filler = b"x" * (BIG - len(value) - 20)
+        length = BIG - len(value) - 20
+        filler = noise[:length] if number // 2 % 2 else b"x" * length
         if number % 2:
             yield key, value[:-1] + b',"note":"' + filler + b'"}'
         else:
