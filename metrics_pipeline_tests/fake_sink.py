@@ -170,6 +170,25 @@ class FakeEvent:
         return self._set
 
 
+class FakeCondition:
+    """`threading.Condition`; one look at what is waited for, and another after the others have run."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait_for(self, predicate: Callable[[], bool], timeout: float) -> bool:
+        if not predicate() and timeout > 0:
+            self._world.clock += timeout
+            pause("queue is full")
+        return predicate()
+
+
 class FakeQueue:
     """`queue.Queue` of one place."""
 
@@ -178,15 +197,19 @@ class FakeQueue:
         self._world = world
         self._items: list[Any] = []
         self.unfinished_tasks = 0
+        self.all_tasks_done = FakeCondition(world)
+
+    def put_nowait(self, item: Any) -> None:
+        if self._items:
+            raise Full
+        self._items.append(item)
+        self.unfinished_tasks += 1
 
     def put(self, item: Any, block: bool = True, timeout: float = 0.0) -> None:
         if self._items and block:
             self._world.clock += timeout
             pause("queue is full")
-        if self._items:
-            raise Full
-        self._items.append(item)
-        self.unfinished_tasks += 1
+        self.put_nowait(item)
 
     def get(self, timeout: float) -> Any:
         if not self._items:
@@ -458,8 +481,10 @@ class FakeSession:
 
     def _skip(self, values: Any) -> Found:
         offset, _, partition, expected = values
+        # Seen as it was when the statement began, unless the row itself has been changed meanwhile.
+        active = self._database.active == "copy"
         self._lock([partition])
-        if self._at(partition) != expected:
+        if self._at(partition) != expected or not active:
             return Found([], 0)
         self.changes.offsets[partition] = offset
         self.changes.skipped.append((partition, expected, offset))

@@ -204,9 +204,9 @@ class SinkMachine(RuleBasedStateMachine):
 
     # --- The other sink ---
 
-    @rule(rounds=st.integers(0, 3), number=numbers)
+    @rule(rounds=st.integers(0, 3), number=numbers, further=st.integers(0, 15))
     @precondition(lambda self: self.database.active == "copy" and len(self.database.offsets) == PARTITIONS)
-    def the_connector_takes_over(self, rounds: int, number: int) -> None:
+    def the_connector_takes_over(self, rounds: int, number: int, further: int) -> None:
         if any(session.locked for session in self.database.sessions):
             return
         session = FakeSession(self.database, None)
@@ -216,7 +216,8 @@ class SinkMachine(RuleBasedStateMachine):
         self.database.active = "connect"
         self.world.connector |= self.database.offsets
         session.end()
-        self.produce(number, [("good", 0)])
+        self.produce(number, [("good", 0), ("good", 1), ("good", 2), ("good", 0)])
+        self.everything_runs(further)
 
     @rule(number=numbers, records=st.integers(1, 5))
     @precondition(lambda self: self.database.active == "connect")
@@ -435,6 +436,10 @@ class BlindToOtherSinks(Store):
         with suppress(StandbyError):
             super()._lock(session, batch)
 
+    def _advance(self, session: postgres.Connection, batch: Batch) -> None:
+        changes = cast("FakeSession", session).changes
+        changes.offsets |= {chunk.partition: chunk.stop for chunk in batch.chunks.values()}
+
 
 class TrustsEveryAnswer(Store):
     """Takes a lost answer for a COMMIT."""
@@ -447,7 +452,7 @@ class TrustsEveryAnswer(Store):
 def test_a_wrong_store_is_caught(store: type[Store]) -> None:
     machine = type("BrokenMachine", (SinkMachine,), {"store": store})
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(machine, settings=PROFILE)
+        run_state_machine_as_test(machine, settings=settings(PROFILE, max_examples=400))
 
 
 def test_a_worker_without_epochs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,4 +460,4 @@ def test_a_worker_without_epochs_is_caught(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Places, "stale", lambda _self, _batch: [])
     machine = type("BrokenMachine", (SinkMachine,), {"store": WithoutComparison})
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(machine, settings=PROFILE)
+        run_state_machine_as_test(machine, settings=settings(PROFILE, max_examples=400))

@@ -121,11 +121,12 @@ class Store:
         session.commit()
 
     def skip(self, partition: int, expected: int, offset: int) -> bool:
-        """Move a partition whose records up to `offset` exist no more; False when it was not where expected."""
+        """Move a partition whose records up to `offset` exist no more; False when it was not where expected, or another sink is active."""
         session = self._session()
         moved = session.execute(
             "UPDATE sink_offsets SET next_offset = %s, updated_at = now() "
-            "WHERE topic = %s AND partition = %s AND next_offset = %s",
+            "WHERE topic = %s AND partition = %s AND next_offset = %s "
+            "AND (SELECT s.active = 'copy' FROM sink_state AS s)",
             [offset, TOPIC, partition, expected],
         ).rowcount
         session.commit()
