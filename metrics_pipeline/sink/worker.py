@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import Empty, Full, Queue
+from queue import Empty, Queue
 from typing import Any, Final, Protocol
 
 import psycopg
@@ -91,7 +91,7 @@ def consumer_config(settings: Settings) -> dict[str, Any]:
         "fetch.wait.max.ms": 100,
         "fetch.message.max.bytes": 1 << 20,
         "queued.min.messages": 50_000,
-        "queued.max.messages.kbytes": 24 << 10,
+        "queued.max.messages.kbytes": 16 << 10,
         # After the queue was full, go on at once instead of a second later.
         "fetch.queue.backoff.ms": 20,
     }
@@ -427,10 +427,11 @@ class Worker:
             consumer.resume([TopicPartition(TOPIC, number) for number in sorted(resolved)])
 
     def _offer(self, batch: Batch, seconds: float) -> bool:
-        try:
-            self._queue.put(batch, block=seconds > 0, timeout=seconds)
-        except Full:
-            return False
+        """Hand over once the batch before is written, so that there are never more than two: one decoded, one being written."""
+        with self._queue.all_tasks_done:
+            if not self._queue.all_tasks_done.wait_for(lambda: not self._queue.unfinished_tasks, seconds):
+                return False
+        self._queue.put_nowait(batch)
         return True
 
     def _good(self, messages: list[Any]) -> list[Any]:
