@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self
@@ -128,8 +128,15 @@ class Sink(Child):
 class Load(Child):
     """A producer that publishes until it is ended."""
 
-    def __init__(self, place: Place, **settings: int) -> None:
-        chosen: Mapping[str, int] = {"PRODUCER_MIN_METRICS": 1000, "PRODUCER_MAX_METRICS": 2000} | settings
+    def __init__(self, place: Place, rate: int) -> None:
+        """Start it.
+
+        Args:
+            place: where.
+            rate: readings a second, about.
+        """
+        # Four rounds a second, of between two thirds and four thirds of the mean.
+        chosen = {"PRODUCER_MIN_METRICS": rate // 6, "PRODUCER_MAX_METRICS": rate // 3}
         changed = [part for name, value in chosen.items() for part in ("--set", f"{name}={value}")]
         super().__init__(place, "producer", "metrics_pipeline", "produce", "--seconds", "86400", *changed)
 

@@ -35,6 +35,8 @@ from metrics_pipeline_tests.chaos.proxy import Proxy
 from metrics_pipeline_tests.chaos.stack import Place
 
 IN_TRANSACTION: Final = PLACES[PLACES.index("locked") : PLACES.index("committing") + 1]
+RATE: Final = 6000
+"""Readings a second: enough for a batch at each flush."""
 MEMORY_LIMIT: Final = 500_000_000
 """Bytes that a worker may use at its peak."""
 BIG: Final = 1_000_000
@@ -83,7 +85,7 @@ class _Postgres:
         self._place = place
         self._log = place.logs / "postgres.log"
         self._begin = self._log.stat().st_size
-        self._deadlocks, self._rollbacks = self._counts()
+        self._before = self._counts()
 
     def _counts(self) -> tuple[int, int]:
         # Sessions hand in their counts about once a second.
@@ -92,13 +94,10 @@ class _Postgres:
         one = self._place.one
         return int(one(f"SELECT deadlocks {which}")), int(one(f"SELECT xact_rollback {which}"))
 
-    def deadlocks(self) -> int:
-        """How many there were."""
-        return self._counts()[0] - self._deadlocks
-
-    def rollbacks(self) -> int:
-        """How many transactions were rolled back."""
-        return self._counts()[1] - self._rollbacks
+    def counted(self) -> tuple[int, int]:
+        """How many deadlocks there were, and how many transactions were rolled back."""
+        now = self._counts()
+        return now[0] - self._before[0], now[1] - self._before[1]
 
     def broken_off(self) -> int:
         """How many clients of the sink went away with a transaction open."""
@@ -116,6 +115,7 @@ def crashes(
     places: Sequence[str] = PLACES,
     module: str = SINK,
     session_ms: int | None = None,
+    rate: int = RATE,
     seconds: float = 1800,
 ) -> Outcome:
     """Workers kill themselves under load at each of the places.
@@ -127,12 +127,13 @@ def crashes(
         places: names of failpoints.
         module: the sink's entry point.
         session_ms: after which the group gives up a dead worker; None for the sink's own.
+        rate: readings a second.
         seconds: the longest that it may take.
     """
     outcome, notes = Outcome(), _notes(place, "crashes")
     postgres = _Postgres(place)
     variables = {"CHAOS_FOLDER": str(notes), "CHAOS_PLACES": ",".join(places)}
-    with Load(place) as load:
+    with Load(place, rate) as load:
         with Sink(place, workers, module=module, session_ms=session_ms, **variables) as sink:
 
             def enough() -> bool:
@@ -145,15 +146,16 @@ def crashes(
             status = sink.status()
             sink.kill()
         dead = chaos_sink.deaths(notes)
+    deadlocks, rollbacks = postgres.counted()
     again, broken_off = chaos_sink.delivered_again(notes), postgres.broken_off()
     outcome.facts |= {
         "kills": {name: dead[name] for name in places},
         "workers replaced": status["restarts"],
         "died inside a transaction, by the log": broken_off,
-        "transactions rolled back": postgres.rollbacks(),
+        "transactions rolled back": rollbacks,
         "records delivered again": again,
         "batches by path": status["batches"],
-        "deadlocks": postgres.deadlocks(),
+        "deadlocks": deadlocks,
     }
     outcome.require(again > 0, "void: no record was delivered again")
     if set(places) & set(IN_TRANSACTION):
@@ -166,16 +168,17 @@ def crashes(
     return outcome
 
 
-def restarts(place: Place, times: int = 3, *, bound: float = 60) -> Outcome:
+def restarts(place: Place, times: int = 3, *, bound: float = 60, rate: int = RATE) -> Outcome:
     """PostgreSQL is shut down at once and the broker killed, under load, again and again; the sink's processes stay.
 
     Args:
         place: where.
         times: how often each of them.
         bound: seconds in which readings must be stored again.
+        rate: readings a second.
     """
     outcome, waited = Outcome(), []
-    with Load(place) as load, Sink(place).ready() as sink:
+    with Load(place, rate) as load, Sink(place).ready() as sink:
         _progress(place, bound)
         for name, number in [("postgres", signal.SIGQUIT), ("broker", signal.SIGKILL)] * times:
             load.check()
@@ -199,11 +202,11 @@ def restarts(place: Place, times: int = 3, *, bound: float = 60) -> Outcome:
 
 
 def comings_and_goings(
-    place: Place, seconds: float = 120, *, period: float = 4, session_ms: int | None = None
+    place: Place, seconds: float = 120, *, period: float = 4, session_ms: int | None = None, rate: int = RATE
 ) -> Outcome:
     """Of two workers one is killed and another one added, every few seconds, under load; each is a process of its own."""
     outcome, postgres, killed = Outcome(), _Postgres(place), 0
-    with Load(place) as load, ExitStack() as stack:
+    with Load(place, rate) as load, ExitStack() as stack:
 
         def another() -> Sink:
             return stack.enter_context(Sink(place, 1, session_ms=session_ms))
@@ -225,7 +228,7 @@ def comings_and_goings(
             "seconds": seconds,
             "killed and added": killed,
             "periods in which readings were stored": moved,
-            "deadlocks": postgres.deadlocks(),
+            "deadlocks": postgres.counted()[0],
             "died inside a transaction, by the log": postgres.broken_off(),
         }
         for one in sinks:
@@ -242,7 +245,7 @@ def zombies(place: Place, times: int = 3, *, session_ms: int = 10_000) -> Outcom
     outcome = Outcome()
     bound = session_ms / 1000 + 30
     others, taken_over = [], []
-    with Load(place) as load, Sink(place, session_ms=session_ms).ready() as sink:
+    with Load(place, RATE) as load, Sink(place, session_ms=session_ms).ready() as sink:
         until(lambda: all(one["partitions"] for one in sink.status()["workers"]), 60, "both workers have partitions")
         for _ in range(times):
             _progress(place, 30)
@@ -294,7 +297,7 @@ def lost_replies(place: Place, cuts: int = 20) -> Outcome:
     outcome.require(sum(place.offsets().values()) == before, "void: the topic holds records that are not stored yet")
     with (
         closing(Proxy(place.settings.postgres_port)) as proxy,
-        Load(place) as load,
+        Load(place, RATE) as load,
         Sink(place, POSTGRES_PORT=str(proxy.port)).ready() as sink,
     ):
 
@@ -342,8 +345,8 @@ def memory(place: Place, records: int = 10_000_000, big: int = 1_000) -> Outcome
 
         until(drained, 120 + (records + 1000 * big) / 10_000, "the topic is drained", 0.5)
         seconds = time.monotonic() - began
-        status = sink.status()
         outcome.settle(place, sink)
+        status = sink.status()
     outcome.facts |= {
         "messages": filled,
         "peak of each worker, MB": [round(peak / 1e6) for peak in peaks.values()],

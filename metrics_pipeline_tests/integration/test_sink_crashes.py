@@ -16,6 +16,8 @@ from metrics_pipeline_tests.chaos.stack import Place, own_stack
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
+RATE = 1_500
+"""Readings a second: little to compare afterwards."""
 SESSION_MS = 6_000
 """The shortest that a broker allows: a dead worker's partitions are others' sooner."""
 
@@ -33,13 +35,19 @@ def passed(outcome: Outcome) -> Outcome:
 
 
 def test_dying_at_each_place_changes_nothing(place: Place) -> None:
-    outcome = passed(scenarios.crashes(place, 1, workers=6, session_ms=SESSION_MS, seconds=180))
+    outcome = passed(scenarios.crashes(place, 1, workers=6, session_ms=SESSION_MS, rate=RATE, seconds=180))
     assert set(outcome.facts["kills"]) == set(PLACES)
 
 
 def test_a_sink_that_commits_its_offsets_first_is_caught(place: Place) -> None:
     outcome = scenarios.crashes(
-        place, 1, places=["copied"], module="metrics_pipeline_tests.broken_sink", session_ms=SESSION_MS, seconds=60
+        place,
+        1,
+        places=["copied"],
+        module="metrics_pipeline_tests.broken_sink",
+        session_ms=SESSION_MS,
+        rate=RATE,
+        seconds=60,
     )
     assert outcome.report.counts.lost > 0
     assert "verify is NOT CLEAN" in outcome.problems
@@ -52,11 +60,11 @@ def test_a_sink_that_commits_its_offsets_first_is_caught(place: Place) -> None:
 
 
 def test_postgres_and_broker_restart_under_load(place: Place) -> None:
-    passed(scenarios.restarts(place, 1))
+    passed(scenarios.restarts(place, 1, rate=RATE))
 
 
 def test_workers_come_and_go(place: Place) -> None:
-    passed(scenarios.comings_and_goings(place, 20, session_ms=SESSION_MS))
+    passed(scenarios.comings_and_goings(place, 20, session_ms=SESSION_MS, rate=RATE))
 
 
 def test_a_worker_that_was_stopped_finds_itself_replaced(place: Place) -> None:
