@@ -89,7 +89,8 @@ def consumer_config(settings: Settings) -> dict[str, Any]:
         "max.poll.interval.ms": 120_000,
         "fetch.min.bytes": 65_536,
         "fetch.wait.max.ms": 100,
-        "fetch.message.max.bytes": 1 << 20,
+        # Compressed bytes: what one answer unpacks to must not fill the memory.
+        "fetch.message.max.bytes": 128 << 10,
         "queued.min.messages": 50_000,
         "queued.max.messages.kbytes": 16 << 10,
         # After the queue was full, go on at once instead of a second later.
