@@ -190,7 +190,7 @@ def written(draw: st.DrawFn) -> Written:
     return Written(draw(st.sampled_from([key, text(fields | extra)])), text(document | extra))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(st.lists(written(), min_size=1, max_size=12))
 def test_every_valid_form_is_stored_bit_for_bit(records: list[Written]) -> None:
     batch = agree([(record.key, record.value) for record in records])
@@ -209,7 +209,7 @@ def test_what_our_producers_write_is_stored_bit_for_bit(made: list[Reading]) -> 
         assert b"e" in number or len(number) > 22, wires[at]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.lists(numbers, min_size=1, max_size=20))
 def test_numbers_are_read_bit_for_bit(texts: list[str]) -> None:
     key, value = metric.encode(Reading(UUID(int=7), datetime(2026, 1, 1, tzinfo=UTC), 10, 1.5, []))
@@ -385,7 +385,7 @@ def changed(wire: tuple[bytes, bytes], chance: random.Random) -> tuple[bytes, by
     return key, value
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=120)
 @given(st.randoms(use_true_random=False), st.integers(1, 60), st.sampled_from([0.1, 0.5, 0.9, 1.0]))
 def test_the_fast_road_never_takes_what_the_strict_decoder_refuses(
     chance: random.Random, size: int, share: float
