@@ -19,7 +19,7 @@ from queue import Empty, Queue
 from typing import Any, Final, Protocol
 
 import psycopg
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from metrics_pipeline import kafka
 from metrics_pipeline.errors import PipelineError, ServiceError
@@ -41,6 +41,8 @@ DRAIN_SECONDS: Final = 20.0
 """How long a revocation or a stop waits for the batch that is being written."""
 DRAIN_POLL_SECONDS: Final = 0.01
 STANDBY_SECONDS: Final = 1.0
+STILL_SECONDS: Final = 5.0
+"""How long a partition may rest with records waiting before it is sought again."""
 FIRST_DELAY: Final = 0.05
 LONGEST_DELAY: Final = 5.0
 SAMPLES: Final = 16
@@ -301,6 +303,7 @@ class Worker:
         self._settings = settings
         self._failpoints = Failpoints()
         self.report = Report()
+        self._name = name
         self._store = Store(settings, name, self._failpoints)
         # The reader's own session: it must not wait for a transaction of the writer.
         self._places_store = Store(settings, f"{name} places")
@@ -308,6 +311,7 @@ class Worker:
         self._reader = Reader(self._places)
         self._writer = Writer(self._store, self._places, self.report, sleep=self._sleep)
         self._queue: Queue[Batch] = Queue(maxsize=1)
+        self._still: dict[int, tuple[int, float]] = {}
         self._written: deque[dict[int, Chunk]] = deque()
         self._standby = threading.Event()
         self._stop = threading.Event()
@@ -364,6 +368,11 @@ class Worker:
                 self._queue.get_nowait()
                 self._queue.task_done()
             writer.join(DRAIN_SECONDS)
+            if writer.is_alive():
+                # PostgreSQL does not answer it. It keeps what it has; two on one connection would mix up their transactions.
+                self._store = Store(self._settings, self._name, self._failpoints)
+                self._writer = Writer(self._store, self._places, self.report, sleep=self._sleep)
+                self._queue = Queue(maxsize=1)
             consumer.close()
             self.report.lag = {}
         if self._failure is not None:
@@ -424,6 +433,7 @@ class Worker:
                 if self._offer(batch, 0.0) or gone or (self._stop.is_set() and time.monotonic() > deadline):
                     return
         finally:
+            self._still.clear()
             resolved = set(self._places.all()) - set(self._places.unknown())
             consumer.resume([TopicPartition(TOPIC, number) for number in sorted(resolved)])
 
@@ -508,14 +518,33 @@ class Worker:
             )
 
     def _look(self, consumer: Consumer) -> None:
-        """How far the partitions are from their ends, from what the client knows without asking."""
-        lag = {}
+        """How far the partitions are from their ends; one that rests although records wait is sought again."""
+        lag, now = {}, time.monotonic()
         for number in self._places.all():
             place = self._places.get(number)
-            if place is not None and place.next is not None:
-                with suppress(KafkaException):
-                    _, high = consumer.get_watermark_offsets(TopicPartition(TOPIC, number), cached=True)
-                    lag[number] = max(0, high - place.next) if high >= 0 else 0
+            if place is None or place.next is None:
+                continue
+            at, since = self._still.get(number, (-1, now))
+            if at != place.next:
+                at, since = place.next, now
+            # What the client knows comes with what it fetches: of a partition that rests, the broker is asked.
+            rests = now - since > STILL_SECONDS
+            with suppress(KafkaException):
+                target = TopicPartition(TOPIC, number)
+                _, high = (
+                    consumer.get_watermark_offsets(target, timeout=1.0)
+                    if rests
+                    else consumer.get_watermark_offsets(target, cached=True)
+                )
+                lag[number] = max(0, high - place.next) if high >= 0 else 0
+            if rests:
+                since = now
+                if lag.get(number):
+                    log.warning(
+                        "partition %s rests at offset %s with %s records waiting: sought again", number, at, lag[number]
+                    )
+                    self._places.forget([number])
+            self._still[number] = at, since
         self.report.lag = lag
 
     def _commit(self, consumer: Consumer) -> None:
@@ -539,30 +568,32 @@ class Worker:
             time.sleep(DRAIN_POLL_SECONDS)
 
     def _write(self, over: threading.Event) -> None:
+        queue, writer = self._queue, self._writer
         while not over.is_set():
             try:
-                batch = self._queue.get(timeout=0.1)
+                batch = queue.get(timeout=0.1)
             except Empty:
                 continue
             try:
-                if (done := self._writer.write(batch, give_up=over.is_set)) is not None:
+                if (done := writer.write(batch, give_up=over.is_set)) is not None:
                     self._written.append(done.chunks)
             except StandbyError:
                 self._standby.set()
                 return
             except BaseException as error:
                 log.exception("the writer failed")
-                self._failure = error
+                if not over.is_set():
+                    self._failure = error
                 return
             finally:
                 del batch  # tens of MB, which must not outlive the wait for the next one
-                self._queue.task_done()
+                queue.task_done()
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         numbers = [partition.partition for partition in partitions]
         log.info("assigned: %s", numbers)
-        # Paused until it is known where they stand; the offset given here is never read from.
-        consumer.incremental_assign([TopicPartition(TOPIC, number, 0) for number in numbers])
+        # Paused until it is known where they stand. Not an offset of our own: one that is out of range would end the fetching.
+        consumer.incremental_assign([TopicPartition(TOPIC, number, OFFSET_BEGINNING) for number in numbers])
         consumer.pause([TopicPartition(TOPIC, number) for number in numbers])
         self._places.gain(numbers)
 
