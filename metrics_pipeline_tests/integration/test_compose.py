@@ -225,12 +225,10 @@ def _bring_up(made: Containers, jmx: int) -> None:
 
 
 def test_postgresql_takes_the_file_that_is_written_for_it(containers: Containers) -> None:
-    file = containers.folder / "metrics-pipeline.conf"
+    place = postgres.cluster(containers.settings, _archive(containers.settings))
+    file = place.home / "metrics-pipeline.conf"  # where PostgreSQL's account may read it
     command = [word if not word.startswith("/conf/") else str(file) for word in project()["postgres-conf"]["command"]]
     assert containers.run("secrets", command).returncode == 0
-    file.chmod(0o644)
-    containers.folder.chmod(0o755)
-    place = postgres.cluster(containers.settings, _archive(containers.settings))
     who = place.account.as_arguments() if place.account else {}
     for name, wanted in (("max_wal_size", "1024"), ("fsync", "on"), ("listen_addresses", "*"), ("work_mem", "8192")):
         done = subprocess.run(
