@@ -1,5 +1,6 @@
--- Move the offsets of partitions that are locked; one that is not where it was expected stays, and all do when another sink has
--- become the active one: a statement that waited for the locks does not see that, because it began before.
+-- Move the offsets of partitions that are locked; one that is not where it was expected stays.
+-- All of them stay when another sink has become the active one: a statement that waited for the locks does not see that, because it
+-- began before.
 UPDATE sink_offsets AS o
 SET next_offset = m.stop, updated_at = now()
 FROM unnest(%(partitions)s::integer[], %(starts)s::bigint[], %(stops)s::bigint[]) AS m (partition, start, stop)
