@@ -28,6 +28,9 @@ from metrics_pipeline.settings import CONNECTOR_GROUP, TOPIC, Settings
 TIMEOUT_SECONDS = 8.0
 """How long one request may take; the broker stands on the same machine or near it."""
 
+LEADER_SECONDS = 15.0
+"""How long the leaders of a new topic's partitions are waited for."""
+
 LIBRDKAFKA = logging.getLogger("metrics_pipeline.librdkafka")
 # librdkafka repeats "Connection refused" several times a second: without a handler of somebody's own it stays silent.
 LIBRDKAFKA.addHandler(logging.NullHandler())
@@ -117,8 +120,8 @@ def ensure_topic(settings: Settings, grow: bool = False) -> Change:
     """
     spec = topic_spec(settings)
     with _admin(settings) as admin:
-        if _partitions(admin) is None and _create(admin, spec):
-            _wait_for_leaders(admin, spec)
+        if _partitions(admin) is None and _create(settings, admin, spec):
+            await_topic(settings, spec.name, spec.partitions)
             return Change("created", [f"topic {spec.name} with {spec.partitions} partitions"])
         details = []
         existing, replicas = _shape(admin)
@@ -139,7 +142,7 @@ def ensure_topic(settings: Settings, grow: bool = False) -> Change:
                     f"set TOPIC_PARTITIONS_METRICS={existing}, or launch the `provision` job with grow_partitions: true"
                 )
             _done(admin.create_partitions([NewPartitions(spec.name, spec.partitions)]))
-            _wait_for_leaders(admin, spec)
+            await_topic(settings, spec.name, spec.partitions)
             details.append(f"partitions: {existing} → {spec.partitions}")
         wrong = _config_drift(admin, spec)
         if wrong:
@@ -153,6 +156,38 @@ def ensure_topic(settings: Settings, grow: bool = False) -> Change:
             _done(admin.incremental_alter_configs([resource]))
             details += [f"{name}: {found} → {spec.config[name]}" for name, found in wrong.items()]
     return Change("changed" if details else "unchanged", details)
+
+
+def await_topic(settings: Settings, name: str, partitions: int) -> None:
+    """Wait until every partition of a topic that was just made, or grew, answers.
+
+    The cluster's metadata name a partition's leader a moment before that broker knows that it is the one.
+
+    Args:
+        settings: where the broker is.
+        name: of the topic.
+        partitions: how many it has at least.
+
+    Raises:
+        ServiceError: the broker cannot be reached, or a partition does not answer for a quarter of a minute.
+    """
+    deadline = time.monotonic() + LEADER_SECONDS
+    with _consumer(settings) as consumer:
+        while True:
+            found = _partitions(consumer, name) or {}
+            problem = f"{len(found)} of {partitions} partitions are there"
+            try:
+                for number in found:
+                    consumer.get_watermark_offsets(TopicPartition(name, number), timeout=TIMEOUT_SECONDS)
+                if len(found) >= partitions:
+                    return
+            except KafkaException as error:
+                if error.args[0].name() in UNREACHABLE:
+                    raise
+                problem = error.args[0].str()
+            if time.monotonic() >= deadline:
+                raise ServiceError(f"topic {name} does not answer ({problem}): see `metrics-pipeline logs broker`")
+            time.sleep(0.1)
 
 
 def topic_drift(settings: Settings) -> list[str]:
@@ -302,10 +337,10 @@ def _done(futures: Mapping[Any, Future[_T]]) -> dict[Any, _T]:
     return {key: future.result() for key, future in futures.items()}
 
 
-def _partitions(admin: AdminClient | Consumer) -> dict[int, Any] | None:
-    """Metadata of the topic's partitions; None when there is no such topic."""
+def _partitions(admin: AdminClient | Consumer, name: str = TOPIC) -> dict[int, Any] | None:
+    """Metadata of a topic's partitions; None when there is no such topic."""
     # Asking for all topics: naming one that does not exist makes some brokers create it.
-    topic = admin.list_topics(timeout=TIMEOUT_SECONDS).topics.get(TOPIC)
+    topic = admin.list_topics(timeout=TIMEOUT_SECONDS).topics.get(name)
     return dict(topic.partitions) if topic is not None and topic.error is None else None
 
 
@@ -323,7 +358,7 @@ def _shape(admin: AdminClient) -> tuple[int, int]:
     return len(partitions), max(len(partition.replicas) for partition in partitions.values())
 
 
-def _create(admin: AdminClient, spec: TopicSpec) -> bool:
+def _create(settings: Settings, admin: AdminClient, spec: TopicSpec) -> bool:
     """False when somebody else created it at the same moment."""
     topic = NewTopic(spec.name, spec.partitions, spec.replication_factor, config=dict(spec.config))
     try:
@@ -331,19 +366,9 @@ def _create(admin: AdminClient, spec: TopicSpec) -> bool:
     except KafkaException as error:
         if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
             raise
-        _wait_for_leaders(admin, spec)
+        await_topic(settings, spec.name, 1)
         return False
     return True
-
-
-def _wait_for_leaders(admin: AdminClient, spec: TopicSpec) -> None:
-    deadline = time.monotonic() + 2 * TIMEOUT_SECONDS
-    while time.monotonic() < deadline:
-        partitions = _partitions(admin) or {}
-        if partitions and all(partition.leader >= 0 for partition in partitions.values()):
-            return
-        time.sleep(0.1)
-    raise ServiceError(f"topic {spec.name} has partitions without a leader: see `metrics-pipeline logs broker`")
 
 
 def _config_drift(admin: AdminClient, spec: TopicSpec) -> dict[str, str]:

@@ -25,7 +25,7 @@ class FakeBroker:
     """The cluster behind every FakeAdmin.
 
     `created_by_another` is a topic that appears when we want to create it, `members` are groups that consumers belong to,
-    `unsettled` is how often a question for a group comes too early.
+    `unsettled` is how often a question for a group comes too early, `leaderless` how often one for offsets does.
     """
 
     topics: dict[str, FakeTopic] = field(default_factory=dict)
@@ -35,6 +35,7 @@ class FakeBroker:
     down: bool = False
     members: set[str] = field(default_factory=set)
     unsettled: int = 0
+    leaderless: int = 0
 
     def add(self, name: str, topic: FakeTopic) -> None:
         """Have a topic, its settings laid over the defaults."""
@@ -113,6 +114,9 @@ class FakeConsumer(FakeAdmin):
     """A consumer that is only asked for offsets."""
 
     def get_watermark_offsets(self, place: TopicPartition, timeout: float = -1) -> tuple[int, int]:
+        if self._broker.leaderless:
+            self._broker.leaderless -= 1
+            raise KafkaException(KafkaError(KafkaError.NOT_LEADER_FOR_PARTITION, "Broker: Not leader for partition"))
         return self._broker.topics[place.topic].offsets[place.partition]
 
     def committed(self, places: list[TopicPartition], timeout: float = -1) -> list[TopicPartition]:

@@ -148,6 +148,22 @@ def test_a_real_client_gives_up_within_seconds(monkeypatch: pytest.MonkeyPatch) 
         kafka.topic_drift(settings(kafka_url="127.0.0.1:1"))
 
 
+def test_a_new_topic_is_there_when_its_leaders_answer(broker: FakeBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metadata name a leader before that broker knows it."""
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    broker.leaderless = 3
+    assert kafka.ensure_topic(settings()).state == "created"
+    assert broker.leaderless == 0
+    assert kafka.watermarks(settings())
+    broker.leaderless = 10**9
+    monkeypatch.setattr(kafka, "LEADER_SECONDS", 0.0)
+    with pytest.raises(ServiceError, match=r"topic metrics does not answer \(Broker: Not leader"):
+        kafka.await_topic(settings(), TOPIC, 1)
+    broker.leaderless = 0
+    with pytest.raises(ServiceError, match=r"topic other does not answer \(0 of 2 partitions are there"):
+        kafka.await_topic(settings(), "other", 2)
+
+
 def test_a_broker_that_has_just_started_is_asked_again(broker: FakeBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers that it does not coordinate the group, until its leaders are elected."""
     monkeypatch.setattr("time.sleep", lambda _seconds: None)

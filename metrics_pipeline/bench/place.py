@@ -16,7 +16,7 @@ from typing import Final
 import psutil
 
 from metrics_pipeline import kafka, postgres
-from metrics_pipeline.bench.readings import await_topic, empty_topic
+from metrics_pipeline.bench.readings import empty_topic
 from metrics_pipeline.bench.table import start_sink_at
 from metrics_pipeline.connect import ConnectClient, ensure_connector
 from metrics_pipeline.errors import BusyError, ServiceError
@@ -88,7 +88,6 @@ def temporary(user: Settings, say: Say) -> Iterator[Place]:
             embedded.start(say, provision=False)
             postgres.migrate(settings)
             kafka.ensure_topic(settings)
-            await_topic(settings, TOPIC)
             processes = {service.name: service.process for service in embedded.services if service.process}
             yield Place(settings, environment.for_python(settings), processes, temporary=True, load_before=load)
         finally:

@@ -6,7 +6,6 @@ import json
 import os
 import struct
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -35,7 +34,6 @@ ROUND: Final = timedelta(milliseconds=250)
 """How far the simulated clock moves from round to round."""
 
 WAIT_SECONDS: Final = 120.0
-LEADER_SECONDS: Final = 15.0
 
 Pair = tuple[bytes, bytes]
 Told = Callable[[str, int, int], None]
@@ -126,32 +124,13 @@ def _held(settings: Settings, topic: str) -> int:
     return sum(high - low for low, high in Reader(settings, topic).ends().values())
 
 
-def await_topic(settings: Settings, topic: str) -> None:
-    """Wait until a topic that was just made answers: its leaders are known a moment before they know it themselves.
-
-    Raises:
-        ServiceError: it does not, for a quarter of a minute.
-    """
-    deadline = time.monotonic() + LEADER_SECONDS
-    while True:
-        try:
-            if Reader(settings, topic).ends():
-                return
-            problem = ServiceError(f"topic {topic} is not there: see `metrics-pipeline logs broker`")
-        except ServiceError as error:
-            problem = error
-        if time.monotonic() > deadline:
-            raise problem
-        time.sleep(0.2)
-
-
 def make_baseline_topic(settings: Settings) -> None:
     """A new, empty topic for the baseline, with as many partitions as the real one."""
     drop_baseline_topic(settings)
     spec = kafka.topic_spec(settings)
     topic = NewTopic(BASELINE_TOPIC, spec.partitions, spec.replication_factor, config=dict(spec.config))
     _settle(settings, lambda admin: admin.create_topics([topic]), there=True)
-    await_topic(settings, BASELINE_TOPIC)
+    kafka.await_topic(settings, BASELINE_TOPIC, spec.partitions)
 
 
 def drop_baseline_topic(settings: Settings) -> None:

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-import stamina
 
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench.table import activate
-from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local import account, environment
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.local.stack import Stack, build
@@ -86,7 +84,6 @@ def own_stack(*, memory_gb: float = 4, keep: bool = False) -> Iterator[Place]:
             with postgres.connect_admin(settings, settings.metrics_database) as connection:
                 activate(connection, "copy")
             place = Place(settings, environment.for_python(settings), embedded)
-        _wait_for_the_topic(settings)
         yield place
     finally:
         if embedded is not None:
@@ -94,13 +91,6 @@ def own_stack(*, memory_gb: float = 4, keep: bool = False) -> Iterator[Place]:
         if not keep:
             shutil.rmtree(account.postgres_home(folder / "data", account.unprivileged()), ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait_for_the_topic(settings: Settings) -> None:
-    """The metadata name a new partition's leader a moment before that broker knows it is the one."""
-    for attempt in stamina.retry_context(on=ServiceError, timeout=15, wait_initial=0.1, wait_max=0.5):
-        with attempt:
-            kafka.watermarks(settings)
 
 
 @contextmanager
