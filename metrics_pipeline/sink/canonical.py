@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from metrics_pipeline.comparison import EPOCH
 from metrics_pipeline.metric import MetricName
 from metrics_pipeline.sink.tags import TagTable
 
@@ -43,7 +44,7 @@ _WORD: Final = np.dtype("<u8")
 _ZEROS: Final = np.uint64(0x3030303030303030)
 _DASHES: Final = (8, 13, 18, 23)
 _HEX_AT: Final = np.array([_UUID_AT + at for at in range(36) if at not in _DASHES])
-_EPOCH_DAY: Final = date(2000, 1, 1).toordinal()
+_EPOCH_DAY: Final = EPOCH.toordinal()
 
 
 def _word(text: bytes) -> np.uint64:

@@ -31,6 +31,8 @@ MOST_UPSERTS: Final = 64
 """Longest run of batches that are upserted without trying COPY alone again."""
 PIECE: Final = 1 << 18
 """Bytes handed to libpq at a time."""
+REFUSED: Final = (pg.DataError, pg.IntegrityError)
+"""What PostgreSQL raises when it refuses a value, rather than could not work."""
 
 _COLUMNS: Final = "(device_id, published_at, metric_name, value, tags)"
 _COPY: Final = f"COPY metrics {_COLUMNS} FROM STDIN (FORMAT binary)"
@@ -144,7 +146,7 @@ class Store:
         try:
             try:
                 return self._write(session, batch, upsert=self._upserts_left > 0)
-            except (pg.DataError, pg.IntegrityError) as error:
+            except REFUSED as error:
                 session.rollback()
                 if isinstance(error, pg.UniqueViolation):
                     # A replay has duplicates in every batch: after each failure COPY alone rests twice as long.
@@ -256,7 +258,7 @@ class Store:
         try:
             with session.transaction():
                 self._stage(session, columns, batch.tags)
-        except (pg.DataError, pg.IntegrityError):
+        except REFUSED:
             refused = found = self._bisect(session, columns, batch.tags)
             left = batch.columns
             # A reading that was refused had taken the place of former ones of its key, which are as good as any.
@@ -282,7 +284,7 @@ class Store:
                 with session.transaction():
                     self._stage(session, part, tags)
                     session.execute(b"DELETE FROM incoming_metrics")
-            except (pg.DataError, pg.IntegrityError) as error:
+            except REFUSED as error:
                 if len(part) == 1:
                     detail = clean(postgres.one_line(error))
                     refused.append(Reject(int(part.source[0]), "refused_by_database", detail))
@@ -323,11 +325,6 @@ def latest(columns: Columns) -> Columns:
         | (device[later] != device[former]).any(axis=1)
     )
     return columns.take(order[last])
-
-
-def is_data_error(error: BaseException) -> bool:
-    """Whether the database refused a value, rather than could not work."""
-    return isinstance(error, (pg.DataError, pg.IntegrityError))
 
 
 def reason_of(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, Queue
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import psycopg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
@@ -62,18 +62,6 @@ class Place:
     epoch: int
     next: int | None = None
     fresh: bool = True
-
-
-class StoreLike(Protocol):
-    """What a worker uses of `store.Store`."""
-
-    def active(self) -> bool: ...  # noqa: D102
-    def offsets(self, partitions: Iterable[int]) -> dict[int, int]: ...  # noqa: D102
-    def begin(self, partition: int, offset: int) -> None: ...  # noqa: D102
-    def skip(self, partition: int, expected: int, offset: int) -> bool: ...  # noqa: D102
-    def write(self, batch: Batch) -> Written: ...  # noqa: D102
-    def written(self, batch: Batch) -> bool: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
 
 
 def consumer_config(settings: Settings) -> dict[str, Any]:
@@ -163,9 +151,9 @@ class Places:
 class Reader:
     """Messages into batches: what belongs to a place and where it moves it."""
 
-    def __init__(self, places: Places, decoder: Decoder | None = None) -> None:
+    def __init__(self, places: Places) -> None:
         self._places = places
-        self._decoder = decoder or Decoder()
+        self._decoder = Decoder()
 
     def batch(self, messages: Sequence[Any]) -> Batch | None:
         """Decode what continues where the places stand, and move them; None when nothing does."""
@@ -204,19 +192,12 @@ class Writer:
     """Batches into the store, tried again until they are in it, or have turned out to be somebody else's."""
 
     def __init__(
-        self,
-        store: StoreLike,
-        places: Places,
-        report: Report,
-        *,
-        sleep: Callable[[float], object] = time.sleep,
-        clock: Callable[[], float] = time.time,
+        self, store: Store, places: Places, report: Report, *, sleep: Callable[[float], object] = time.sleep
     ) -> None:
         self._store = store
         self._places = places
         self._report = report
         self._sleep = sleep
-        self._clock = clock
         self._failing_since: float | None = None
 
     def write(self, batch: Batch, give_up: Callable[[], bool] = lambda: False) -> Batch | None:
@@ -284,7 +265,7 @@ class Writer:
         counts.batches[written.path] += 1
         for reject in written.rejects:
             counts.rejected[reject.reason] += 1
-        now = self._clock()
+        now = time.time()
         for message in batch.messages[:: max(1, len(batch.messages) // SAMPLES)]:
             kind, milliseconds = message.timestamp()  # type: ignore[attr-defined]  # of confluent_kafka's messages
             if kind:
@@ -616,7 +597,10 @@ class Worker:
         log.info("broker: %s", error.str())
 
     def _sleep(self, seconds: float) -> None:
-        self._stop.wait(seconds) if not self._stop.is_set() else time.sleep(min(seconds, 0.1))
+        if self._stop.is_set():
+            time.sleep(min(seconds, 0.1))
+        else:
+            self._stop.wait(seconds)
 
     def _state(self, state: str, reason: str) -> None:
         if (state, reason) != (self.report.state, self.report.reason):
