@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 
 from metrics_pipeline.bench import growth, paths, readings
 from metrics_pipeline.bench.place import _environment
-from metrics_pipeline.bench.readings import RowEncoder, checksum, simulated, with_schema
+from metrics_pipeline.bench.readings import checksum, encoded, simulated, with_schema
 from metrics_pipeline.connect import connector_config
-from metrics_pipeline.metric import Reading, connect_schema_value, decode
+from metrics_pipeline.metric import Reading, connect_schema_value, decode, encode
 from metrics_pipeline.records import tags_digest
 from metrics_pipeline.settings import Settings
+from metrics_pipeline.sink import rows
 from metrics_pipeline.spill import RECORD
+from metrics_pipeline_tests.fake_sink import FakeMessage
 
 NOW = datetime(2026, 11, 22, 20, 0, tzinfo=UTC)
 
@@ -68,10 +70,15 @@ def test_the_baseline_is_the_configuration_to_beat() -> None:
     )
 
 
+def row_of(reading: Reading) -> bytes:
+    """The one row between header and trailer."""
+    return encoded([FakeMessage(0, 0, *encode(reading))])[len(rows.BEGIN) : -len(rows.END)]
+
+
 def test_rows_are_what_binary_copy_reads() -> None:
     (pair,) = all_of(1)
     reading = decode(*pair)
-    row = RowEncoder().encode(reading)
+    row = row_of(reading)
     fields, rest = struct.unpack_from(">h", row)[0], row[2:]
     found = []
     for _ in range(fields):
@@ -91,7 +98,7 @@ def test_encoded_tags_are_those_that_the_comparison_expects(tags: list[str]) -> 
 
     base = decode(*all_of(1)[0])
     reading = Reading(base.device_id, base.published_at, base.metric_name, base.value, tags)
-    array = RowEncoder().encode(reading)[2 + 20 + 12 + 6 + 12 + 4 :]
+    array = row_of(reading)[2 + 20 + 12 + 6 + 12 + 4 :]
     assert hashlib.md5(array).digest() == tags_digest(tags)
 
 

@@ -21,11 +21,12 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench import table
 from metrics_pipeline.bench.place import Place
-from metrics_pipeline.bench.readings import BASELINE_TOPIC, COPY_COLUMNS, COPY_HEADER, COPY_TRAILER, Batch, Reference
+from metrics_pipeline.bench.readings import BASELINE_TOPIC, Batch, Reference
 from metrics_pipeline.connect import ConnectClient, connector_config
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local.service import tail
 from metrics_pipeline.settings import ROOT, TOPIC
+from metrics_pipeline.sink.store import COPY
 
 BASELINE_FILE: Final = ROOT / "connect" / f"{BASELINE_TOPIC}.json"
 LIMIT_NAME: Final = "metrics-pipeline bench limit"
@@ -275,17 +276,12 @@ class LimitWay(Way):
                     if self._stopped.is_set():
                         return
                     data = self._reference.data(batch)
-                    with connection.cursor() as cursor, cursor.copy(_COPY) as copy:
-                        copy.write(COPY_HEADER)
+                    with connection.cursor() as cursor, cursor.copy(COPY.encode()) as copy:
                         copy.write(data)
-                        copy.write(COPY_TRAILER)
                     connection.commit()
                     self._stored[number] += batch.rows
         except BaseException as error:  # raised again by `passed`
             self._errors.append(error)
-
-
-_COPY: Final = f"COPY metrics ({COPY_COLUMNS}) FROM STDIN (FORMAT binary)".encode()
 
 
 def end(child: subprocess.Popen[bytes]) -> None:

@@ -17,7 +17,7 @@ import psutil
 
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench.readings import empty_topic
-from metrics_pipeline.bench.table import start_sink_at
+from metrics_pipeline.bench.table import activate, start_sink_at
 from metrics_pipeline.connect import ConnectClient, ensure_connector
 from metrics_pipeline.errors import BusyError, ServiceError
 from metrics_pipeline.ledger import LOCK_KEY
@@ -143,7 +143,7 @@ def here(settings: Settings, say: Say, *, connect: bool = True) -> Iterator[Plac
             with _undisturbed():
                 with postgres.connect_admin(settings, settings.metrics_database) as connection:
                     connection.execute("TRUNCATE metrics")
-                    connection.execute("UPDATE sink_state SET active = %s", [active])
+                    activate(connection, active)
                 ends = empty_topic(settings)
                 with postgres.connect_admin(settings, settings.metrics_database) as connection:
                     start_sink_at(connection, ends)

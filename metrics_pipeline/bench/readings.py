@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,17 +13,18 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import numpy as np
-from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from metrics_pipeline import kafka
-from metrics_pipeline.comparison import EPOCH
-from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.errors import RecordError, ServiceError
 from metrics_pipeline.generator import Generator
-from metrics_pipeline.metric import Reading, connect_schema_key, connect_schema_value, decode
+from metrics_pipeline.metric import connect_schema_key, connect_schema_value
 from metrics_pipeline.publisher import client_config
 from metrics_pipeline.records import Decoder, Reader
 from metrics_pipeline.settings import TOPIC, Settings
+from metrics_pipeline.sink import batch as sinking
+from metrics_pipeline.sink import rows
 from metrics_pipeline.spill import RECORD, Rows, Spill, buckets_for
 
 BASELINE_TOPIC: Final = "bench-baseline"
@@ -38,13 +38,6 @@ WAIT_SECONDS: Final = 120.0
 Pair = tuple[bytes, bytes]
 Told = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is (0: unknown)."""
-
-COPY_COLUMNS: Final = "device_id, published_at, metric_name, value, tags"
-COPY_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
-COPY_TRAILER: Final = b"\xff\xff"
-_pack_row: Final = struct.Struct(">hi16siqihid").pack
-_int32: Final = struct.Struct(">i").pack
-_TEXT_OID: Final = 25
 
 
 # --- Into the topic ----------------------------------------------------------------------------------------------
@@ -236,16 +229,16 @@ class Reference:
         self._file.close()
 
     def data(self, batch: Batch) -> bytes:
-        """The rows of a batch, without header and trailer. May be called from several threads."""
+        """What COPY takes for a batch. May be called from several threads."""
         return os.pread(self._file.fileno(), batch.size, batch.start)
 
-    def keep(self, partition: int, rows: list[bytes]) -> None:
+    def keep(self, partition: int, messages: Sequence[Any]) -> None:
         """Append a batch."""
-        data = b"".join(rows)
+        data = encoded(messages)
         start = self.batches[-1].start + self.batches[-1].size if self.batches else 0
         self._file.write(data)
         self._file.flush()
-        self.batches.append(Batch(partition, start, len(data), len(rows)))
+        self.batches.append(Batch(partition, start, len(data), len(messages)))
 
 
 def read_reference(
@@ -269,8 +262,8 @@ def read_reference(
     total = sum(ends.values()) - sum(low.values())
     reference = Reference(Spill(folder, RECORD, buckets_for(total)), low, ends)
     reference._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, SLF001  # closed with the reference
-    encoder, decoder = RowEncoder(), Decoder()
-    waiting: dict[int, list[bytes]] = {partition: [] for partition in marks}
+    decoder = Decoder()
+    waiting: dict[int, list[Any]] = {partition: [] for partition in marks}
     for messages in Reader(settings, TOPIC).read(low, ends):
         entries = decoder.entries(messages)
         if len(entries) != len(messages):
@@ -279,48 +272,25 @@ def read_reference(
         reference.count += len(entries)
         reference.checksum = (reference.checksum + checksum(entries)) % 2**64
         for message in messages if batch_rows else ():
-            partition, row = encoder.row(message)
-            rows = waiting[partition]
-            rows.append(row)
-            if len(rows) == batch_rows:
-                reference.keep(partition, rows)
-                rows.clear()
+            partition = message.partition() or 0
+            waiting[partition].append(message)
+            if len(waiting[partition]) == batch_rows:
+                reference.keep(partition, waiting[partition])
+                waiting[partition].clear()
         told("reading the topic", reference.count, total)
-    for partition, rows in waiting.items():
-        if rows:
-            reference.keep(partition, rows)
+    for partition, left in waiting.items():
+        if left:
+            reference.keep(partition, left)
     return reference
 
 
-class RowEncoder:
-    """Encodes readings as rows of a binary COPY of `COPY_COLUMNS`."""
+def encoded(messages: Sequence[Any]) -> bytes:
+    """The data of a binary COPY of these messages' readings, as the COPY sink would send it.
 
-    def __init__(self) -> None:
-        self._tags: dict[tuple[str, ...], bytes] = {}
-
-    def row(self, message: Message) -> tuple[int, bytes]:
-        """Partition and row of a message.
-
-        Raises:
-            RecordError: it is not of the wire format.
-        """
-        return message.partition() or 0, self.encode(decode(message.key(), message.value()))
-
-    def encode(self, reading: Reading) -> bytes:
-        """The row of a reading."""
-        since = reading.published_at - EPOCH
-        micros = (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
-        head = _pack_row(5, 16, reading.device_id.bytes, 8, micros, 2, reading.metric_name, 8, reading.value)
-        known = tuple(reading.tags)
-        if (tags := self._tags.get(known)) is None:
-            tags = self._tags[known] = _array(reading.tags)
-        return head + tags
-
-
-def _array(tags: list[str]) -> bytes:
-    """A field that holds a `text[]`."""
-    if not tags:
-        return _int32(12) + struct.pack(">iii", 0, 0, _TEXT_OID)
-    elements = b"".join(_int32(len(data)) + data for data in (tag.encode() for tag in tags))
-    array = struct.pack(">iiiii", 1, 0, _TEXT_OID, len(tags), 1) + elements
-    return _int32(len(array)) + array
+    Raises:
+        RecordError: one is not of the wire format.
+    """
+    batch = sinking.Decoder().decode(messages, {})
+    for reject in batch.rejects:
+        raise RecordError(reject.reason, reject.detail)
+    return b"".join(rows.encode(batch.columns, batch.tags))

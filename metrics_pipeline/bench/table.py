@@ -96,7 +96,7 @@ def start_sink_at(connection: postgres.Connection, offsets: Mapping[int, int]) -
 
 def activate(connection: postgres.Connection, sink: Literal["connect", "copy"]) -> None:
     """Say which sink stores."""
-    connection.execute("UPDATE sink_state SET active = %s, changed_at = now()", [sink])
+    connection.execute(postgres.query("sink_activate"), {"active": sink})
 
 
 def pages(connection: postgres.Connection) -> int:

@@ -35,7 +35,7 @@ REFUSED: Final = (pg.DataError, pg.IntegrityError)
 """What PostgreSQL raises when it refuses a value, rather than could not work."""
 
 _COLUMNS: Final = "(device_id, published_at, metric_name, value, tags)"
-_COPY: Final = f"COPY metrics {_COLUMNS} FROM STDIN (FORMAT binary)"
+COPY: Final = f"COPY metrics {_COLUMNS} FROM STDIN (FORMAT binary)"
 _COPY_INCOMING: Final = f"COPY incoming_metrics {_COLUMNS} FROM STDIN (FORMAT binary)"
 _INCOMING: Final = (
     "CREATE TEMPORARY TABLE IF NOT EXISTS incoming_metrics "
@@ -197,7 +197,7 @@ class Store:
         self._failpoints.reach("advanced")
         rejects, path = batch.rejects, self._path(batch, upsert=upsert)
         if path == "copy":
-            self._copy(session, _COPY, batch.columns, batch.tags)
+            self._copy(session, COPY, batch.columns, batch.tags)
         elif path == "upsert":
             refused = self._upsert(session, batch)
             if refused is not None:
