@@ -276,8 +276,10 @@ class Producer:
 
 def _start_undisturbed(thread: threading.Thread) -> None:
     """Start a thread with signals held back, since `Thread.start` waits on a lock; the thread keeps them blocked."""
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    # Asked for first: a handler of a signal that came just before raises out of the call that blocks.
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         thread.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
