@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from metrics_pipeline.bench import growth, paths, readings
 from metrics_pipeline.bench.place import _environment
 from metrics_pipeline.bench.readings import checksum, encoded, simulated, with_schema
 from metrics_pipeline.connect import connector_config
+from metrics_pipeline.errors import RecordError
 from metrics_pipeline.metric import Reading, connect_schema_value, decode, encode
 from metrics_pipeline.records import tags_digest
 from metrics_pipeline.settings import Settings
@@ -44,6 +46,24 @@ def test_steps_of_growth_share_no_key() -> None:
     keys = [key for end in ends for key, _ in all_of(8_000, end)]
     assert len(keys) == len(set(keys)) == 24_000
     assert ends[-1] == NOW
+
+
+@pytest.mark.parametrize("every", [1, 7, 100])
+def test_one_reading_in_so_many_is_spoilt_in_one_of_three_ways(every: int) -> None:
+    good = all_of(1_000)
+    found = [pair for round_ in readings.spoilt(simulated(Settings(), 1_000, NOW), every) for pair in round_]
+    assert [key for key, _ in found] == [key for key, _ in good]
+    reasons = Counter[str]()
+    for at, (pair, original) in enumerate(zip(found, good, strict=True)):
+        if at % every:
+            assert pair == original
+            continue
+        with pytest.raises(RecordError) as refused:
+            decode(*pair)
+        reasons[refused.value.reason] += 1
+    assert len(reasons) == 3
+    assert max(reasons.values()) - min(reasons.values()) <= 1
+    assert sum(reasons.values()) == -(-1_000 // every)
 
 
 def test_messages_of_the_baseline_carry_their_schema() -> None:

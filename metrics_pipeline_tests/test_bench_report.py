@@ -89,6 +89,16 @@ def test_a_drain_for_people(drained: Drain) -> None:
     assert "NOT EQUAL" not in text
 
 
+def test_what_bad_records_cost_is_told_by_path(drained: Drain) -> None:
+    assert drained.document()["ratios_with_bad_records"] == {}
+    assert "bad" not in shown(drained.document())
+    drained.paths += ("copy-2-bad",)
+    drained.bad_every = 100
+    drained.runs += [Run("copy-2-bad", number, timed(196.0, sink=4.5), EQUAL) for number in (1, 2)]
+    assert drained.document()["ratios_with_bad_records"] == {"copy-2": pytest.approx(0.8)}
+    assert "copy-2 keeps 0.80 of its rate with 1 in 100 records bad" in shown(drained.document())
+
+
 def test_a_drain_as_markdown(drained: Drain) -> None:
     lines = report.markdown(drained.document()).splitlines()
     assert len({line.count("|") for line in lines}) == 1

@@ -59,6 +59,10 @@ def drain(
     records: Annotated[int, typer.Option("--records", min=1000, help="records in the topic")] = 2_000_000,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="times that each path drains them")] = 5,
     paths: Annotated[str, typer.Option("--paths", help="which ones, separated by commas")] = ALL_PATHS,
+    bad_every: Annotated[
+        int,
+        typer.Option("--bad-every", metavar="N", min=0, help="let the COPY sink drain one bad record in N, too; 0: no"),
+    ] = 0,
     changed: Changed = None,
     chart: Chart = None,
     as_json: Json = False,
@@ -73,7 +77,7 @@ def drain(
     settings = Settings.load(**_overrides(changed))
     connect = any(name.startswith("connect") for name in names)
     with _place(settings, here=here, yes=yes, connect=connect) as place, _progress() as told:
-        document = measure(place, records, rounds, names, told, _say).document()
+        document = measure(place, records, rounds, names, told, _say, bad_every=bad_every).document()
     _finish(document, chart, as_json=as_json)
 
 

@@ -21,6 +21,9 @@ from metrics_pipeline.records import Reader
 BASES: Final = ("limit-1", "limit-2", "connect", "connect-baseline")
 """What the others are divided by."""
 
+BAD: Final = "-bad"
+"""Ends the name of a path in the rounds with bad records among the good ones."""
+
 MakeWay = Callable[[Place, str, str, Reference], Way]
 
 
@@ -50,6 +53,7 @@ class Drain:
         rounds: that were asked for.
         paths: in the order of the first round.
         surroundings: see `surroundings.describe`.
+        bad_every: one in as many records is bad in the rounds of the paths that end in `-bad`; 0 for no such rounds.
         runs: in the order in which they were made.
         table: sizes of the full table, in bytes.
     """
@@ -58,6 +62,7 @@ class Drain:
     rounds: int
     paths: tuple[str, ...]
     surroundings: dict[str, Any]
+    bad_every: int = 0
     runs: list[Run] = field(default_factory=list)
     table: dict[str, int] = field(default_factory=dict)
 
@@ -81,6 +86,7 @@ class Drain:
             "correct": self.correct,
             "records": self.records,
             "rounds": self.rounds,
+            "bad_every": self.bad_every,
             **self.surroundings,
             "table": {"rows": self.records, **self.table},
             "paths": {path: self._summary(path, own) for path, own in rates.items()},
@@ -89,6 +95,9 @@ class Drain:
                 base: {path: asdict(spread) for path, spread in ratios(rates, base).items()}
                 for base in BASES
                 if base in rates
+            },
+            "ratios_with_bad_records": {
+                path: ratio_of_medians(rates, path)[path + BAD] for path in rates if path + BAD in rates
             },
             "runs": [
                 {
@@ -146,6 +155,7 @@ def drain(
     told: Told,
     say: Callable[[str], None] = lambda _line: None,
     make: MakeWay = paths.make,
+    bad_every: int = 0,
 ) -> Drain:
     """Fill the topic once, then let each path drain it into an empty table, `rounds` times.
 
@@ -160,6 +170,8 @@ def drain(
         told: told how far it is.
         say: told each run's rate.
         make: makes a way; replaced by tests.
+        bad_every: when not 0, the topic is then filled anew with one bad record in as many, and the COPY sink's paths
+            drain that, too: no other path isolates a bad record.
 
     Raises:
         PipelineError: a part of the pipeline failed.
@@ -168,40 +180,63 @@ def drain(
     baseline = "connect-baseline" in names
     if baseline:
         readings.make_baseline_topic(settings)
-    found = Drain(records, rounds, tuple(names), surroundings.describe(place))
+    found = Drain(records, rounds, tuple(names), surroundings.describe(place), bad_every)
     stamp = datetime.now(UTC)
     try:
-        readings.fill(settings, readings.simulated(settings, records, stamp), records, told, baseline=baseline)
-        with (
-            readings.read_reference(
-                settings, settings.data_dir, told, batch_rows=settings.sink_flush_rows
-            ) as reference,
-            postgres.connect_admin(settings, settings.metrics_database) as connection,
-        ):
-            for number in range(rounds):
-                for name in order(names, number):
-                    told(f"preparing {name}", 0, 0)
-                    table.empty(connection)
-                    table.activate(connection, "connect")
-                    table.start_sink_at(connection, reference.low)
-                    way = make(place, name, f"bench-{stamp:%H%M%S}-{name}-{number + 1}", reference)
-                    target = sum(high for _, high in Reader(settings, way.topic).ends().values())
-                    first = target - records
-
-                    def show(passed: int, name: str = name, number: int = number, first: int = first) -> None:
-                        told(f"round {number + 1} of {rounds}: {name}", max(0, passed - first), records)
-
-                    timed = time_way(place, connection, way, target, show)
-                    told(f"comparing after {name}", 0, 0)
-                    known = any(run.path == name for run in found.runs)
-                    checked = table.check(settings, reference, full=not known)
-                    found.runs.append(Run(name, number + 1, timed, checked))
-                    found.table = table.size(connection)
-                    say(_line(found.runs[-1]))
+        simulated = readings.simulated(settings, records, stamp)
+        readings.fill(settings, simulated, records, told, baseline=baseline)
+        with readings.read_reference(
+            settings, settings.data_dir, told, batch_rows=settings.sink_flush_rows
+        ) as reference:
+            _take_turns(place, found, names, reference, told, say, make)
     finally:
         if baseline:
             readings.drop_baseline_topic(settings)
+    if copying := [name for name in names if bad_every and name.startswith("copy-")]:
+        found.paths += tuple(name + BAD for name in copying)
+        readings.empty_topic(settings)
+        rounds_of_them = readings.spoilt(readings.simulated(settings, records, stamp), bad_every)
+        readings.fill(settings, rounds_of_them, records, told)
+        bad = -(-records // bad_every)
+        with readings.read_reference(settings, settings.data_dir, told, bad=bad) as reference:
+            _take_turns(place, found, copying, reference, told, say, make, suffix=BAD)
     return found
+
+
+def _take_turns(
+    place: Place,
+    found: Drain,
+    names: Sequence[str],
+    reference: Reference,
+    told: Told,
+    say: Callable[[str], None],
+    make: MakeWay,
+    suffix: str = "",
+) -> None:
+    settings = place.settings
+    with postgres.connect_admin(settings, settings.metrics_database) as connection:
+        for number in range(found.rounds):
+            for name in order(names, number):
+                label = name + suffix
+                told(f"preparing {label}", 0, 0)
+                table.empty(connection)
+                table.activate(connection, "connect")
+                table.start_sink_at(connection, reference.low)
+                way = make(place, name, f"bench-{datetime.now(UTC):%H%M%S}-{name}-{number + 1}", reference)
+                target = sum(high for _, high in Reader(settings, way.topic).ends().values())
+                first = target - found.records
+
+                def show(passed: int, label: str = label, number: int = number, first: int = first) -> None:
+                    told(f"round {number + 1} of {found.rounds}: {label}", max(0, passed - first), found.records)
+
+                timed = time_way(place, connection, way, target, show)
+                told(f"comparing after {label}", 0, 0)
+                known = any(run.path == label for run in found.runs)
+                checked = table.check(settings, reference, full=not known)
+                found.runs.append(Run(label, number + 1, timed, checked))
+                if not suffix:
+                    found.table = table.size(connection)
+                say(_line(found.runs[-1]))
 
 
 def _line(run: Run) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,25 @@ def simulated(settings: Settings, count: int, end: datetime) -> Iterator[list[Pa
         count -= len(readings)
         if readings:
             yield readings
+
+
+def spoilt(rounds: Iterable[list[Pair]], every: int) -> Iterator[list[Pair]]:
+    """The same readings, of which one in `every` is bad: no JSON, an unknown metric, or text for a value, in turn."""
+    at = 0
+    for readings in rounds:
+        found = list(readings)
+        for number in range(-at % every, len(found), every):
+            key, value = found[number]
+            how = (at + number) // every % 3
+            if how == 0:
+                value = value[:-1]
+            elif how == 1:
+                value = re.sub(rb'"metric_name":[0-9]+', b'"metric_name":70000', value)
+            else:
+                value = re.sub(rb'"value":[^,]+', b'"value":"abc"', value)
+            found[number] = key, value
+        at += len(readings)
+        yield found
 
 
 def with_schema(readings: Iterable[Pair]) -> list[Pair]:
@@ -206,8 +226,9 @@ class Reference:
         records: to compare with.
         low: first offset by partition.
         ends: offset after the last record by partition.
-        count: of records.
-        checksum: of all of them.
+        count: of good records.
+        bad: how many others there are, which must become rejects.
+        checksum: of all good ones.
         batches: in the order of the topic; each a partition's.
     """
 
@@ -215,6 +236,7 @@ class Reference:
     low: Mapping[int, int]
     ends: Mapping[int, int]
     count: int = 0
+    bad: int = 0
     checksum: int = 0
     batches: list[Batch] = field(default_factory=list)
     _file: Any = None
@@ -242,7 +264,13 @@ class Reference:
 
 
 def read_reference(
-    settings: Settings, folder: Path, told: Told, *, batch_rows: int = 0, start: Mapping[int, int] | None = None
+    settings: Settings,
+    folder: Path,
+    told: Told,
+    *,
+    batch_rows: int = 0,
+    start: Mapping[int, int] | None = None,
+    bad: int = 0,
 ) -> Reference:
     """Read the topic.
 
@@ -252,9 +280,10 @@ def read_reference(
         told: told how far it is.
         batch_rows: rows of a batch; the last ones of each partition have fewer. 0 for no batches.
         start: first offset by partition; default: the first one there is.
+        bad: how many records are not of the wire format on purpose; then there can be no batches.
 
     Raises:
-        ServiceError: the broker sends no more, or a record is not of the wire format.
+        ServiceError: the broker sends no more, or other records than `bad` are not of the wire format.
     """
     marks = kafka.watermarks(settings)
     low = {partition: (start or {}).get(partition, first) for partition, (first, _) in marks.items()}
@@ -266,7 +295,8 @@ def read_reference(
     waiting: dict[int, list[Any]] = {partition: [] for partition in marks}
     for messages in Reader(settings, TOPIC).read(low, ends):
         entries = decoder.entries(messages)
-        if len(entries) != len(messages):
+        reference.bad += len(messages) - len(entries)
+        if reference.bad > bad:
             raise ServiceError(f"topic {TOPIC} holds records that are not of the wire format: empty it first")
         reference.records.append(entries)
         reference.count += len(entries)
@@ -277,7 +307,7 @@ def read_reference(
             if len(waiting[partition]) == batch_rows:
                 reference.keep(partition, waiting[partition])
                 waiting[partition].clear()
-        told("reading the topic", reference.count, total)
+        told("reading the topic", reference.count + reference.bad, total)
     for partition, left in waiting.items():
         if left:
             reference.keep(partition, left)

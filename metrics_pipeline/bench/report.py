@@ -70,6 +70,8 @@ def _drain(document: Document) -> Iterable[RenderableType]:
         yield Text(
             f"Too few records for a steady clock: {', '.join(hasty)} counted from the first transaction's begin."
         )
+    for path, ratio in document["ratios_with_bad_records"].items():
+        yield Text(f"{path} keeps {ratio:.2f} of its rate with 1 in {document['bad_every']:,} records bad.")
     if document["correct"]:
         yield Text("After each run the table held exactly the topic's keys, values and tags.")
     for run in document["runs"]:

@@ -139,17 +139,24 @@ def size(connection: postgres.Connection) -> dict[str, int]:
 
 
 def check(settings: Settings, reference: Reference, *, full: bool) -> Checked:
-    """Compare the table with the topic: by a checksum over all rows, and key by key when asked or when that differs."""
+    """Compare the table with the topic: by a checksum over all rows, and key by key when asked or when that differs.
+
+    Each bad record of the topic must have become a reject.
+    """
     rows, found = 0, 0
     with ExitStack() as spills:
         kept = spills.enter_context(Spill(_folder(settings), ROW, reference.records.buckets)) if full else None
         with postgres.connect(settings, "metrics_reader") as connection:
             take_snapshot(connection)
+            (rejects,) = connection.execute("SELECT count(*) FROM rejected_metrics").fetchone() or (0,)
             for entries in read_rows(connection):
                 rows += len(entries)
                 found = (found + checksum(entries)) % 2**64
                 if kept is not None:
                     kept.append(entries)
+        if rejects != reference.bad:
+            wrong = f"{rejects:,} rejects, expected {reference.bad:,}"
+            return Checked(rows, False, compared=False, findings=(wrong,))
         equal = (rows, found) == (reference.count, reference.checksum)
         if kept is None:
             return Checked(rows, True, compared=False) if equal else check(settings, reference, full=True)

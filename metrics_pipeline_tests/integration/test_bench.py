@@ -134,6 +134,10 @@ ONE = "WHERE ctid = (SELECT min(ctid) FROM metrics)"
             f"INSERT INTO metrics SELECT device_id, '2001-02-03Z', metric_name, value, tags FROM metrics {ONE}",
             "1 unexpected",
         ),
+        (
+            "INSERT INTO rejected_metrics (topic, partition, \"offset\", reason, detail) VALUES ('metrics', 0, 0, 'x', 'x')",
+            "1 rejects, expected 0",
+        ),
     ],
 )
 def test_a_tampered_table_is_not_correct(bench: Place, statement: str, finding: str) -> None:
@@ -164,6 +168,22 @@ def test_a_checksum_alone_sees_it_in_later_rounds(bench: Place) -> None:
     found = drain(bench, 5_000, 2, ["limit-2"], *QUIET, make=make)
     assert [run.checked.equal for run in found.runs] == [True, False]
     assert "1 lost" in found.runs[1].checked.findings
+
+
+def test_bad_records_among_the_good_ones_are_measured_too(bench: Place) -> None:
+    readings.empty_topic(bench.settings)
+    found = drain(bench, RECORDS, 1, ["limit-1", "copy-1"], *QUIET, bad_every=100)
+    assert found.correct, found.runs
+    assert [(run.path, run.checked.rows) for run in found.runs] == [
+        ("limit-1", RECORDS),
+        ("copy-1", RECORDS),
+        ("copy-1-bad", RECORDS * 99 // 100),
+    ]
+    document = found.document()
+    ratios = document["ratios"]["limit-1"]
+    assert document["ratios_with_bad_records"]["copy-1"] == pytest.approx(ratios["copy-1-bad"] / ratios["copy-1"])
+    # What is left in the topic is not of the wire format: the next test begins with an empty one.
+    readings.empty_topic(bench.settings)
 
 
 def test_connectors_drain_the_same_readings(bench: Place) -> None:
