@@ -120,7 +120,7 @@ def ensure_topic(settings: Settings, grow: bool = False) -> Change:
     """
     spec = topic_spec(settings)
     with _admin(settings) as admin:
-        if _partitions(admin) is None and _create(settings, admin, spec):
+        if _partitions(admin, spec.name) is None and _create(settings, admin, spec):
             await_topic(settings, spec.name, spec.partitions)
             return Change("created", [f"topic {spec.name} with {spec.partitions} partitions"])
         details = []
@@ -198,7 +198,7 @@ def topic_drift(settings: Settings) -> list[str]:
     """
     spec = topic_spec(settings)
     with _admin(settings) as admin:
-        if _partitions(admin) is None:
+        if _partitions(admin, spec.name) is None:
             return [f"topic {spec.name} does not exist"]
         partitions, replicas = _shape(admin)
         found = []
@@ -337,7 +337,7 @@ def _done(futures: Mapping[Any, Future[_T]]) -> dict[Any, _T]:
     return {key: future.result() for key, future in futures.items()}
 
 
-def _partitions(admin: AdminClient | Consumer, name: str = TOPIC) -> dict[int, Any] | None:
+def _partitions(admin: AdminClient | Consumer, name: str) -> dict[int, Any] | None:
     """Metadata of a topic's partitions; None when there is no such topic."""
     # Asking for all topics: naming one that does not exist makes some brokers create it.
     topic = admin.list_topics(timeout=TIMEOUT_SECONDS).topics.get(name)
@@ -345,7 +345,7 @@ def _partitions(admin: AdminClient | Consumer, name: str = TOPIC) -> dict[int, A
 
 
 def _existing(admin: AdminClient | Consumer) -> dict[int, Any]:
-    partitions = _partitions(admin)
+    partitions = _partitions(admin, TOPIC)
     if partitions is None:
         raise ServiceError(
             f"topic {TOPIC} does not exist: run `dagster job execute -m metrics_pipeline.definitions -j provision`"
