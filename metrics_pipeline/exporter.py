@@ -334,7 +334,7 @@ class Dagster:
         return [family]
 
 
-class Exporter:
+class Exporter(WebServer):
     """`/metrics` for Prometheus, `/health` for whoever looks after the exporter itself.
 
     Args:
@@ -344,24 +344,11 @@ class Exporter:
     def __init__(self, settings: Settings) -> None:
         self.metrics = PipelineMetrics(settings)
         routes = [Route("/metrics", self._metrics), Route("/health", self._health)]
-        self._server = WebServer(routes, settings.exporter_port, "EXPORTER_PORT", settings.listen_host)
-
-    @property
-    def port(self) -> int:
-        """Where it listens."""
-        return self._server.port
-
-    def start(self) -> None:
-        """Take the port and answer.
-
-        Raises:
-            BusyError: the port is taken.
-        """
-        self._server.start()
+        super().__init__(routes, settings.exporter_port, "EXPORTER_PORT", settings.listen_host)
 
     def stop(self) -> None:
-        """Give the port back."""
-        self._server.stop()
+        """Give the port back, and ask the parts no more."""
+        super().stop()
         self.metrics.close()
 
     # Not coroutines, so that a scrape which waits for a part keeps nobody else waiting.

@@ -89,7 +89,7 @@ class ProducerMetrics(Collector):
             yield GaugeMetricFamily(f"metrics_producer_{name}", text, value=value)
 
 
-class HealthServer:
+class HealthServer(WebServer):
     """The producer's endpoints."""
 
     def __init__(
@@ -117,24 +117,7 @@ class HealthServer:
             Route("/status", self._status),
             Route("/metrics", self._metrics),
         ]
-        self._server = WebServer(routes, port, "PRODUCER_PORT", host)
-
-    @property
-    def port(self) -> int:
-        """Where it listens."""
-        return self._server.port
-
-    def start(self) -> None:
-        """Take the port and answer.
-
-        Raises:
-            BusyError: the port is taken.
-        """
-        self._server.start()
-
-    def stop(self) -> None:
-        """Give the port back."""
-        self._server.stop()
+        super().__init__(routes, port, "PRODUCER_PORT", host)
 
     async def _health(self, _: Request) -> Response:
         now = self._snapshot()
