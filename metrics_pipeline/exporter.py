@@ -259,11 +259,7 @@ class Broker(_Placed):
         ]
         place = self._position()
         try:
-            lag = (
-                kafka.lag_from(self._settings, place.offsets)
-                if place.active == "copy"
-                else kafka.consumer_lag(self._settings, CONNECTOR_GROUP)
-            )
+            lag = sinks.lag_at(self._settings, place)
         except ServiceError as error:
             log.debug("no lag: %s", error)  # no topic yet, or its leader is being elected
             return found

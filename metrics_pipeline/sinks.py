@@ -102,11 +102,18 @@ def lag(settings: Settings) -> kafka.Lag:
     Raises:
         ServiceError: PostgreSQL or the broker cannot be used, or the topic does not exist.
     """
-    return _lag(settings, position(settings))
+    return lag_at(settings, position(settings))
 
 
-def _lag(settings: Settings, place: Position) -> kafka.Lag:
-    return kafka.lag_from(settings, place.offsets) if place.active == "copy" else kafka.consumer_lag(settings)
+def lag_at(settings: Settings, place: Position) -> kafka.Lag:
+    """The same for a position that is known already; PostgreSQL is not asked.
+
+    Raises:
+        ServiceError: the broker cannot be used, or the topic does not exist.
+    """
+    if place.active == "copy":
+        return kafka.lag_from(settings, place.offsets)
+    return kafka.consumer_lag(settings, CONNECTOR_GROUP)
 
 
 class LagMeter:
@@ -131,7 +138,7 @@ class LagMeter:
         except ServiceError:
             if self._last is None:
                 raise
-        return _lag(self._settings, self._last).total
+        return lag_at(self._settings, self._last).total
 
 
 def sink_problem(settings: Settings) -> str | None:
