@@ -12,10 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from starlette.responses import Response
+from starlette.routing import Route
 
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local import service as module
-from metrics_pipeline.local.service import ProcessId, Service, identify, tail
+from metrics_pipeline.local.service import ProcessId, Service, http_problem, identify, tail
+from metrics_pipeline.web import WebServer
 
 READY = "print('ready', flush=True)\n"
 SLEEP = f"import time\n{READY}time.sleep(60)\n"
@@ -274,3 +277,17 @@ def test_tail_reads_the_end_of_a_long_file(tmp_path: Path) -> None:
     path.write_text("".join(f"line {number}\n" for number in range(100_000)))
     assert tail(path, 2) == ["line 99998", "line 99999"]
     assert tail(tmp_path / "none", 5) == []
+
+
+def test_only_an_answer_of_success_is_no_problem() -> None:
+    server = WebServer(
+        [Route("/well", lambda _: Response()), Route("/ill", lambda _: Response(status_code=503))], 0, "-"
+    )
+    server.start()
+    place = f"127.0.0.1:{server.port}"
+    try:
+        assert http_problem(f"http://{place}/well") is None
+        assert http_problem(f"http://{place}/ill") == f"no answer on {place} (HTTPError)"
+    finally:
+        server.stop()
+    assert http_problem(f"http://{place}/well") == f"no answer on {place} (ConnectionError)"

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
-
-import requests
 
 from metrics_pipeline.local import broker, java
 from metrics_pipeline.local.budget import Budget
-from metrics_pipeline.local.service import Service
+from metrics_pipeline.local.service import Service, http_problem
 from metrics_pipeline.settings import ROOT, Settings
 
 WORKER_FILE = ROOT / "connect" / "worker.properties"
@@ -89,9 +86,4 @@ def _service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: P
 
 def connect_problem(url: str) -> str | None:
     """None when the worker answers and has joined its group, else why not."""
-    try:
-        answer = requests.get(f"{url}/connectors", timeout=5)
-        answer.raise_for_status()
-    except requests.RequestException as error:
-        return f"no answer on {urlsplit(url).netloc} ({type(error).__name__})"
-    return None
+    return http_problem(f"{url}/connectors")

@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
+import requests
 
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local.account import Account
@@ -230,6 +232,15 @@ def _family(process: psutil.Process, session: int | None) -> set[psutil.Process]
                 if os.getsid(pid) == session:
                     family.add(psutil.Process(pid))
     return family
+
+
+def http_problem(url: str) -> str | None:
+    """None when a GET succeeds within five seconds, else why not: a `check` of a service that speaks HTTP."""
+    try:
+        requests.get(url, timeout=5).raise_for_status()
+    except requests.RequestException as error:
+        return f"no answer on {urlsplit(url).netloc} ({type(error).__name__})"
+    return None
 
 
 def tail(path: Path, lines: int) -> list[str]:
