@@ -7,6 +7,7 @@ the one that takes over begins where the other one is known to have stored every
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import psycopg
 from metrics_pipeline import connect, kafka, postgres
 from metrics_pipeline.change import Change
 from metrics_pipeline.connect import PATIENCE_SECONDS, ConnectClient
-from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings
 
 Kind = Literal["connect", "copy"]
@@ -35,6 +36,8 @@ NO_WORKER: Final = (
     "or everything with `SINK=copy metrics-pipeline up`"
 )
 _NAMES: Final[dict[Kind, str]] = {"connect": "Kafka Connect", "copy": "the COPY sink"}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,20 @@ def hand_back(settings: Settings) -> list[str]:
         "the readings are stored by Kafka Connect, before by the COPY sink",
         *(f"the connector begins at offset {offset} of partition {number}" for number, offset in moved.items()),
     ]
+
+
+def hand_over(settings: Settings) -> list[str]:
+    """Before Connect starts: a connector that was replaced by the COPY sink goes on where that one stands, if it can be done.
+
+    Returns:
+        One line for each thing done.
+    """
+    try:
+        return hand_back(settings) if active(settings) == "copy" else []
+    except PipelineError as error:
+        # The connector then stores once more what is stored; provisioning makes it the active one.
+        log.warning("the connector begins at its own offsets: %s", error)
+        return []
 
 
 def _commit_forward(settings: Settings, wanted: Mapping[int, int]) -> dict[int, int]:

@@ -252,6 +252,22 @@ def test_a_connector_is_made_without_a_switch_too(world: World) -> None:
     assert "metrics_owner" not in world.tables.roles
 
 
+def test_before_connect_starts_an_active_copy_sink_hands_over_if_it_can(world: World) -> None:
+    settings = world.settings("connect")
+    world.tables.offsets = {0: 70}
+    assert sinks.hand_over(settings) == []
+    assert world.commits == {0: 40, 1: 50}
+    world.tables.active = "copy"
+    world.tables.down = True
+    assert sinks.hand_over(settings) == []
+    world.tables.down = False
+    assert sinks.hand_over(settings) == [
+        "the readings are stored by Kafka Connect, before by the COPY sink",
+        "the connector begins at offset 70 of partition 0",
+    ]
+    assert (world.tables.active, world.commits) == ("connect", {0: 70, 1: 50})
+
+
 # --- drift -------------------------------------------------------------------------------------------------------
 
 

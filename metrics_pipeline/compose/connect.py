@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from metrics_pipeline import sinks
-from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.local import connect, jars
 from metrics_pipeline.local.budget import GIB
 from metrics_pipeline.settings import ROOT, Settings
@@ -72,15 +71,6 @@ def run(settings: Settings, *, jmx_port: int = JMX_PORT) -> None:
     """Become the worker; does not return."""
     made = worker(settings, jmx_port=jmx_port)
     if settings.sink == "connect":
-        _hand_over(settings)
+        for line in sinks.hand_over(settings):
+            log.warning("%s", line)
     os.execve(made.command[0], made.command, dict(made.environment))  # noqa: S606  # no shell
-
-
-def _hand_over(settings: Settings) -> None:
-    """As the embedded stack does: a connector that was replaced by the COPY sink goes on where that one stands."""
-    try:
-        if sinks.active(settings) == "copy":
-            for line in sinks.hand_back(settings):
-                log.warning("%s", line)
-    except PipelineError as error:
-        log.warning("the connector begins at its own offsets: %s", error)

@@ -177,12 +177,7 @@ class Stack:
         """Before Connect runs the connector, or it would begin where it was when the COPY sink took its place."""
         if any(service.name.startswith("connect") and service.alive() for service in self.services):
             return ""
-        try:
-            return sinks.hand_back(self.settings)[0] if sinks.active(self.settings) == "copy" else ""
-        except PipelineError as error:
-            # The connector then stores once more what is stored; provisioning makes it the active one.
-            log.warning("the connector begins at its own offsets: %s", error)
-            return ""
+        return next(iter(sinks.hand_over(self.settings)), "")
 
     def _dagster_schema(self) -> None:
         if not dagster.has_tables(self.settings):
