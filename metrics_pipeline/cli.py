@@ -38,7 +38,7 @@ from rich.text import Text
 from metrics_pipeline.bench.cli import bench
 from metrics_pipeline.compose.commands import container
 from metrics_pipeline.errors import BusyError, PipelineError, SettingError
-from metrics_pipeline.settings import Settings
+from metrics_pipeline.settings import Settings, producer_overrides
 
 if TYPE_CHECKING:  # it brings the HTTP server, which most commands need not load
     from metrics_pipeline.health import Snapshot
@@ -477,16 +477,9 @@ def produce(
 ) -> None:
     """Publish simulated readings in this process; exit code 0 only when all of them were acknowledged."""
     from metrics_pipeline.producer import run_producer
-    from metrics_pipeline.settings import ProducerSettings
 
     overrides: dict[str, Any] = {} if seconds is None else {"producer_run_seconds": seconds}
-    for assignment in changed or []:
-        name, _, value = assignment.partition("=")
-        if name.lower() not in ProducerSettings.model_fields:
-            raise SettingError(
-                f"--set {assignment}: there is no producer setting {name!r}; see `metrics-pipeline produce --help` and the README"
-            )
-        overrides[name.lower()] = value
+    overrides |= producer_overrides(changed, see="`metrics-pipeline produce --help` and the README")
     settings = Settings.load(**overrides)
     with _stop_on_signals() as stop, _counter() as count:
         report = run_producer(settings, stop=stop, on_progress=count)

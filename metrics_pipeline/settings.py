@@ -7,6 +7,7 @@ The README's tables and `.env.example` are tested against this file.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -418,6 +419,25 @@ class Settings(ProducerSettings):
         return (
             f"postgresql://{quote(user, safe='')}:{secret}@{host}:{self.postgres_host_port}/{quote(database, safe='')}"
         )
+
+
+def producer_overrides(assignments: Sequence[str] | None, see: str = "the README") -> dict[str, Any]:
+    """Producer settings out of `NAME=VALUE`, by field name, for `Settings.load`, which checks the values.
+
+    Args:
+        assignments: what `--set` was given; the last one of a name counts.
+        see: where the error says that the names are to be found.
+
+    Raises:
+        SettingError: there is no such producer setting.
+    """
+    overrides = {}
+    for assignment in assignments or ():
+        name, _, value = assignment.partition("=")
+        if name.lower() not in ProducerSettings.model_fields:
+            raise SettingError(f"--set {assignment}: there is no producer setting {name!r}; see {see}")
+        overrides[name.lower()] = value
+    return overrides
 
 
 def env_file() -> Path:

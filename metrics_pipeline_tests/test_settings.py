@@ -12,7 +12,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 import metrics_pipeline.settings
 from metrics_pipeline.errors import SettingError
-from metrics_pipeline.settings import ROOT, SERVICE_URLS, Settings, env_file, external_services
+from metrics_pipeline.settings import ROOT, SERVICE_URLS, Settings, env_file, external_services, producer_overrides
 
 AWKWARD = "p@ss/w:rd?#%&+ ä'\"\\"
 
@@ -253,6 +253,14 @@ def test_an_existing_server_without_port_and_database(monkeypatch: pytest.Monkey
         5432,
         "metrics",
     )
+
+
+def test_overrides_are_producer_settings_only() -> None:
+    assert producer_overrides(None) == {}
+    assert producer_overrides(["PRODUCER_FLEET_SIZE=5", "producer_fleet_size=6"]) == {"producer_fleet_size": "6"}
+    with pytest.raises(SettingError) as caught:
+        producer_overrides(["POSTGRES_PORT=3"])
+    assert str(caught.value) == "--set POSTGRES_PORT=3: there is no producer setting 'POSTGRES_PORT'; see the README"
 
 
 def test_data_folder_is_absolute_and_counts_from_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from metrics_pipeline.errors import SettingError
-from metrics_pipeline.settings import ProducerSettings, Settings
+from metrics_pipeline.settings import Settings, producer_overrides
 
 if TYPE_CHECKING:  # the rest is loaded by the command that runs
     from metrics_pipeline.bench.readings import Told
@@ -74,7 +74,7 @@ def drain(
     from metrics_pipeline.bench.drain import drain as measure
 
     names = chosen(paths.split(","))
-    settings = Settings.load(**_overrides(changed))
+    settings = Settings.load(**producer_overrides(changed))
     connect = any(name.startswith("connect") for name in names)
     with _place(settings, here=here, yes=yes, connect=connect) as place, _progress() as told:
         document = measure(place, records, rounds, names, told, _say, bad_every=bad_every).document()
@@ -99,11 +99,11 @@ def live(
 
     if rate != "max" and not (rate.isascii() and rate.isdecimal() and int(rate) > 0):
         raise SettingError(f"--rate {rate}: give a whole number of messages a second, or max")
-    settings = Settings.load(**_overrides(changed))
+    settings = Settings.load(**producer_overrides(changed))
     stored_by = _sink(sink, settings)
     with _place(settings, here=here, yes=yes, connect=stored_by == "connect") as place, _progress() as told:
         wanted = None if rate == "max" else int(rate)
-        document = measure(place, stored_by, wanted, seconds, _overrides(changed), told, _say)
+        document = measure(place, stored_by, wanted, seconds, producer_overrides(changed), told, _say)
     _finish(document, chart, as_json=as_json)
 
 
@@ -119,7 +119,7 @@ def produce(
     """One producer alone against the broker: acknowledged messages/s, and what a message costs."""
     from metrics_pipeline.bench.produce import produce as measure
 
-    overrides = _overrides(changed)
+    overrides = producer_overrides(changed)
     settings = Settings.load(**overrides)
     with _place(settings, here=here, yes=yes) as place, _progress() as told:
         document = measure(place, seconds, overrides, told)
@@ -140,7 +140,7 @@ def growth(
     """Stored rows/s, latency and the summaries' time while the table grows."""
     from metrics_pipeline.bench.growth import growth as measure
 
-    overrides = _overrides(changed)
+    overrides = producer_overrides(changed)
     settings = Settings.load(**overrides)
     stored_by = _sink(sink, settings)
     with _place(settings, here=here, yes=yes, connect=stored_by == "connect") as place, _progress() as told:
@@ -150,21 +150,6 @@ def growth(
 
 def _sink(asked: Sink | None, settings: Settings) -> Any:
     return asked.value if asked else settings.sink
-
-
-def _overrides(changed: list[str] | None) -> dict[str, Any]:
-    """Producer settings by field name, as they were given.
-
-    Raises:
-        SettingError: there is no such producer setting.
-    """
-    overrides = {}
-    for assignment in changed or []:
-        name, _, value = assignment.partition("=")
-        if name.lower() not in ProducerSettings.model_fields:
-            raise SettingError(f"--set {assignment}: there is no producer setting {name!r}; see the README")
-        overrides[name.lower()] = value
-    return overrides
 
 
 def _place(settings: Settings, *, here: bool, yes: bool, connect: bool = False) -> AbstractContextManager[Any]:
