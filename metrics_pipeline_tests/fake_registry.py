@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from metrics_pipeline_tests.fake_http import Request, listening
 
 
 @dataclass
@@ -64,35 +64,17 @@ def serving() -> Iterator[FakeRegistry]:
     """A FakeRegistry on a free port."""
     fake = FakeRegistry()
 
-    class Handler(BaseHTTPRequestHandler):
-        def handle_any(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(length)) if length else None
-            if fake.password and not self.headers.get("Authorization"):
-                status, content = 401, json.dumps({"error_code": 40101, "message": "Unauthorized"}).encode()
-            elif fake.page:
-                status, content = 200, fake.page.encode()
-            else:
-                status, answer = fake.answer(self.command, self.path, body)
-                content = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/vnd.schemaregistry.v1+json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def respond(request: Request) -> None:
+        body = request.json()
+        if fake.password and not request.headers.get("Authorization"):
+            status, content = 401, json.dumps({"error_code": 40101, "message": "Unauthorized"}).encode()
+        elif fake.page:
+            status, content = 200, fake.page.encode()
+        else:
+            status, answer = fake.answer(request.command, request.path, body)
+            content = json.dumps(answer).encode()
+        request.reply(status, content, "application/vnd.schemaregistry.v1+json")
 
-        do_GET = do_PUT = do_POST = handle_any  # noqa: N815
-
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-            """Silent."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    fake.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with listening(respond) as server:
+        fake.url = f"http://127.0.0.1:{server.server_port}"
         yield fake
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -9,7 +9,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from metrics_pipeline.errors import InstallError
 from metrics_pipeline.local import jars
 from metrics_pipeline.local.jars import LockedJar
 from metrics_pipeline.settings import Settings
+from metrics_pipeline_tests.fake_http import Request, listening
 
 CONTENT = {"org.example:first:jar::1.0": b"first" * 1000, "org.example:second:jar:plugin:2.0": b"second" * 1000}
 
@@ -27,30 +28,24 @@ CONTENT = {"org.example:first:jar::1.0": b"first" * 1000, "org.example:second:ja
 class Repository:
     """A Maven repository on loopback. `change` alters what a file's request is answered with; None breaks the answer off."""
 
+    server: ThreadingHTTPServer
+
     def __init__(self) -> None:
         self.change: Callable[[str, bytes], bytes | None] = lambda _name, content: content
         self.asked: list[str] = []
-        files = {_file_name(coordinate): content for coordinate, content in CONTENT.items()}
-        repository = self
+        self._files = {_file_name(coordinate): content for coordinate, content in CONTENT.items()}
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                name = self.path.rpartition("/")[2]
-                if name not in files:  # a checksum, for one
-                    self.send_error(404)
-                    return
-                repository.asked.append(name)
-                content = repository.change(name, files[name])
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(files[name] if content is None else content)))
-                self.end_headers()
-                self.wfile.write(files[name][:100] if content is None else content)
-
-            def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name there
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+    def respond(self, request: Request) -> None:
+        name = request.path.rpartition("/")[2]
+        if name not in self._files:  # a checksum, for one
+            request.send_error(404)
+            return
+        self.asked.append(name)
+        content = self.change(name, self._files[name])
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(self._files[name] if content is None else content)))
+        request.end_headers()
+        request.wfile.write(self._files[name][:100] if content is None else content)
 
 
 def _file_name(coordinate: str) -> str:
@@ -61,8 +56,6 @@ def _file_name(coordinate: str) -> str:
 def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Repository]:
     """Two jars, locked for use `kafka`, that only this repository has."""
     repository = Repository()
-    thread = threading.Thread(target=repository.server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     lock = tmp_path / "jars.lock"
     lock.write_text(
@@ -76,16 +69,14 @@ def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Repo
         here = MavenContext(
             repo_cache=context.repo_cache,
             local_repos=[],
-            remote_repos={"test": repository.url},
+            remote_repos={"test": f"http://127.0.0.1:{repository.server.server_port}"},
             resolver=context.resolver,
         )
         return resolve(here, coordinate)
 
     monkeypatch.setattr(jars, "_artifact", artifact)
-    yield repository
-    repository.server.shutdown()
-    repository.server.server_close()
-    thread.join()
+    with listening(repository.respond) as repository.server:
+        yield repository
 
 
 @pytest.fixture

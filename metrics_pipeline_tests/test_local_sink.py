@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.service import Service
 from metrics_pipeline.local.stack import Stack, unused_ports
 from metrics_pipeline.settings import Settings
+from metrics_pipeline_tests.fake_http import listening
 
 
 @pytest.fixture
@@ -25,24 +24,8 @@ def answering() -> Iterator[tuple[Settings, list[tuple[int, bytes]]]]:
     """Settings of a sink that answers with what the list's last entry says."""
     answers: list[tuple[int, bytes]] = [(200, b"{}")]
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, body = answers[-1]
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Silent."""
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield Settings(sink_port=server.server_port), answers
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with listening(lambda request: request.reply(*answers[-1])) as server:
+        yield Settings(sink_port=server.server_port), answers
 
 
 def test_it_is_healthy_when_it_says_so(answering: tuple[Settings, list[tuple[int, bytes]]]) -> None:
