@@ -70,17 +70,12 @@ def stack() -> Iterator[RunningStack]:
     """The real parts, without Dagster: its jobs are run against this stack by the tests that need them."""
     from metrics_pipeline import connect, kafka, postgres
     from metrics_pipeline.local import account, dagster, environment
-    from metrics_pipeline.local.ports import free_ports
     from metrics_pipeline.local.stack import build
 
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-"))
-    ports = [name for name in Settings.model_fields if name.endswith("_port")]
     patch = pytest.MonkeyPatch()
-    patch.setenv("PIPELINE_ENV_FILE", str(folder / "env"))
-    patch.setenv("PIPELINE_DATA_DIR", str(folder / "data"))
-    patch.setenv("PIPELINE_MEMORY_GB", "4")
-    for name, port in zip(ports, free_ports(len(ports)), strict=True):
-        patch.setenv(name.upper(), str(port))
+    for name, value in (environment.isolated(folder) | {"PIPELINE_MEMORY_GB": "4"}).items():
+        patch.setenv(name, value)
     environment.write_secrets()
     settings = Settings.load()
     embedded = build(settings, with_dagster=False, quiet=True)

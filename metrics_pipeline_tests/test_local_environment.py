@@ -9,8 +9,17 @@ import pytest
 from dotenv import dotenv_values
 
 from metrics_pipeline.errors import InstallError
-from metrics_pipeline.local.environment import SECRETS, for_python, minimal, remember, write_secrets
-from metrics_pipeline.settings import Settings
+from metrics_pipeline.local.environment import (
+    SECRETS,
+    for_python,
+    isolated,
+    minimal,
+    remember,
+    replaced,
+    write_secrets,
+)
+from metrics_pipeline.local.ports import is_free
+from metrics_pipeline.settings import Settings, env_file
 
 
 @pytest.fixture
@@ -97,3 +106,30 @@ def test_python_children_get_the_chosen_ports_and_no_password_but_dagsters(
 def test_other_children_get_nothing_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     assert set(minimal()) == {"PATH", "LANG", "TZ"}
+
+
+def test_an_isolated_stack_has_folder_and_ports_of_its_own(tmp_path: Path) -> None:
+    variables = isolated(tmp_path)
+    ports = {name for name in Settings.model_fields if name.endswith("_port")}
+    assert set(variables) == {name.upper() for name in ports} | {"PIPELINE_ENV_FILE", "PIPELINE_DATA_DIR"}
+    with replaced(variables):
+        settings = Settings.load()
+        assert env_file() == tmp_path / "env"
+    assert settings.data_dir == tmp_path / "data"
+    chosen = [getattr(settings, name) for name in ports]
+    assert [variables[name.upper()] for name in ports] == [str(port) for port in chosen]
+    assert len(set(chosen)) == len(ports)
+    assert all(map(is_free, chosen))
+
+
+def test_settings_are_replaced_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("LAG_LIMIT", "1"), ("METRICS_READER_PASSWORD", "mine"), ("PIPELINE_CACHE_DIR", "/downloads")):
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    kept = {name: value for name, value in before.items() if name not in ("LAG_LIMIT", "METRICS_READER_PASSWORD")}
+    with replaced({"LAG_LIMIT": "2", "SINK": "copy"}):
+        assert dict(os.environ) == kept | {"LAG_LIMIT": "2", "SINK": "copy"}
+    assert dict(os.environ) == before
+    with pytest.raises(KeyError, match="on the way"), replaced({"LAG_LIMIT": "2"}):
+        raise KeyError("on the way")
+    assert dict(os.environ) == before

@@ -22,7 +22,6 @@ from metrics_pipeline.connect import ConnectClient, ensure_connector
 from metrics_pipeline.errors import BusyError, ServiceError
 from metrics_pipeline.ledger import LOCK_KEY
 from metrics_pipeline.local import account, environment
-from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.local.stack import Stack, build, outsider_problem
 from metrics_pipeline.local.state import StackState
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings, external_services
@@ -162,25 +161,12 @@ def _refuse_company(settings: Settings) -> None:
 @contextmanager
 def _environment(user: Settings, folder: Path) -> Iterator[None]:
     """The environment of a temporary stack: nothing of the user's that names a service, a port or a password."""
-    before = dict(os.environ)
     kept = {name for group in CARRIED for name in Settings.group(group)} | {"disk_free_limit_gb", "pipeline_memory_gb"}
     # With SINK=copy a stack has no Connect; whoever measures the COPY sink starts it.
-    own = {name: getattr(user, name) for name in kept} | {"sink": "connect"}
-    ports = [name for name in Settings.model_fields if name.endswith("_port")]
-    try:
-        for name in Settings.model_fields:
-            if name != "pipeline_cache_dir":
-                os.environ.pop(name.upper(), None)
-        os.environ.update({name.upper(): str(value) for name, value in own.items() if value is not None})
-        os.environ.update({name.upper(): str(port) for name, port in zip(ports, free_ports(len(ports)), strict=True)})
-        os.environ["PIPELINE_ENV_FILE"] = str(folder / "env")
-        os.environ["PIPELINE_DATA_DIR"] = str(folder / "data")
-        if user.pipeline_cache_dir is not None:
-            os.environ["PIPELINE_CACHE_DIR"] = str(user.pipeline_cache_dir)
+    own = {name: getattr(user, name) for name in kept | {"pipeline_cache_dir"}} | {"sink": "connect"}
+    variables = {name.upper(): str(value) for name, value in own.items() if value is not None}
+    with environment.replaced(variables | environment.isolated(folder)):
         yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @contextmanager

@@ -1,14 +1,17 @@
-"""The env file that the first `up` writes, and the environments of child processes."""
+"""The env file that the first `up` writes, and the environments of child processes and of isolated stacks."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from dotenv import dotenv_values, set_key
 
 from metrics_pipeline.errors import InstallError
+from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.settings import Settings, env_file
 
 SECRETS = tuple(name.upper() for name in Settings.group("secrets"))
@@ -70,6 +73,31 @@ def for_python(settings: Settings) -> dict[str, str]:
             "PYTHONUNBUFFERED": "1",
         }
     )
+
+
+def isolated(folder: Path) -> dict[str, str]:
+    """Variables of a stack that meets no other one: its env file and its data in this folder, every port free now."""
+    names = [name.upper() for name in Settings.model_fields if name.endswith("_port")]
+    ports = dict(zip(names, map(str, free_ports(len(names))), strict=True))
+    return ports | {"PIPELINE_ENV_FILE": str(folder / "env"), "PIPELINE_DATA_DIR": str(folder / "data")}
+
+
+@contextmanager
+def replaced(variables: Mapping[str, str]) -> Iterator[None]:
+    """These variables instead of every setting in this process's environment, which comes back at the end.
+
+    Only `PIPELINE_CACHE_DIR` stays: what was downloaded once serves every stack.
+    """
+    before = dict(os.environ)
+    try:
+        for name in Settings.model_fields:
+            if name != "pipeline_cache_dir":
+                os.environ.pop(name.upper(), None)
+        os.environ.update(variables)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def minimal() -> dict[str, str]:

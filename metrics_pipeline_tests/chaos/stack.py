@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import tempfile
@@ -17,7 +16,6 @@ import psycopg
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench.table import activate
 from metrics_pipeline.local import account, environment
-from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.local.stack import Stack, build
 from metrics_pipeline.settings import Settings
 
@@ -73,7 +71,8 @@ def own_stack(*, memory_gb: float = 4, keep: bool = False) -> Iterator[Place]:
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-chaos-")).resolve()
     embedded: Stack | None = None
     try:
-        with _environment(folder, memory_gb):
+        variables = environment.isolated(folder) | {"PIPELINE_MEMORY_GB": str(memory_gb), "SINK": "copy"}
+        with environment.replaced(variables):
             environment.write_secrets()
             settings = Settings.load()
             embedded = build(settings, with_dagster=False, quiet=True)
@@ -91,25 +90,3 @@ def own_stack(*, memory_gb: float = 4, keep: bool = False) -> Iterator[Place]:
         if not keep:
             shutil.rmtree(account.postgres_home(folder / "data", account.unprivileged()), ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _environment(folder: Path, memory_gb: float) -> Iterator[None]:
-    """An environment that names no service, port or password of anybody else."""
-    before = dict(os.environ)
-    ports = [name.upper() for name in Settings.model_fields if name.endswith("_port")]
-    try:
-        for name in Settings.model_fields:
-            if name != "pipeline_cache_dir":
-                os.environ.pop(name.upper(), None)
-        os.environ |= {name: str(port) for name, port in zip(ports, free_ports(len(ports)), strict=True)}
-        os.environ |= {
-            "PIPELINE_ENV_FILE": str(folder / "env"),
-            "PIPELINE_DATA_DIR": str(folder / "data"),
-            "PIPELINE_MEMORY_GB": str(memory_gb),
-            "SINK": "copy",
-        }
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

@@ -27,7 +27,6 @@ from metrics_pipeline.local import account, environment
 from metrics_pipeline.local import keeper as keeping
 from metrics_pipeline.local.broker import broker_problem
 from metrics_pipeline.local.keeper import Keeper
-from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.local.stack import Stack, build
 from metrics_pipeline.settings import CONNECTOR, DEAD_LETTER_TOPIC, TOPIC, Settings
 
@@ -113,15 +112,10 @@ def cluster() -> Iterator[Cluster]:
         return ""
 
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-cluster-"))
-    names = [name for name in Settings.model_fields if name.endswith("_port")]
+    own = {"PIPELINE_MEMORY_GB": "3", "KAFKA_BROKERS": "3", "CONNECT_WORKERS": "2"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PIPELINE_ENV_FILE", str(folder / "env"))
-        patch.setenv("PIPELINE_DATA_DIR", str(folder / "data"))
-        patch.setenv("PIPELINE_MEMORY_GB", "3")
-        patch.setenv("KAFKA_BROKERS", "3")
-        patch.setenv("CONNECT_WORKERS", "2")
-        for name, port in zip(names, free_ports(len(names)), strict=True):
-            patch.setenv(name.upper(), str(port))
+        for name, value in (environment.isolated(folder) | own).items():
+            patch.setenv(name, value)
         patch.setattr(keeping, "build", partial(build, with_dagster=False, quiet=True))
         patch.setattr(Stack, "_provision", provision)
         reports: list[str] = []

@@ -147,18 +147,12 @@ class Containers:
 def containers() -> Iterator[Containers]:
     """PostgreSQL and broker of the embedded stack, empty; then secrets, databases, connect, provision as compose runs them."""
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-"))
-    names = [name for name in Settings.model_fields if name.endswith("_port")]
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PIPELINE_ENV_FILE", str(folder / "env"))
-    patch.setenv("PIPELINE_DATA_DIR", str(folder / "stack"))
-    patch.setenv("PIPELINE_MEMORY_GB", "3")
-    *found, jmx = free_ports(len(names) + 1)
-    for name, port in zip(names, found, strict=True):
-        patch.setenv(name.upper(), str(port))
-    environment.write_secrets()
-    settings = Settings.load()
-    embedded = build(settings, with_dagster=False, quiet=True)
-    patch.undo()
+    # The folder `data` is that of the containers.
+    own = {"PIPELINE_DATA_DIR": str(folder / "stack"), "PIPELINE_MEMORY_GB": "3"}
+    with environment.replaced(environment.isolated(folder) | own):
+        environment.write_secrets()
+        settings = Settings.load()
+        embedded = build(settings, with_dagster=False, quiet=True)
     started = [embedded.service(name) for name in ("postgres", "broker")]
     made = Containers(
         settings,
@@ -184,7 +178,7 @@ def containers() -> Iterator[Containers]:
                 service.start()
             for service in started:
                 service.wait_until_healthy()
-            _bring_up(made, jmx)
+            _bring_up(made)
             yield made
     finally:
         for service in reversed(started):
@@ -193,7 +187,7 @@ def containers() -> Iterator[Containers]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _bring_up(made: Containers, jmx: int) -> None:
+def _bring_up(made: Containers) -> None:
     done = made.run("secrets")
     assert done.returncode == 0, done.stderr
     assert made.healthy("secrets").returncode == 0
@@ -209,10 +203,11 @@ def _bring_up(made: Containers, jmx: int) -> None:
     assert made.healthy("databases").returncode == 0
 
     fetch(made.settings)  # a step of the image's build; a container fetches nothing
-    # The image's own command; the agent's port is fixed in a container.
+    # The image's own command; the agent's port is fixed in a container. Here it is a second worker's: there is none.
+    jmx = str(made.settings.connect_2_port)
     (command,) = re.findall(r"^CMD (\[.*connect.*\])$", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
-    worker = made.start("connect", [*yaml.safe_load(command), "--jmx-port", str(jmx)])
-    made.replaced[str(JMX_PORT)] = str(jmx)
+    worker = made.start("connect", [*yaml.safe_load(command), "--jmx-port", jmx])
+    made.replaced[str(JMX_PORT)] = jmx
     made.wait("connect", worker)
 
     done = made.run("provision")

@@ -14,9 +14,8 @@ import psutil
 import pytest
 
 from metrics_pipeline.local.account import postgres_home, unprivileged
-from metrics_pipeline.local.ports import free_ports
+from metrics_pipeline.local.environment import isolated
 from metrics_pipeline.local.state import StackState
-from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.integration.test_keeper import Pipeline
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -26,16 +25,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 def place() -> Iterator[Pipeline]:
     """Folder and ports of a pipeline that is not up yet."""
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-copy-"))
-    names = [name.upper() for name in Settings.model_fields if name.endswith("_port")]
-    environment = dict(os.environ) | {
-        "PIPELINE_ENV_FILE": str(folder / "env"),
-        "PIPELINE_DATA_DIR": str(folder / "data"),
-        "PIPELINE_MEMORY_GB": "4",
-        "PRODUCER_RUN_SECONDS": "60",
-        "SINK": "copy",
-        **{name: str(port) for name, port in zip(names, free_ports(len(names)), strict=True)},
-    }
-    pipeline = Pipeline(environment, folder / "data")
+    own = {"PIPELINE_MEMORY_GB": "4", "PRODUCER_RUN_SECONDS": "60", "SINK": "copy"}
+    pipeline = Pipeline(dict(os.environ) | isolated(folder) | own, folder / "data")
     try:
         yield pipeline
     finally:

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from metrics_pipeline.local.account import postgres_home, unprivileged
-from metrics_pipeline.local.ports import free_ports
+from metrics_pipeline.local.environment import isolated
 from metrics_pipeline.local.state import StackState
 from metrics_pipeline.settings import Settings
 
@@ -96,15 +96,8 @@ class Pipeline:
 def pipeline() -> Iterator[Pipeline]:
     """`metrics-pipeline up --detach`, ended by `down`."""
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-up-"))
-    names = [name.upper() for name in Settings.model_fields if name.endswith("_port")]
-    environment = dict(os.environ) | {
-        "PIPELINE_ENV_FILE": str(folder / "env"),
-        "PIPELINE_DATA_DIR": str(folder / "data"),
-        "PIPELINE_MEMORY_GB": "4",
-        "PRODUCER_RUN_SECONDS": "60",
-        **{name: str(port) for name, port in zip(names, free_ports(len(names)), strict=True)},
-    }
-    running = Pipeline(environment, folder / "data")
+    own = {"PIPELINE_MEMORY_GB": "4", "PRODUCER_RUN_SECONDS": "60"}
+    running = Pipeline(dict(os.environ) | isolated(folder) | own, folder / "data")
     try:
         started = running.cli("up", "--detach", timeout=400)
         assert started.returncode == 0, started.stdout + started.stderr
