@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from metrics_pipeline.local.account import postgres_home, unprivileged
-from metrics_pipeline.local.environment import isolated
 from metrics_pipeline.local.state import StackState
-from metrics_pipeline_tests.integration.test_keeper import Pipeline
+from metrics_pipeline_tests.integration.test_keeper import Pipeline, own_pipeline
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
 def place() -> Iterator[Pipeline]:
-    """Folder and ports of a pipeline that is not up yet."""
-    folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-copy-"))
-    own = {"PIPELINE_MEMORY_GB": "4", "PRODUCER_RUN_SECONDS": "60", "SINK": "copy"}
-    pipeline = Pipeline(dict(os.environ) | isolated(folder) | own, folder / "data")
-    try:
+    """A pipeline with the COPY sink that is not up yet."""
+    with own_pipeline(SINK="copy") as pipeline:
         yield pipeline
-    finally:
-        pipeline.cli("down")
-        shutil.rmtree(postgres_home(folder / "data", unprivileged()), ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def flows(sink: str) -> Any:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,22 +93,29 @@ class Pipeline:
         assert report.returncode == 0, report.stdout + report.stderr
 
 
+@contextmanager
+def own_pipeline(**variables: str) -> Iterator[Pipeline]:
+    """Folder and ports of a pipeline that is not up yet, set to these variables besides; ended by `down`."""
+    folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-up-"))
+    own = {"PIPELINE_MEMORY_GB": "4", "PRODUCER_RUN_SECONDS": "60"} | variables
+    pipeline = Pipeline(dict(os.environ) | isolated(folder) | own, folder / "data")
+    try:
+        yield pipeline
+    finally:
+        stopped = pipeline.cli("down")
+        shutil.rmtree(postgres_home(folder / "data", unprivileged()), ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+
+
 @pytest.fixture(scope="module")
 def pipeline() -> Iterator[Pipeline]:
-    """`metrics-pipeline up --detach`, ended by `down`."""
-    folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-up-"))
-    own = {"PIPELINE_MEMORY_GB": "4", "PRODUCER_RUN_SECONDS": "60"}
-    running = Pipeline(dict(os.environ) | isolated(folder) | own, folder / "data")
-    try:
+    """`metrics-pipeline up --detach`, healthy."""
+    with own_pipeline() as running:
         started = running.cli("up", "--detach", timeout=400)
         assert started.returncode == 0, started.stdout + started.stderr
         running.wait_healthy()
         yield running
-    finally:
-        stopped = running.cli("down")
-        shutil.rmtree(postgres_home(folder / "data", unprivileged()), ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        assert stopped.returncode == 0, stopped.stdout + stopped.stderr
 
 
 def test_it_runs_and_verifies(pipeline: Pipeline) -> None:
