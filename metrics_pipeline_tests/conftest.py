@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,11 @@ from metrics_pipeline.settings import ROOT, Settings
 for _name in [*Settings.model_fields, "dagster_home", "dagster_postgres_url"]:
     os.environ.pop(_name.upper(), None)
 os.environ["PIPELINE_ENV_FILE"] = str(Path(tempfile.gettempdir()) / "metrics-pipeline-tests-have-no-env-file")
+
+# A shell starts what runs in the background with SIGINT ignored. Dagster makes SIGTERM do what SIGINT does, and every child
+# would inherit both: services could only be killed.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 OCCUPANCY = ROOT.parent / "shared" / "data" / "occupancy"
 
