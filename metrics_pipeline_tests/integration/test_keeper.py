@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 import pytest
+import requests
+import stamina
 
 from metrics_pipeline.local.account import postgres_home, unprivileged
 from metrics_pipeline.local.environment import isolated
@@ -131,6 +133,45 @@ def test_a_second_keeper_is_refused(pipeline: Pipeline) -> None:
     assert "is running already" in second.stderr
 
 
+RUNS = """query { runsOrError(filter: {pipelineName: "produce_metrics"}, limit: 5) {
+  ... on Runs { results { runId status } } } }"""
+TERMINATE = """mutation ($id: String!) { terminateRun(runId: $id) { __typename } }"""
+
+
+def test_a_run_terminated_in_dagster_is_flushed_counted_and_followed_by_another(pipeline: Pipeline) -> None:
+    pipeline.wait_healthy()
+    url = pipeline.status()["dagster"]["url"]
+
+    def ask(query: str, **variables: str) -> Any:
+        answer = requests.post(f"{url}/graphql", json={"query": query, "variables": variables}, timeout=10)
+        return answer.json()["data"]
+
+    def runs() -> dict[str, str]:
+        return {run["runId"]: run["status"] for run in ask(RUNS)["runsOrError"]["results"]}
+
+    def started(but: str = "") -> str | None:
+        return next((run for run, status in runs().items() if status == "STARTED" and run != but), None)
+
+    # A fresh one, which does not end by itself meanwhile.
+    former = started() or ""
+    pipeline.wait("started by the sensor", lambda _: started(but=former) is not None, 120)
+    run = started(but=former)
+    assert run is not None
+    pipeline.wait("at work", lambda s: (s["acknowledged_per_second"] or 0) > 1000)
+    assert ask(TERMINATE, id=run)["terminateRun"]["__typename"] == "TerminateRunSuccess"
+    pipeline.wait("ended", lambda _: runs()[run] not in ("STARTED", "CANCELING"), 60)
+    assert runs()[run] == "CANCELED"
+    counted = pipeline.cli(
+        "sql",
+        "--plain",
+        f"SELECT min(state), max(state), sum(acknowledged) > 1000, sum(failed), sum(unknown) FROM producer_runs WHERE run_id = '{run}'",
+    )
+    assert counted.stdout.split() == ["stopped", "stopped", "t", "0", "0"], counted.stdout + counted.stderr
+    pipeline.wait("followed by another", lambda _: started(but=run) is not None, 120)
+    pipeline.wait_healthy()
+    pipeline.verify()
+
+
 @pytest.mark.parametrize("name", ["connect", "broker"])
 def test_a_killed_service_comes_back(pipeline: Pipeline, name: str) -> None:
     pipeline.wait_healthy()
@@ -190,8 +231,6 @@ def test_no_secret_shows(pipeline: Pipeline) -> None:
     ]
     secrets = [value.strip("'\"") for _, value in lines]
     assert len(secrets) == 7
-    import requests
-
     sample = pipeline.status()
     places = {f"log {path.name}": path.read_text(errors="replace") for path in (pipeline.data / "logs").glob("*.log")}
     for process in psutil.process_iter(["cmdline"]):
@@ -206,8 +245,13 @@ def test_no_secret_shows(pipeline: Pipeline) -> None:
         places[f"Connect {path}"] = requests.get(connect + path, timeout=10).text
     query = "{ runsOrError { ... on Runs { results { runConfigYaml tags { value } } } } instance { info } workspaceOrError { __typename } }"
     places["Dagster"] = requests.post(f"{dagster}/graphql", json={"query": query}, timeout=10).text
-    for path in ("/metrics", "/status", "/health"):
-        places[f"producer {path}"] = requests.get(producer + path, timeout=10).text
+    # Between two runs nobody answers there.
+    for attempt in stamina.retry_context(on=requests.ConnectionError, timeout=90, wait_initial=0.5, wait_max=2):
+        with attempt:
+            places |= {
+                f"producer {path}": requests.get(producer + path, timeout=10).text
+                for path in ("/metrics", "/status", "/health")
+            }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in pipeline.environment.items():
             patch.setenv(name, value)
