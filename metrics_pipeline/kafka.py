@@ -50,8 +50,24 @@ HAS_MEMBERS = frozenset(
 )
 """What a broker answers to a commit from outside of a group that consumers belong to."""
 
-UNSETTLED = frozenset({"NOT_COORDINATOR", "COORDINATOR_NOT_AVAILABLE", "COORDINATOR_LOAD_IN_PROGRESS", "_WAIT_COORD"})
-"""What a broker answers about a group for a moment after it started, and after a change of leaders."""
+UNSETTLED = frozenset(
+    {
+        "NOT_COORDINATOR",
+        "COORDINATOR_NOT_AVAILABLE",
+        "COORDINATOR_LOAD_IN_PROGRESS",
+        "_WAIT_COORD",
+        "NOT_LEADER_FOR_PARTITION",
+        "LEADER_NOT_AVAILABLE",
+        "REPLICA_NOT_AVAILABLE",
+        "FENCED_LEADER_EPOCH",
+        "UNKNOWN_LEADER_EPOCH",
+        "OFFSET_NOT_AVAILABLE",
+    }
+)
+"""What a broker answers about a group or a partition for a moment after it started, and after a change of leaders.
+
+A new leader does not name the end of its log until it knows what the replicas have (KIP-207).
+"""
 
 MIB = 2**20
 _T = TypeVar("_T")
@@ -222,6 +238,15 @@ def watermarks(settings: Settings) -> dict[int, tuple[int, int]]:
         return _watermarks(consumer)
 
 
+def ends(consumer: Consumer, place: TopicPartition) -> tuple[int, int]:
+    """First offset retained and the offset after the last record of one partition, whose leader may have just changed.
+
+    Raises:
+        KafkaException: nobody answers for eight seconds, or the broker refuses.
+    """
+    return _settled(lambda: consumer.get_watermark_offsets(place, timeout=TIMEOUT_SECONDS))
+
+
 def committed(settings: Settings, group: str = CONNECTOR_GROUP) -> dict[int, int]:
     """Offset that a consumer group committed in each partition of the topic; partitions without one are left out.
 
@@ -272,7 +297,7 @@ def commit(settings: Settings, offsets: Mapping[int, int], group: str) -> bool:
     places = [TopicPartition(TOPIC, number, offset) for number, offset in sorted(offsets.items())]
     with _consumer(settings, group) as consumer:
         try:
-            _settled(lambda: consumer.commit(offsets=places, asynchronous=False) or [])
+            _settled(lambda: _each_good(consumer.commit(offsets=places, asynchronous=False)))
         except KafkaException as error:
             if error.args[0].name() in HAS_MEMBERS:
                 return False
@@ -391,28 +416,32 @@ def _lag(offsets: Mapping[int, int], marks: Mapping[int, tuple[int, int]]) -> La
 def _watermarks(consumer: Consumer) -> dict[int, tuple[int, int]]:
     found = {}
     for number in sorted(_existing(consumer)):
-        low, high = consumer.get_watermark_offsets(TopicPartition(TOPIC, number), timeout=TIMEOUT_SECONDS)
+        low, high = ends(consumer, TopicPartition(TOPIC, number))
         found[number] = (min(low, high), high)
     return found
 
 
-def _settled(ask: Callable[[], list[TopicPartition]]) -> list[TopicPartition]:
-    """The answer of a group's coordinator, asked again while the brokers have not agreed on who that is."""
+def _settled(ask: Callable[[], _T]) -> _T:
+    """The answer of a group's coordinator or a partition's leader, asked again while the brokers settle who that is."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while True:
         try:
-            answers = ask()
-            problem = next((place.error for place in answers if place.error is not None), None)
+            return ask()
         except KafkaException as error:
-            problem = error.args[0]
-        if problem is None:
-            return answers
-        if problem.name() not in UNSETTLED or time.monotonic() >= deadline:
-            raise KafkaException(problem)
+            if error.args[0].name() not in UNSETTLED or time.monotonic() >= deadline:
+                raise
         time.sleep(0.2)
+
+
+def _each_good(places: list[TopicPartition] | None) -> list[TopicPartition]:
+    """Answers by partition; an error in one of them is raised like one of the whole request."""
+    for place in places or []:
+        if place.error is not None:
+            raise KafkaException(place.error)
+    return places or []
 
 
 def _committed(consumer: Consumer, partitions: list[int]) -> dict[int, int]:
     asked = [TopicPartition(TOPIC, number) for number in partitions]
-    places = _settled(lambda: consumer.committed(asked, timeout=TIMEOUT_SECONDS))
+    places = _settled(lambda: _each_good(consumer.committed(asked, timeout=TIMEOUT_SECONDS)))
     return {place.partition: place.offset for place in places if place.offset >= 0}

@@ -24,7 +24,7 @@ from confluent_kafka import (
 
 from metrics_pipeline.comparison import EPOCH, NEVER
 from metrics_pipeline.errors import RecordError, ServiceError
-from metrics_pipeline.kafka import TIMEOUT_SECONDS, client_config
+from metrics_pipeline.kafka import TIMEOUT_SECONDS, client_config, ends
 from metrics_pipeline.metric import decode
 from metrics_pipeline.postgres import Connection, query
 from metrics_pipeline.rows import reading
@@ -118,7 +118,7 @@ class Reader:
             found = consumer.list_topics(timeout=TIMEOUT_SECONDS).topics.get(self.topic)
             if found is None or found.error is not None:
                 return {}
-            return {number: self._watermarks(consumer, number) for number in sorted(found.partitions)}
+            return {number: ends(consumer, TopicPartition(self.topic, number)) for number in sorted(found.partitions)}
         except KafkaException as problem:
             raise self._refused(problem.args[0]) from problem
         finally:
@@ -141,15 +141,9 @@ class Reader:
             }
         )
 
-    def _watermarks(self, consumer: Consumer, partition: int) -> tuple[int, int]:
-        found = consumer.get_watermark_offsets(TopicPartition(self.topic, partition), timeout=TIMEOUT_SECONDS)
-        if found is None:
-            raise KafkaException(KafkaError(KafkaError.REQUEST_TIMED_OUT))
-        return found
-
     def _skipped(self, consumer: Consumer, partition: int, first: int, after: int) -> None:
         """Note why there are no records in a range of offsets: deleted by now, or never there."""
-        low, _ = self._watermarks(consumer, partition)
+        low, _ = ends(consumer, TopicPartition(self.topic, partition))
         if low > first:
             self.low[partition] = after
         else:

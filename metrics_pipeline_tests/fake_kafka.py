@@ -25,7 +25,8 @@ class FakeBroker:
     """The cluster behind every FakeAdmin.
 
     `created_by_another` is a topic that appears when we want to create it, `members` are groups that consumers belong to,
-    `unsettled` is how often a question for a group comes too early, `leaderless` how often one for offsets does.
+    `unsettled` is how often a question for a group comes too early, `leaderless` how often one for offsets does, and
+    `leaderless_because` what the answer then is.
     """
 
     topics: dict[str, FakeTopic] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class FakeBroker:
     members: set[str] = field(default_factory=set)
     unsettled: int = 0
     leaderless: int = 0
+    leaderless_because: int = KafkaError.NOT_LEADER_FOR_PARTITION
 
     def add(self, name: str, topic: FakeTopic) -> None:
         """Have a topic, its settings laid over the defaults."""
@@ -116,7 +118,7 @@ class FakeConsumer(FakeAdmin):
     def get_watermark_offsets(self, place: TopicPartition, timeout: float = -1) -> tuple[int, int]:
         if self._broker.leaderless:
             self._broker.leaderless -= 1
-            raise KafkaException(KafkaError(KafkaError.NOT_LEADER_FOR_PARTITION, "Broker: Not leader for partition"))
+            raise KafkaException(KafkaError(self._broker.leaderless_because))
         return self._broker.topics[place.topic].offsets[place.partition]
 
     def committed(self, places: list[TopicPartition], timeout: float = -1) -> list[TopicPartition]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaError, TopicPartition
 
 from metrics_pipeline import kafka
 from metrics_pipeline.errors import DriftError, ServiceError
@@ -177,6 +177,23 @@ def test_a_broker_that_has_just_started_is_asked_again(broker: FakeBroker, monke
     monkeypatch.setattr(kafka, "TIMEOUT_SECONDS", 0.0)
     with pytest.raises(ServiceError, match="Not coordinator"):
         kafka.committed(settings(), "g")
+
+
+@pytest.mark.parametrize("reason", [KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.OFFSET_NOT_AVAILABLE])
+def test_a_new_leader_is_asked_again(broker: FakeBroker, monkeypatch: pytest.MonkeyPatch, reason: int) -> None:
+    """It does not name the end of its log until it knows what the replicas have."""
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    broker.add(TOPIC, FakeTopic(3, {0: (2, 9)}, {}))
+    broker.leaderless, broker.leaderless_because = 3, reason
+    assert kafka.watermarks(settings()) == {0: (2, 9)}
+    broker.leaderless = 10**9
+    monkeypatch.setattr(kafka, "TIMEOUT_SECONDS", 0.0)
+    with pytest.raises(ServiceError, match=r"Kafka broker .* refused: Broker: (Not leader|Leader high watermark)"):
+        kafka.watermarks(settings())
+    broker.leaderless_because = KafkaError.TOPIC_AUTHORIZATION_FAILED
+    monkeypatch.setattr(kafka, "TIMEOUT_SECONDS", 10**9)
+    with pytest.raises(ServiceError, match="refused: Broker: Topic authorization failed"):
+        kafka.watermarks(settings())
 
 
 def test_a_group_with_members_is_left_to_them(broker: FakeBroker) -> None:

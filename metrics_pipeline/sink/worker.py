@@ -454,7 +454,7 @@ class Worker:
             if place is None:
                 continue
             target = TopicPartition(TOPIC, number)
-            low, high = consumer.get_watermark_offsets(target, timeout=kafka.TIMEOUT_SECONDS)
+            low, high = kafka.ends(consumer, target)
             offset = self._places_store.offsets([number]).get(number)
             if offset is None:
                 # Never written: where the connector stands, else the earliest.
