@@ -158,7 +158,9 @@ def _place(settings: Settings, *, here: bool, yes: bool, connect: bool = False) 
     if not here:
         return place.temporary(settings, _say)
     target = f"{settings.postgres_host}:{settings.postgres_host_port} and {settings.bootstrap_servers}"
-    if not yes and not typer.confirm(f"Empty the table metrics and the topic metrics at {target}?", err=True):
+    if not yes and not typer.confirm(
+        f"Empty the tables metrics and rejected_metrics, and the topic metrics, at {target}?", err=True
+    ):
         raise typer.Exit(1)
     return place.here(settings, _say, connect=connect)
 

@@ -17,7 +17,7 @@ import psutil
 
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench.readings import empty_topic
-from metrics_pipeline.bench.table import activate, start_sink_at
+from metrics_pipeline.bench.table import activate, empty, start_sink_at
 from metrics_pipeline.connect import ConnectClient, ensure_connector
 from metrics_pipeline.errors import BusyError, ServiceError
 from metrics_pipeline.ledger import LOCK_KEY
@@ -100,7 +100,7 @@ def temporary(user: Settings, say: Say) -> Iterator[Place]:
 
 @contextmanager
 def here(settings: Settings, say: Say, *, connect: bool = True) -> Iterator[Place]:
-    """The services that the settings name. The table `metrics` and the topic `metrics` are emptied before and after.
+    """The services that the settings name. The topic, the table of the readings and that of the rejects are emptied before and after.
 
     The connector is removed meanwhile and put back; the active sink stays what it was.
 
@@ -131,23 +131,29 @@ def here(settings: Settings, say: Say, *, connect: bool = True) -> Iterator[Plac
         had_connector = "connect" not in problems and client.config(CONNECTOR) is not None
         with postgres.connect_admin(settings, settings.metrics_database) as connection:
             (active,) = connection.execute("SELECT active FROM sink_state").fetchone() or ("connect",)
-        say(f"emptying the table and the topic {TOPIC}; the connector {CONNECTOR} comes back at the end")
+        say(f"emptying the tables and the topic {TOPIC}; the connector {CONNECTOR} comes back at the end")
         try:
             if had_connector:
                 client.delete(CONNECTOR)
+            _clear(settings)
             yield Place(
                 settings, environment.for_python(settings), processes, temporary=False, load_before=os.getloadavg()[0]
             )
         finally:
             with _undisturbed():
+                _clear(settings)
                 with postgres.connect_admin(settings, settings.metrics_database) as connection:
-                    connection.execute("TRUNCATE metrics")
                     activate(connection, active)
-                ends = empty_topic(settings)
-                with postgres.connect_admin(settings, settings.metrics_database) as connection:
-                    start_sink_at(connection, ends)
                 if had_connector:
                     ensure_connector(settings)
+
+
+def _clear(settings: Settings) -> None:
+    """Nothing in the topic, nothing in the table, and the COPY sink stands at the topic's end."""
+    ends = empty_topic(settings)
+    with postgres.connect_admin(settings, settings.metrics_database) as connection:
+        empty(connection)
+        start_sink_at(connection, ends)
 
 
 def _refuse_company(settings: Settings) -> None:

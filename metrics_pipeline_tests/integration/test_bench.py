@@ -219,6 +219,11 @@ def test_producer_and_sink_together(bench: Place) -> None:
 
 def test_here_refuses_company_and_leaves_the_services_as_they_were_but_empty(bench: Place) -> None:
     settings = bench.settings
+    produce(bench, 5, {}, lambda *_: None)
+    with postgres.connect_admin(settings, settings.metrics_database) as connection:
+        connection.execute(
+            "INSERT INTO rejected_metrics (topic, partition, \"offset\", reason, detail) VALUES ('metrics', 0, 0, 'x', 'x')"
+        )
     with (
         postgres.connect(settings, "metrics_writer", application_name="metrics-pipeline sink 1"),
         pytest.raises(BusyError, match="COPY sink"),
@@ -227,9 +232,11 @@ def test_here_refuses_company_and_leaves_the_services_as_they_were_but_empty(ben
         pass
     with place.here(settings, lambda _: None) as own:
         assert not own.temporary
+        assert all(low == high for low, high in kafka.watermarks(settings).values())
         assert drain(own, 5_000, 1, ["limit-1"], *QUIET).correct
     with postgres.connect_admin(settings, settings.metrics_database) as connection:
-        assert connection.execute("SELECT count(*) FROM metrics").fetchone() == (0,)
+        for name in ("metrics", "rejected_metrics"):
+            assert connection.execute(f"SELECT count(*) FROM {name}").fetchone() == (0,)
         assert connection.execute("SELECT active FROM sink_state").fetchone() == ("connect",)
     assert all(low == high for low, high in kafka.watermarks(settings).values())
     assert ConnectClient(settings.connect_urls).state(CONNECTOR).connector == "MISSING"
