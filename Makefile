@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Of the integration tests: the same every time, so that what fails can be seen again. ORDER=default is another each time.
+ORDER ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -36,7 +38,7 @@ unit: $(VENV)/.dev  ## unit tests, seconds
 	@$(BIN)/python -m pytest -m 'not integration' $(ARGS)
 
 integration: $(VENV)/.dev  ## tests on the real embedded stack
-	@$(BIN)/python -m pytest -m integration $(ARGS)
+	@$(BIN)/python -m pytest -m integration --randomly-seed=$(ORDER) $(ARGS)
 
 chaos: $(VENV)/.dev  ## the COPY sink under crashes, restarts and pauses at full length, half an hour (ARGS=crashes for one)
 	@$(BIN)/python -m metrics_pipeline_tests.chaos $(ARGS)
