@@ -15,6 +15,8 @@ import grpc
 import psycopg
 import requests
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
 
 from metrics_pipeline.local.environment import dagster_home, for_python
 from metrics_pipeline.local.service import Service
@@ -25,6 +27,10 @@ LOCATION = "metrics_pipeline"
 HEARTBEATS = """query { instance { daemonHealth { allDaemonStatuses { daemonType required healthy } } } }"""
 ACTIVE_RUNS = """query { runsOrError(filter: {statuses: [QUEUED, NOT_STARTED, STARTING, STARTED, CANCELING]}) {
   ... on Runs { results { runId jobName status } } } }"""
+AGAIN = Retry(
+    total=2, connect=0, read=0, status_forcelist=[500], allowed_methods=None, backoff_factor=0.1, raise_on_status=False
+)
+"""After a restart of PostgreSQL the webserver's first answer is an error: its connections are from before."""
 TERMINATE = """mutation($ids: [String!]!) { terminateRuns(runIds: $ids) { __typename } }"""
 
 
@@ -145,9 +151,15 @@ def terminate_runs(settings: Settings) -> list[str]:
 
 
 def graphql(settings: Settings, query: str, **variables: object) -> dict[str, Any]:
-    """Ask the webserver; the `data` of its answer."""
-    answer = requests.post(
-        f"{settings.dagster_http}/graphql", json={"query": query, "variables": variables}, timeout=10
-    )
+    """Ask the webserver; the `data` of its answer.
+
+    Raises:
+        requests.RequestException: it cannot be reached, or answers with an error three times.
+    """
+    with requests.Session() as session:
+        session.mount("http://", HTTPAdapter(max_retries=AGAIN))
+        answer = session.post(
+            f"{settings.dagster_http}/graphql", json={"query": query, "variables": variables}, timeout=10
+        )
     answer.raise_for_status()
     return dict(answer.json()["data"])

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import psycopg
 import pytest
 import requests
 import stamina
 
 from metrics_pipeline.local.account import postgres_home, unprivileged
-from metrics_pipeline.local.environment import isolated
+from metrics_pipeline.local.dagster import TERMINATE, graphql
+from metrics_pipeline.local.environment import isolated, replaced
 from metrics_pipeline.local.state import StackState
 from metrics_pipeline.settings import Settings
 
@@ -89,6 +91,11 @@ class Pipeline:
         assert found is not None, f"{name} does not run"
         return found
 
+    def settings(self) -> Settings:
+        """As its processes read them."""
+        with replaced(self.environment):
+            return Settings.load()
+
     def verify(self) -> None:
         """Nothing lost, nothing added, nothing changed."""
         report = self.cli("verify", "--json", timeout=600)
@@ -136,19 +143,14 @@ def test_a_second_keeper_is_refused(pipeline: Pipeline) -> None:
 
 RUNS = """query { runsOrError(filter: {pipelineName: "produce_metrics"}, limit: 5) {
   ... on Runs { results { runId status } } } }"""
-TERMINATE = """mutation ($id: String!) { terminateRun(runId: $id) { __typename } }"""
 
 
 def test_a_run_terminated_in_dagster_is_flushed_counted_and_followed_by_another(pipeline: Pipeline) -> None:
     pipeline.wait_healthy()
-    url = pipeline.status()["dagster"]["url"]
-
-    def ask(query: str, **variables: str) -> Any:
-        answer = requests.post(f"{url}/graphql", json={"query": query, "variables": variables}, timeout=10)
-        return answer.json()["data"]
+    settings = pipeline.settings()
 
     def runs() -> dict[str, str]:
-        return {run["runId"]: run["status"] for run in ask(RUNS)["runsOrError"]["results"]}
+        return {run["runId"]: run["status"] for run in graphql(settings, RUNS)["runsOrError"]["results"]}
 
     def started(but: str = "") -> str | None:
         return next((run for run, status in runs().items() if status == "STARTED" and run != but), None)
@@ -159,7 +161,7 @@ def test_a_run_terminated_in_dagster_is_flushed_counted_and_followed_by_another(
     run = started(but=former)
     assert run is not None
     pipeline.wait("at work", lambda s: (s["acknowledged_per_second"] or 0) > 1000)
-    assert ask(TERMINATE, id=run)["terminateRun"]["__typename"] == "TerminateRunSuccess"
+    graphql(settings, TERMINATE, ids=[run])
     pipeline.wait("ended", lambda _: runs()[run] not in ("STARTED", "CANCELING"), 60)
     assert runs()[run] == "CANCELED"
     counted = pipeline.cli(
@@ -236,7 +238,8 @@ def test_no_secret_shows(pipeline: Pipeline) -> None:
     places = {f"log {path.name}": path.read_text(errors="replace") for path in (pipeline.data / "logs").glob("*.log")}
     for process in psutil.process_iter(["cmdline"]):
         places[f"ps {process.pid}"] = " ".join(process.info["cmdline"] or [])
-    connect, dagster, producer = sample["connect"]["url"], sample["dagster"]["url"], sample["producer"]["url"]
+    connect, producer = sample["connect"]["url"], sample["producer"]["url"]
+    settings = pipeline.settings()
     for path in (
         "/",
         "/connectors?expand=info&expand=status",
@@ -245,7 +248,7 @@ def test_no_secret_shows(pipeline: Pipeline) -> None:
     ):
         places[f"Connect {path}"] = requests.get(connect + path, timeout=10).text
     query = "{ runsOrError { ... on Runs { results { runConfigYaml tags { value } } } } instance { info } workspaceOrError { __typename } }"
-    places["Dagster"] = requests.post(f"{dagster}/graphql", json={"query": query}, timeout=10).text
+    places["Dagster"] = json.dumps(graphql(settings, query))
     # Between two runs nobody answers there.
     for attempt in stamina.retry_context(on=requests.ConnectionError, timeout=90, wait_initial=0.5, wait_max=2):
         with attempt:
@@ -253,12 +256,6 @@ def test_no_secret_shows(pipeline: Pipeline) -> None:
                 f"producer {path}": requests.get(producer + path, timeout=10).text
                 for path in ("/metrics", "/status", "/health")
             }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in pipeline.environment.items():
-            patch.setenv(name, value)
-        settings = Settings.load()
-    import psycopg
-
     with psycopg.connect(settings.dagster_postgres_url) as connection:
         places["Dagster's event log"] = str(
             connection.execute("SELECT string_agg(event, '') FROM event_logs").fetchone()
