@@ -79,23 +79,21 @@ def stack() -> Iterator[RunningStack]:
     from metrics_pipeline.local.stack import build
 
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-"))
-    patch = pytest.MonkeyPatch()
-    for name, value in (environment.isolated(folder) | {"PIPELINE_MEMORY_GB": "4"}).items():
-        patch.setenv(name, value)
-    environment.write_secrets()
-    settings = Settings.load()
-    embedded = build(settings, with_dagster=False, quiet=True)
+    own = environment.isolated(folder) | {"PIPELINE_MEMORY_GB": "4"}
+    with environment.replaced(own):
+        environment.write_secrets()
+        settings = Settings.load()
+        embedded = build(settings, with_dagster=False, quiet=True)
     try:
-        embedded.start(lambda _line: None, provision=False)
-        dagster.prepare_home(settings)
-        postgres.migrate(settings)
-        kafka.ensure_topic(settings)
-        connect.ensure_connector(settings)
-        variables = environment.for_python(settings)
-        patch.undo()
+        with environment.replaced(own):
+            embedded.start(lambda _line: None, provision=False)
+            dagster.prepare_home(settings)
+            postgres.migrate(settings)
+            kafka.ensure_topic(settings)
+            connect.ensure_connector(settings)
+            variables = environment.for_python(settings)
         yield RunningStack(settings, variables, embedded)
     finally:
-        patch.undo()
         embedded.stop(lambda _line: None)
         home = account.postgres_home(settings.data_dir, account.unprivileged())
         shutil.rmtree(home, ignore_errors=True)

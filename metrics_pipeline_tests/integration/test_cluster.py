@@ -113,9 +113,7 @@ def cluster() -> Iterator[Cluster]:
 
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-cluster-"))
     own = {"PIPELINE_MEMORY_GB": "3", "KAFKA_BROKERS": "3", "CONNECT_WORKERS": "2"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (environment.isolated(folder) | own).items():
-            patch.setenv(name, value)
+    with environment.replaced(environment.isolated(folder) | own), pytest.MonkeyPatch.context() as patch:
         patch.setattr(keeping, "build", partial(build, with_dagster=False, quiet=True))
         patch.setattr(Stack, "_provision", provision)
         reports: list[str] = []
