@@ -13,7 +13,7 @@ import psycopg
 import requests
 
 from metrics_pipeline import postgres, sinks, summaries
-from metrics_pipeline.connect import sink_state
+from metrics_pipeline.connect import sink_state, workers_away
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.local import broker
 from metrics_pipeline.local.dagster import code_problem, daemon_problem, web_problem
@@ -130,8 +130,11 @@ class Sampler:
         except PipelineError as error:
             return answer | {"reason": str(error)}
         tasks = [{"id": task.id, "state": task.state} for task in state.tasks]
-        reason = {"reason": "; ".join(state.problems)} if state.problems else {}
-        return answer | {"healthy": state.running, "connector": state.connector, "tasks": tasks} | reason
+        problems, away, all_ = state.problems, workers_away(self._settings), len(self._settings.connect_urls)
+        if away:
+            problems = [*problems, f"{len(away)} of {all_} Connect workers away ({', '.join(away)})"]
+        reason = {"reason": "; ".join(problems)} if problems else {}
+        return answer | {"healthy": state.running and not away, "connector": state.connector, "tasks": tasks} | reason
 
     def _copy_sink(self, sessions: int) -> Sample:
         """The COPY sink, when it is the active one; on another machine it shows by its sessions alone."""

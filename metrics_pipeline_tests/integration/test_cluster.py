@@ -29,6 +29,7 @@ from metrics_pipeline.local.broker import broker_problem
 from metrics_pipeline.local.keeper import Keeper
 from metrics_pipeline.local.stack import Stack, build
 from metrics_pipeline.settings import CONNECTOR, DEAD_LETTER_TOPIC, TOPIC, Settings
+from metrics_pipeline.status import Sampler
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -222,6 +223,9 @@ def lost_worker(cluster: Cluster) -> None:
     pid = cluster.kill("connect")
     # The URL that is asked first is dead now; the other worker answers for the group.
     assert connect.sink_state(cluster.settings).tasks
+    sampler = Sampler(cluster.settings)
+    assert "1 of 2 Connect workers away" in sampler.sample()["connect"]["reason"]
+    sampler.close()
     until("rows go on", lambda: cluster.rows() > rows)
     until("messages go on", lambda: cluster.acknowledged() > acknowledged)
     marks = kafka.watermarks(cluster.settings)
