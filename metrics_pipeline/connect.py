@@ -245,17 +245,6 @@ def sink_state(settings: Settings, patience: float = 2.0) -> SinkState:
     return ConnectClient(settings.connect_urls, patience).state(CONNECTOR)
 
 
-def workers_away(settings: Settings) -> list[str]:
-    """URL of each Connect worker that does not answer; the others of the group may do its work."""
-    away = []
-    for url in settings.connect_urls:
-        try:
-            requests.get(url, timeout=3).raise_for_status()
-        except requests.RequestException:
-            away.append(url)
-    return away
-
-
 def connector_drift(settings: Settings, patience: float = PATIENCE_SECONDS) -> list[str]:
     """Each difference between the connector and its file, then each part that does not run; empty when all is well.
 

@@ -13,10 +13,11 @@ import psycopg
 import requests
 
 from metrics_pipeline import postgres, sinks, summaries
-from metrics_pipeline.connect import sink_state, workers_away
+from metrics_pipeline.connect import sink_state
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.local import broker
 from metrics_pipeline.local.dagster import code_problem, daemon_problem, web_problem
+from metrics_pipeline.local.service import http_problem
 from metrics_pipeline.local.sink import sink_problem
 from metrics_pipeline.settings import Settings
 
@@ -130,9 +131,10 @@ class Sampler:
         except PipelineError as error:
             return answer | {"reason": str(error)}
         tasks = [{"id": task.id, "state": task.state} for task in state.tasks]
-        problems, away, all_ = state.problems, workers_away(self._settings), len(self._settings.connect_urls)
-        if away:
-            problems = [*problems, f"{len(away)} of {all_} Connect workers away ({', '.join(away)})"]
+        # Any worker answers for the group: that the others do, too, is asked for.
+        urls, problems = self._settings.connect_urls, state.problems
+        if away := [url for url in urls if http_problem(url)]:
+            problems = [*problems, f"{len(away)} of {len(urls)} Connect workers away ({', '.join(away)})"]
         reason = {"reason": "; ".join(problems)} if problems else {}
         return answer | {"healthy": state.running and not away, "connector": state.connector, "tasks": tasks} | reason
 
