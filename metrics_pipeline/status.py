@@ -131,9 +131,10 @@ class Sampler:
         except PipelineError as error:
             return answer | {"reason": str(error)}
         tasks = [{"id": task.id, "state": task.state} for task in state.tasks]
-        # Any worker answers for the group: that the others do, too, is asked for.
+        # One worker has just answered for the group: only of several can another one be away.
         urls, problems = self._settings.connect_urls, state.problems
-        if away := [url for url in urls if http_problem(url)]:
+        away = [url for url in urls if http_problem(url)] if len(urls) > 1 else []
+        if away:
             problems = [*problems, f"{len(away)} of {len(urls)} Connect workers away ({', '.join(away)})"]
         reason = {"reason": "; ".join(problems)} if problems else {}
         return answer | {"healthy": state.running and not away, "connector": state.connector, "tasks": tasks} | reason
