@@ -15,7 +15,8 @@ RUN /opt/venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -
 
 FROM build AS jars
 ENV PIPELINE_CACHE_DIR=/opt/jars
-RUN /opt/venv/bin/metrics-pipeline container fetch
+RUN /opt/venv/bin/metrics-pipeline container fetch \
+ && chmod -R a+rX /opt/jars
 
 FROM ${PYTHON} AS pipeline
 LABEL org.opencontainers.image.title="metrics-pipeline" org.opencontainers.image.licenses="MIT"

@@ -19,6 +19,7 @@ import yaml
 from metrics_pipeline.compose import connect as container_connect
 from metrics_pipeline.compose import secrets
 from metrics_pipeline.compose.commands import INITDB_CONF
+from metrics_pipeline.connect import connector_config
 from metrics_pipeline.local import connect, jars, postgres
 from metrics_pipeline.local.budget import GIB, Budget, postgres_memory
 from metrics_pipeline.reference import default
@@ -35,6 +36,7 @@ from metrics_pipeline_tests.compose_files import (
     project,
 )
 from metrics_pipeline_tests.documents import table
+from metrics_pipeline_tests.fake_http import Request, listening
 
 BIN = Path(sys.executable).parent
 STACKS = [(MAIN,), (MAIN, CLUSTER)]
@@ -158,6 +160,44 @@ def test_our_images_run_with_as_little_as_they_can(files: tuple[Path, ...]) -> N
     dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
     last_user = re.findall(r"^USER (.+)$", dockerfile, re.MULTILINE)[-1]
     assert last_user == f"{secrets.PIPELINE_UID}:{secrets.PIPELINE_UID}"
+
+
+WRITABLE_BY_ALL = {"/tmp", "/var/run/postgresql"}  # modes 1777 and 3777 in the images
+
+
+@pytest.mark.parametrize("files", STACKS, ids=STACK_IDS)
+def test_every_tmpfs_is_writable_by_the_account_of_its_service(files: tuple[Path, ...]) -> None:
+    """It takes the mode of the folder that it covers, whatever `mode=` says, but belongs to root unless told otherwise."""
+
+    def check(name: str, service: dict[str, Any]) -> None:
+        for entry in service.get("tmpfs", ()):
+            folder, _, options = entry.partition(":")
+            if folder not in WRITABLE_BY_ALL and service.get("user", "") != "0:0":
+                assert ours(service), f"{name}: whose {folder} is, is not known"
+                owner = f"uid={secrets.PIPELINE_UID},gid={secrets.PIPELINE_UID}"
+                assert owner in options, f"{name}: {entry}"
+
+    each(check, *files)
+    folders = {entry.partition(":")[0] for entry in project()["connect"]["tmpfs"]}
+    (data,) = re.findall(r"PIPELINE_DATA_DIR=(/run/\S+)$", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
+    assert data in folders
+
+
+@pytest.mark.parametrize("files", STACKS, ids=STACK_IDS)
+def test_an_image_is_built_by_one_service(files: tuple[Path, ...]) -> None:
+    """Each `build:` is built and exported by itself: several of one tag leave dangling images, or fail on each other's."""
+    services = project(*files)
+    builders: dict[str, list[str]] = {service["image"]: [] for service in services.values() if ours(service)}
+    for name, service in services.items():
+        if "build" in service:
+            builders[service["image"]].append(name)
+    assert {image: len(names) for image, names in builders.items()} == dict.fromkeys(builders, 1), builders
+    assert len(builders) == 2
+    for name, service in services.items():
+        # Also `up NAME` and `run NAME` build the image, since they start what the service needs.
+        if ours(service):
+            (builder,) = builders[service["image"]]
+            assert name == builder or builder in all_before(services, name) or name.startswith("connect-"), name
 
 
 # The start order
@@ -290,9 +330,9 @@ def test_versions_are_those_of_the_embedded_stack() -> None:
     assert services["code"]["image"] == f"metrics-pipeline:{version}"
     assert services["connect"]["image"] == f"metrics-pipeline-connect:{version}"
     dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
-    assert {service["build"]["target"] for service in services.values() if ours(service)} <= set(
-        re.findall(r" AS (\w+)$", dockerfile, re.MULTILINE)
-    )
+    targets = {service["build"]["target"] for service in services.values() if "build" in service}
+    assert targets == {"pipeline", "connect"}
+    assert targets <= set(re.findall(r" AS (\w+)$", dockerfile, re.MULTILINE))
     (python,) = re.findall(r"^ARG PYTHON=python:3\.(\d+)\.", dockerfile, re.MULTILINE)
     assert 11 <= int(python) < 15
     # Kafka and Debezium come from the lock alone: the Dockerfile names no version of them.
@@ -606,6 +646,24 @@ def test_healthy_says_what_the_answer_is() -> None:
         assert healthy.main(url) == 1
         thread.join(5)
     assert healthy.main(url) == 1
+
+
+def test_healthy_asks_every_url_and_names_the_one_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    from metrics_pipeline.compose import healthy
+
+    def respond(request: Request) -> None:
+        request.reply(404 if request.path == "/absent" else 200, b"")
+
+    with listening(respond) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert healthy.main(f"{url}/there", f"{url}/here") == 0
+        assert healthy.main(f"{url}/there", f"{url}/absent") == 1
+    assert capsys.readouterr().err.startswith(f"{url}/absent: HTTP Error 404")
+
+
+def test_connect_is_healthy_only_with_its_plugin() -> None:
+    plugin = connector_config()["connector.class"]
+    assert project()["connect"]["healthcheck"]["test"][-1].endswith(f"/connector-plugins/{plugin}/config")
 
 
 def test_health_check_of_our_images_imports_little() -> None:

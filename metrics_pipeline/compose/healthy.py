@@ -1,4 +1,4 @@
-"""`python -m metrics_pipeline.compose.healthy URL`: exit code 0 when the URL answers with 2xx.
+"""`python -m metrics_pipeline.compose.healthy URL…`: exit code 0 when each URL answers with 2xx.
 
 For the health checks of images that have no curl. It imports nothing of the package: it runs every few seconds.
 """
@@ -12,16 +12,17 @@ import urllib.request
 TIMEOUT_SECONDS = 5
 
 
-def main(url: str) -> int:
-    """Ask once; the reason goes to standard error, where `docker inspect` shows it."""
+def main(*urls: str) -> int:
+    """Ask each once; the first reason goes to standard error, where `docker inspect` shows it."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=TIMEOUT_SECONDS):
-            return 0
-    except (urllib.error.URLError, OSError) as error:
-        sys.stderr.write(f"{url}: {error}\n")
-        return 1
+    for url in urls:
+        try:
+            opener.open(url, timeout=TIMEOUT_SECONDS).close()
+        except (urllib.error.URLError, OSError) as error:
+            sys.stderr.write(f"{url}: {error}\n")
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from metrics_pipeline.connect import connector_config
 from metrics_pipeline.local import broker, java
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.service import Service, http_problem
@@ -85,5 +87,10 @@ def _service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: P
 
 
 def connect_problem(url: str) -> str | None:
-    """None when the worker answers and has joined its group, else why not."""
-    return http_problem(f"{url}/connectors")
+    """None when the worker answers, has joined its group and has the connector's plugin, else why not."""
+    if (problem := http_problem(f"{url}/connectors")) is not None:
+        return problem
+    plugin = connector_config()["connector.class"]
+    if http_problem(f"{url}/connector-plugins/{plugin}/config") is None:
+        return None
+    return f"Kafka Connect on {urlsplit(url).netloc} has no plugin {plugin}: correct plugin.path in its worker's file"

@@ -199,7 +199,10 @@ def sha256(path: Path) -> str:
 
 
 def unpack_debezium(archive: Path, cache: Path) -> Path:
-    """The Connect plugin folder made from the archive, without what only other databases or the worker itself need."""
+    """The Connect plugin folder made from the archive, without what only other databases or the worker itself need.
+
+    Every account may read it: an image is built by root, and its worker is another one.
+    """
     with _made_once(cache / f"debezium-jdbc-{DEBEZIUM}") as target:
         if target is not None:
             with tarfile.open(archive) as tar:
@@ -219,7 +222,6 @@ def unpack_postgres(archive: Path, folder: Path) -> Path:
                 (inner,) = (name for name in jar.namelist() if name.endswith(".txz"))
                 with jar.open(inner) as stream, tarfile.open(fileobj=stream, mode="r|xz") as tar:
                     _extract(tar, target)
-            target.chmod(0o755)
     return home
 
 
@@ -227,6 +229,11 @@ def _extract(tar: tarfile.TarFile, target: Path) -> None:
     # The archive is one we locked by sha256. Set as an attribute because 3.11.2, which Debian 12 has, lacks the argument.
     tar.extraction_filter = getattr(tarfile, "tar_filter", None)
     tar.extractall(target)  # noqa: S202  # locked, see above
+    # As `chmod -R a+rX`: mkdtemp gives the folder to us alone, and so does a umask with what the archive does not name.
+    for path in (target, *target.rglob("*")):
+        if not path.is_symlink():
+            mode = path.stat().st_mode
+            path.chmod(mode | 0o444 | (0o111 if path.is_dir() or mode & 0o111 else 0))
 
 
 @contextmanager

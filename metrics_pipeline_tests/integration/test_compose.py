@@ -307,6 +307,15 @@ def test_a_health_check_that_asks_nobody_fails(containers: Containers) -> None:
     assert containers.run("code", command).returncode == 1
 
 
+def test_a_worker_without_the_plugin_is_not_healthy(containers: Containers) -> None:
+    """It answers, has joined its group, and could run no connector of ours."""
+    _, *test = project()["connect"]["healthcheck"]["test"]
+    assert containers.run("connect", test).returncode == 0
+    test[-1] = test[-1].replace("JdbcSinkConnector", "AbsentConnector")
+    done = containers.run("connect", test)
+    assert (done.returncode, "AbsentConnector/config: HTTP Error 404" in done.stderr) == (1, True)
+
+
 def test_a_stopped_code_server_lets_the_producer_flush(containers: Containers) -> None:
     """As an engine does it: one SIGTERM. The run ends, and its ledger says with what."""
     test_the_sensor_launches_the_producer_and_rows_arrive(containers)
