@@ -132,7 +132,7 @@ class ConnectClient:
         Raises:
             ServiceError: older than 4.2, or not reachable.
         """
-        answer = self._json("GET", "/")
+        answer = self._object(self._request("GET", "/"))
         version = str(answer.get("version", ""))
         numbers = tuple(int(part) for part in version.split("-")[0].split(".")[:2] if part.isdigit())
         if numbers < OLDEST_VERSION:
@@ -145,7 +145,7 @@ class ConnectClient:
     def config(self, name: str) -> dict[str, str] | None:
         """The connector's configuration as Connect holds it, or None when there is no such connector."""
         answer = self._request("GET", f"/connectors/{quote(name)}/config", allow=(404,))
-        return None if answer.status_code == 404 else dict(answer.json())
+        return None if answer.status_code == 404 else self._object(answer)
 
     def put(self, name: str, config: Mapping[str, str]) -> None:
         """Create the connector, or replace its configuration."""
@@ -156,10 +156,15 @@ class ConnectClient:
         answer = self._request("GET", f"/connectors/{quote(name)}/status", allow=(404,))
         if answer.status_code == 404:
             return SinkState("MISSING")
-        status = answer.json()
-        tasks = (TaskState(task["id"], task["state"], task.get("trace", "")) for task in status["tasks"])
-        connector = status["connector"]
-        return SinkState(connector["state"], tuple(sorted(tasks, key=lambda task: task.id)), connector.get("trace", ""))
+        status = self._object(answer)
+        try:
+            tasks = [TaskState(task["id"], task["state"], task.get("trace", "")) for task in status["tasks"]]
+            connector = status["connector"]
+            return SinkState(
+                connector["state"], tuple(sorted(tasks, key=lambda task: task.id)), connector.get("trace", "")
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._no_connect() from error
 
     def restart(self, name: str, only_failed: bool = True) -> None:
         """Restart the connector with its tasks; by default only those that FAILED."""
@@ -178,14 +183,17 @@ class ConnectClient:
         """Delete the connector; that there is none is no error. Its committed offsets stay."""
         self._request("DELETE", f"/connectors/{quote(name)}", allow=(404,))
 
-    def _json(self, method: str, path: str) -> dict[str, Any]:
+    def _object(self, answer: requests.Response) -> dict[str, Any]:
         try:
-            answer = self._request(method, path).json()
+            content = answer.json()
         except requests.JSONDecodeError as error:
-            raise ServiceError(
-                f"{self._url} answers, but is no Kafka Connect: correct CONNECT_URL (or CONNECT_PORT)"
-            ) from error
-        return dict(answer) if isinstance(answer, dict) else {}
+            raise self._no_connect() from error
+        if not isinstance(content, dict):
+            raise self._no_connect()
+        return content
+
+    def _no_connect(self) -> ServiceError:
+        return ServiceError(f"{self._url} answers, but is no Kafka Connect: correct CONNECT_URL (or CONNECT_PORT)")
 
     def _request(self, method: str, path: str, *, allow: tuple[int, ...] = (), **kwargs: Any) -> requests.Response:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -28,6 +29,8 @@ BETWEEN_RUNS_SECONDS = 30
 
 Sample = dict[str, Any]
 
+log = logging.getLogger(__name__)
+
 
 class Sampler:
     """Takes samples and remembers enough of the former ones to give rates."""
@@ -48,12 +51,12 @@ class Sampler:
             "producer": self._producer,
             "dagster": self._dagster,
         }
-        futures = {name: self._pool.submit(part) for name, part in parts.items()}
+        futures = {name: self._pool.submit(_whole, name, part) for name, part in parts.items()}
         answer = futures["postgres"].result()
         self._active = answer.pop("active", self._active)
         sessions = answer.pop("sessions", 0)
-        futures["connect"] = self._pool.submit(self._connect)
-        futures["sink"] = self._pool.submit(self._copy_sink, sessions)
+        futures["connect"] = self._pool.submit(_whole, "connect", self._connect)
+        futures["sink"] = self._pool.submit(_whole, "sink", lambda: self._copy_sink(sessions))
         found = {
             name: futures[name].result() for name in ("postgres", "broker", "connect", "sink", "producer", "dagster")
         }
@@ -61,7 +64,7 @@ class Sampler:
             found["sink"] = _connector_as_sink(found["connect"])
         rows = found["postgres"].pop("rows", None)
         lag = found["broker"].pop("lag", None)
-        published = found["producer"].pop("published", {})
+        figures = found["producer"].pop("figures", {})
         if not found["producer"]["healthy"] and found["postgres"].pop("between_runs", False):
             found["producer"] |= {"healthy": True, "state": "between two runs"}
             found["producer"].pop("reason", None)
@@ -70,9 +73,9 @@ class Sampler:
             **found,
             "rows": rows,
             "rows_per_second": self._rate(),
-            "acknowledged_per_second": published.get("acknowledged_per_second", 0.0),
+            "acknowledged_per_second": figures.get("acknowledged_per_second", 0.0),
             "lag": lag,
-            "latency_seconds": published.get("latency_seconds") or {"p50": None, "p99": None},
+            "latency_seconds": figures.get("latency_seconds", {"p50": None, "p99": None}),
         }
 
     def close(self) -> None:
@@ -141,17 +144,15 @@ class Sampler:
 
     def _copy_sink(self, sessions: int) -> Sample:
         """The COPY sink, when it is the active one; on another machine it shows by its sessions alone."""
-        answer: Sample = {"kind": "copy", "healthy": False, "state": "not running", "url": self._settings.sink_http}
+        answer = _absent("sink") | {"state": "not running", "url": self._settings.sink_http}
         if self._active != "copy":
             return answer
         problem = sink_problem(self._settings)
         try:
             published = requests.get(f"{self._settings.sink_http}/status", timeout=3).json()
-        except (requests.RequestException, ValueError):
+        except (requests.ConnectionError, requests.Timeout):
             # Nothing answers here: whether one runs elsewhere shows in PostgreSQL.
-            return answer | (
-                {"healthy": True, "state": "running elsewhere", "workers": None} if sessions else {"reason": problem}
-            )
+            return answer | ({"healthy": True, "state": "running elsewhere"} if sessions else {"reason": problem})
         workers = published.get("workers") or []
         states = sorted({str(worker["state"]) for worker in workers})
         answer |= {"healthy": problem is None, "state": ", ".join(states) or "starting", "workers": len(workers)}
@@ -159,26 +160,57 @@ class Sampler:
 
     def _producer(self) -> Sample:
         url = self._settings.producer_http
+        answer = _absent("producer") | {"url": url}
         try:
             published = requests.get(f"{url}/status", timeout=3).json()
             health = requests.get(f"{url}/health", timeout=3)
-        except (requests.RequestException, ValueError):
-            return {"healthy": False, "url": url, "state": "not running", "reason": "no producer answers"}
-        answer: Sample = {
+        except (requests.ConnectionError, requests.Timeout):
+            return answer | {"state": "not running", "reason": "no producer answers"}
+        latency = published["latency_seconds"]
+        answer |= {
             "healthy": health.status_code == requests.codes.ok,
-            "url": url,
-            "state": published.get("state"),
+            "state": str(published["state"]),
+            "figures": {
+                "acknowledged_per_second": float(published["acknowledged_per_second"]),
+                "latency_seconds": {name: _figure(latency[name]) for name in ("p50", "p99")},
+            },
         }
         if published.get("paused"):
             answer["reason"] = published["paused"]
         elif not answer["healthy"]:
             answer["reason"] = "the broker has acknowledged nothing for a while"
-        return answer | {"published": published}
+        return answer
 
     def _dagster(self) -> Sample:
         settings = self._settings
         problem = web_problem(settings) or code_problem(settings) or daemon_problem(settings)
         return _part(problem, settings.dagster_http)
+
+
+def _absent(name: str) -> Sample:
+    """What is shown of a part that tells nothing: every key that it would have."""
+    answer: Sample = {"healthy": False, "url": ""}
+    match name:
+        case "connect":
+            return answer | {"connector": None, "tasks": []}
+        case "sink":
+            return answer | {"kind": "copy", "state": "unknown", "workers": None}
+        case "producer":
+            return answer | {"state": "unknown"}
+    return answer
+
+
+def _whole(name: str, part: Callable[[], Sample]) -> Sample:
+    """What a part tells of itself. Anybody may answer on its port, with anything: that is its problem, and not its display's."""
+    try:
+        return part()
+    except Exception as error:
+        log.debug("%s", name, exc_info=True)
+        return _absent(name) | {"reason": f"its answer is not that of a {name} ({type(error).__name__}: {error})"}
+
+
+def _figure(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _part(problem: str | None, url: str) -> Sample:

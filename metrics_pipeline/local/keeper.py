@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -53,7 +54,8 @@ class Keeper:
             free_ports: move busy ports.
             chosen: variables that were given as options, to be kept in the env file once they are known to fit.
         """
-        self._report = report
+        self._show_line = report
+        self._troubles: set[str] = set()
         self._free_ports = free_ports
         self._chosen = dict(chosen or {})
         self._settings = settings
@@ -80,6 +82,21 @@ class Keeper:
         finally:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+
+    def _report(self, line: str) -> None:
+        """Show a line, if there is still somebody to show it to."""
+        self._harmless("show what happens", lambda: self._show_line(line))
+
+    def _harmless(self, what: str, step: Callable[[], object]) -> None:
+        """A step whose failure must not end the services; it is told once, until it succeeds again."""
+        try:
+            step()
+        except Exception:
+            if what not in self._troubles:
+                self._troubles.add(what)
+                log.exception("cannot %s; the services go on", what)
+        else:
+            self._troubles.discard(what)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if not self._stop.is_set():
@@ -131,16 +148,19 @@ class Keeper:
             self._note()
 
     def run(self, show: Callable[[], None]) -> None:
-        """Keep the services up until a signal or `request_stop`; `show` is called every tick."""
+        """Keep the services up until a signal or `request_stop`; `show` is called every tick, and may fail."""
         assert self.stack is not None  # noqa: S101  # start() came before
         repairer = threading.Thread(target=self._repair, name="repair", daemon=True)
         repairer.start()
         while not self._stop.wait(TICK):
             for service in self.stack.services:
-                if not service.alive():
-                    self._bring_back(service)
-                service.rotate_log()
-            show()
+                self._harmless(f"look after {service.title}", partial(self._look_after, service))
+                self._harmless(f"rotate {service.log}", service.rotate_log)
+            self._harmless("show how it runs", show)
+
+    def _look_after(self, service: Service) -> None:
+        if not service.alive():
+            self._bring_back(service)
 
     def _prepare_folder(self) -> None:
         folder = self._settings.data_dir

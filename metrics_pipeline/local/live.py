@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from contextlib import closing
 
 from rich.console import Console
 from rich.live import Live
@@ -16,6 +18,9 @@ from metrics_pipeline.status import Sample, Sampler
 SAMPLE_SECONDS = 3.0
 PLAIN_SECONDS = 10.0
 """Without a terminal, one line this often instead of a table."""
+
+
+log = logging.getLogger(__name__)
 
 
 class LiveTable:
@@ -52,9 +57,12 @@ class LiveTable:
             self._console.print(line(self._sample))
 
     def _watch(self) -> None:
-        sampler = Sampler(self._settings)
-        while not self._stop.wait(SAMPLE_SECONDS):
-            self._sample = sampler.sample()
+        with closing(Sampler(self._settings)) as sampler:
+            while not self._stop.wait(SAMPLE_SECONDS):
+                try:
+                    self._sample = sampler.sample()
+                except Exception:
+                    log.exception("no sample could be taken; the one before stays")
 
 
 def table(sample: Sample) -> Table:
@@ -89,7 +97,7 @@ def line(sample: Sample) -> str:
     if sample["sink"]["kind"] == "copy":
         sink = f"COPY, {sample['sink']['state']}, {workers(sample)}"
     else:
-        sink = f"{sample['connect']['connector']} ({task_states(sample)})"
+        sink = f"{sample['connect']['connector'] or 'not running'} ({task_states(sample)})"
     return (
         f"rows {number(sample['rows'])} ({number(sample['rows_per_second'])}/s), acknowledged {number(sample['acknowledged_per_second'])}/s, "
         f"lag {number(sample['lag'])}, latency p50 {seconds(latency['p50'])} p99 {seconds(latency['p99'])}, "
