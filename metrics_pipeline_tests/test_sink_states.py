@@ -401,6 +401,57 @@ def test_whatever_happens_each_record_is_stored_once_or_rejected() -> None:
     run_state_machine_as_test(SinkMachine, settings=PROFILE)
 
 
+# --- With nothing to write ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def idle() -> Iterator[SinkMachine]:
+    """One worker that has stored everything there is."""
+    machine = SinkMachine()
+    machine.produce(0, [("good", 0)])
+    machine.world.start()
+    machine.everything_runs(60)
+    assert machine.database.offsets == {0: 1, 1: 0}
+    yield machine
+    machine.world.close()
+
+
+def test_a_worker_with_nothing_to_write_comes_back_when_its_sessions_are_cut(idle: SinkMachine) -> None:
+    """The producer waits for a sink that is connected: one that reconnects only to write would never see it again."""
+    (process,) = idle.world.running
+    for session in list(idle.database.sessions):
+        session.end()
+    idle.everything_runs(60)
+    assert [session for session in idle.database.sessions if session.process is process]
+    assert process.worker.report.state == "running"
+
+
+def test_a_worker_with_nothing_to_write_says_that_it_could_not(idle: SinkMachine) -> None:
+    (process,) = idle.world.running
+    report = process.worker.report
+    for session in list(idle.database.sessions):
+        session.end()
+    idle.database.down = True
+    idle.everything_runs(60)
+    assert (report.state, "cannot be reached" in report.reason) == ("waiting", True)
+    idle.everything_runs(200)
+    assert report.waiting_seconds > 15.0
+    idle.database.down = False
+    idle.everything_runs(60)
+    assert (report.state, report.reason, report.waiting_seconds) == ("running", "", 0.0)
+
+
+def test_a_worker_with_nothing_to_write_notices_another_sink_s_time(idle: SinkMachine) -> None:
+    (process,) = idle.world.running
+    idle.database.active = "connect"
+    idle.everything_runs(60)
+    assert process.worker.report.state == "standing by"
+    assert idle.world.members == []
+    idle.database.active = "copy"
+    idle.everything_runs(60)
+    assert process.worker.report.state == "running"
+
+
 # --- Stores that are wrong on purpose ----------------------------------------------------------------------------
 
 

@@ -41,6 +41,8 @@ DRAIN_SECONDS: Final = 20.0
 """How long a revocation or a stop waits for the batch that is being written."""
 DRAIN_POLL_SECONDS: Final = 0.01
 STANDBY_SECONDS: Final = 1.0
+REST_SECONDS: Final = 2.0
+"""How long the writer may have nothing to write before it asks PostgreSQL whether it is still its turn."""
 STILL_SECONDS: Final = 5.0
 """How long a partition may rest with records waiting before it is sought again."""
 FIRST_DELAY: Final = 0.05
@@ -199,6 +201,28 @@ class Writer:
         self._report = report
         self._sleep = sleep
         self._failing_since: float | None = None
+        self._asked = time.monotonic()
+
+    def rest(self) -> None:
+        """With nothing to write: now and then ask whether it is still our turn, which connects again if need be.
+
+        The producer waits for a sink that is connected. One that connected again only to write would wait for the producer.
+
+        Raises:
+            StandbyError: another sink is the active one.
+        """
+        now = time.monotonic()
+        if now - self._asked < REST_SECONDS:
+            return
+        self._asked = now
+        try:
+            active = self._store.active()
+        except (psycopg.Error, PipelineError) as error:
+            self._failed(error, "PostgreSQL is asked again")
+            return
+        self._works()
+        if not active:
+            raise StandbyError
 
     def write(self, batch: Batch, give_up: Callable[[], bool] = lambda: False) -> Batch | None:
         """Write what is still ours of a batch.
@@ -227,7 +251,7 @@ class Writer:
                 self._places.forget(fenced.partitions)
                 continue
             except (psycopg.Error, PipelineError) as error:
-                self._failed(error)
+                self._failed(error, "a batch is tried again")
                 if give_up():
                     return None
                 self._sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
@@ -244,22 +268,26 @@ class Writer:
         try:
             return self._store.written(batch)
         except (psycopg.Error, PipelineError) as error:
-            self._failed(error)
+            self._failed(error, "a batch is tried again")
             return False
 
-    def _failed(self, error: BaseException) -> None:
+    def _failed(self, error: BaseException, what_next: str) -> None:
         report = self._report
         now = time.monotonic()
         self._failing_since = self._failing_since or now
         report.counts.retries[kind_of(error)] += 1
         report.state, report.reason = "waiting", reason_of(error)
         report.waiting_seconds = now - self._failing_since
-        log.warning("a batch is tried again: %s", report.reason)
+        log.warning("%s: %s", what_next, report.reason)
+
+    def _works(self) -> None:
+        report = self._report
+        self._failing_since, self._asked = None, time.monotonic()
+        report.state, report.reason, report.waiting_seconds = "running", "", 0.0
 
     def _done(self, batch: Batch, written: Written) -> None:
-        report, counts = self._report, self._report.counts
-        self._failing_since = None
-        report.state, report.reason, report.waiting_seconds = "running", "", 0.0
+        counts = self._report.counts
+        self._works()
         counts.rows += written.rows
         counts.tombstones += batch.tombstones
         counts.batches[written.path] += 1
@@ -554,9 +582,11 @@ class Worker:
             try:
                 batch = queue.get(timeout=0.1)
             except Empty:
-                continue
+                batch = None
             try:
-                if (done := writer.write(batch, give_up=over.is_set)) is not None:
+                if batch is None:
+                    writer.rest()
+                elif (done := writer.write(batch, give_up=over.is_set)) is not None:
                     self._written.append(done.chunks)
             except StandbyError:
                 self._standby.set()
@@ -567,8 +597,10 @@ class Worker:
                     self._failure = error
                 return
             finally:
+                taken = batch is not None
                 del batch  # tens of MB, which must not outlive the wait for the next one
-                queue.task_done()
+                if taken:
+                    queue.task_done()
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         numbers = [partition.partition for partition in partitions]

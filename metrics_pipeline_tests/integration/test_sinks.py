@@ -159,6 +159,20 @@ def test_a_second_time_changes_nothing(stack: RunningStack, copying: Settings) -
     assert sinks.sink_drift(stack.settings) == []
 
 
+def test_sessions_that_are_cut_while_nothing_is_written_come_back(stack: RunningStack, copying: Settings) -> None:
+    """The producer's sensor waits for a sink that is connected, and nothing is written without a producer."""
+    until(lambda: sinks.lag(copying).total == 0)
+    with psycopg.connect(stack.settings.admin_url(copying.metrics_database), autocommit=True) as connection:
+        cut = connection.execute(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+            "WHERE application_name LIKE 'metrics-pipeline sink%'"
+        ).fetchone()
+    assert cut is not None
+    assert cut[0] >= 2
+    until(lambda: sinks.position(copying).sessions >= 2, 15)
+    assert sinks.sink_problem(copying) is None
+
+
 def test_status_and_lag_are_those_of_the_active_sink(stack: RunningStack, copying: Settings) -> None:
     with closing(Sampler(stack.settings)) as sampler:
         until(lambda: sinks.lag(copying).total == 0 and sampler.sample()["sink"]["state"] == "running")
