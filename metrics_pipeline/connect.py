@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -13,6 +14,7 @@ import requests
 import stamina
 from stamina.instrumentation import set_on_retry_hooks
 
+from metrics_pipeline import kafka
 from metrics_pipeline.change import Change
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.settings import CONNECTOR, ROOT, Settings
@@ -101,6 +103,10 @@ class SinkState:
         return found
 
 
+class ForeignError(ServiceError):
+    """What answers is the Connect of another Kafka cluster, or none at all: it is asked nothing and told nothing."""
+
+
 class _RebalancingError(Exception):
     """409: the workers are agreeing on who runs what."""
 
@@ -112,11 +118,19 @@ class ConnectClient:
         urls: base URL of the worker, or of each worker of the group, without a trailing slash. Any of them answers for
             the group; one that does not answer is passed over.
         patience: seconds for which a request is tried again while Connect is away or rebalances.
+        cluster: the id of the Kafka cluster that it has to belong to; None when it is meant whosever it is.
     """
 
-    def __init__(self, urls: str | Sequence[str], patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        patience: float = PATIENCE_SECONDS,
+        cluster: Callable[[], str] | None = None,
+    ) -> None:
         self._urls = [urls] if isinstance(urls, str) else list(urls)
         self._patience = patience
+        self._cluster = cluster
+        self._known_cluster = ""
         self._session = requests.Session()
         # A proxy of the machine has no business between us and a service beside us.
         self._session.trust_env = False
@@ -230,13 +244,54 @@ class ConnectClient:
     def _any(self, method: str, path: str, **kwargs: Any) -> requests.Response:
         for untried in reversed(range(len(self._urls))):
             try:
+                self._require_ours()
                 return self._session.request(method, self._url + path, timeout=_TIMEOUT, **kwargs)
-            except requests.RequestException as error:
+            except (requests.RequestException, ForeignError) as error:
                 self._urls.append(self._urls.pop(0))
                 # What a worker took in, but has not answered, may be under way: asking another one could do it twice.
-                if not untried or not isinstance(error, requests.ConnectionError):
+                if not untried or not isinstance(error, (requests.ConnectionError, ForeignError)):
                     raise
         raise AssertionError("there is at least one URL")
+
+    def _require_ours(self) -> None:
+        """Before each request: who has the port may have changed since the one before.
+
+        Raises:
+            ForeignError: it is not ours.
+            ServiceError: the broker cannot be asked which cluster is.
+        """
+        if self._cluster is None:
+            return
+        answer = self._session.get(f"{self._url}/", timeout=_TIMEOUT)
+        if answer.status_code >= 500:
+            raise requests.ConnectionError(f"it answers {answer.status_code}")  # it starts or ends: asked again
+        try:
+            theirs = str(answer.json()["kafka_cluster_id"])
+        except (requests.JSONDecodeError, KeyError, TypeError):
+            raise self._foreign("is no Kafka Connect") from None
+        if theirs == self._known_cluster:
+            return
+        self._known_cluster = self._cluster()
+        if theirs != self._known_cluster:
+            raise self._foreign(
+                f"is the Kafka Connect of another Kafka cluster ({theirs}, ours is {self._known_cluster})"
+            )
+
+    def _foreign(self, what: str) -> ForeignError:
+        return ForeignError(
+            f"what answers at {self._url} {what}: it is left alone. "
+            "Set CONNECT_PORT to our own, or name another one by CONNECT_URL"
+        )
+
+
+def client(settings: Settings, patience: float = PATIENCE_SECONDS) -> ConnectClient:
+    """The Connect of this pipeline: the one that CONNECT_URL names, else one on our ports that belongs to our Kafka cluster.
+
+    All workers of a Kafka cluster with our group are one Connect, so the cluster's id says whose it is. A port alone does
+    not: it may be that of another stack on this machine.
+    """
+    cluster = None if settings.connect_url else partial(kafka.cluster_id, settings)
+    return ConnectClient(settings.connect_urls, patience, cluster)
 
 
 def connector_config() -> dict[str, str]:
@@ -250,7 +305,7 @@ def sink_state(settings: Settings, patience: float = 2.0) -> SinkState:
     Raises:
         ServiceError: Connect cannot be reached.
     """
-    return ConnectClient(settings.connect_urls, patience).state(CONNECTOR)
+    return client(settings, patience).state(CONNECTOR)
 
 
 def connector_drift(settings: Settings, patience: float = PATIENCE_SECONDS) -> list[str]:
@@ -259,11 +314,11 @@ def connector_drift(settings: Settings, patience: float = PATIENCE_SECONDS) -> l
     Raises:
         ServiceError: Connect cannot be reached.
     """
-    client = ConnectClient(settings.connect_urls, patience)
-    config = client.config(CONNECTOR)
+    rest = client(settings, patience)
+    config = rest.config(CONNECTOR)
     if config is None:
         return [f"connector {CONNECTOR} does not exist"]
-    return _differences(config, connector_config()) + client.state(CONNECTOR).problems
+    return _differences(config, connector_config()) + rest.state(CONNECTOR).problems
 
 
 def ensure_connector(settings: Settings, patience: float = PATIENCE_SECONDS) -> Change:
@@ -274,22 +329,22 @@ def ensure_connector(settings: Settings, patience: float = PATIENCE_SECONDS) -> 
     Raises:
         ServiceError: Connect cannot be reached, is too old, refuses the file, or a task cannot start.
     """
-    client = ConnectClient(settings.connect_urls, patience)
-    client.version()
+    rest = client(settings, patience)
+    rest.version()
     wanted = connector_config()
-    present = client.config(CONNECTOR)
+    present = rest.config(CONNECTOR)
     details = ["connector " + CONNECTOR] if present is None else _differences(present, wanted)
     if details:
-        client.put(CONNECTOR, wanted)
+        rest.put(CONNECTOR, wanted)
     if present is not None:
-        state = client.state(CONNECTOR)
+        state = rest.state(CONNECTOR)
         if state.connector in ("PAUSED", "STOPPED"):
-            client.resume(CONNECTOR)
+            rest.resume(CONNECTOR)
             details.append(f"resumed, was {state.connector}")
         elif not details and (state.failed or state.connector == "FAILED"):
-            client.restart(CONNECTOR)
+            rest.restart(CONNECTOR)
             details.append(f"restarted, {state.problems[0]}")
-    _wait_until_running(client, settle=SETTLE_SECONDS if details else 0.0)
+    _wait_until_running(rest, settle=SETTLE_SECONDS if details else 0.0)
     if present is None:
         return Change("created", details)
     return Change("changed" if details else "unchanged", details)
@@ -301,11 +356,11 @@ def stop_connector(settings: Settings, patience: float = PATIENCE_SECONDS) -> No
     Raises:
         ServiceError: Connect cannot be reached, or the tasks do not end.
     """
-    client = ConnectClient(settings.connect_urls, patience)
-    client.stop(CONNECTOR)
+    rest = client(settings, patience)
+    rest.stop(CONNECTOR)
     begin = time.monotonic()
     while True:
-        state = client.state(CONNECTOR)
+        state = rest.state(CONNECTOR)
         if state.connector in ("STOPPED", "MISSING") and not state.tasks:
             return
         if time.monotonic() - begin >= STOPPED_SECONDS:

@@ -101,6 +101,16 @@ def client_config(settings: Settings) -> dict[str, Any]:
     }
 
 
+def cluster_id(settings: Settings) -> str:
+    """The id of the Kafka cluster: what tells one from another at the same address, and whose a Kafka Connect is.
+
+    Raises:
+        ServiceError: the broker cannot be reached.
+    """
+    with _admin(settings) as admin:
+        return str(admin.list_topics(timeout=TIMEOUT_SECONDS).cluster_id)
+
+
 def topic_spec(settings: Settings) -> TopicSpec:
     """The topic of the readings as configured."""
     partitions = settings.topic_partitions_metrics

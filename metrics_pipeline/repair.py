@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
-from metrics_pipeline import kafka, sinks
+from metrics_pipeline import connect, kafka, sinks
 from metrics_pipeline.connect import ConnectClient, SinkState
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings
@@ -140,7 +140,7 @@ class SinkRepair:
         jitter: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311
     ) -> None:
         self._settings = settings
-        self._client = client or ConnectClient(settings.connect_urls, patience=2.0)
+        self._client = client or connect.client(settings, patience=2.0)
         self._offsets = offsets
         self._database = database
         self._position = position

@@ -17,7 +17,7 @@ import psycopg
 
 from metrics_pipeline import connect, kafka, postgres
 from metrics_pipeline.change import Change
-from metrics_pipeline.connect import PATIENCE_SECONDS, ConnectClient
+from metrics_pipeline.connect import PATIENCE_SECONDS
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings
 
@@ -249,7 +249,7 @@ def _commit_forward(settings: Settings, wanted: Mapping[int, int]) -> dict[int, 
 def _ensure_connect(settings: Settings, patience: float) -> Change:
     details = []
     if active(settings) == "copy":
-        client = ConnectClient(settings.connect_urls, patience)
+        client = connect.client(settings, patience)
         client.version()
         if client.state(CONNECTOR).connector in ("MISSING", "STOPPED"):
             details = hand_back(settings)
@@ -279,7 +279,7 @@ def _ensure_copy(settings: Settings, patience: float) -> Change:
     if ran:
         details.append(f"connector {CONNECTOR} is stopped, was {state}")
     elif state is None:
-        details.append(f"no Kafka Connect answers at {settings.connect_rest}: no connector to stop")
+        details.append(f"no Kafka Connect of this pipeline answers at {settings.connect_rest}: no connector to stop")
     details += [f"the COPY sink goes on at offset {offset} of partition {number}" for number, offset in moved.items()]
     return Change("changed", details)
 
@@ -296,9 +296,9 @@ def _wait_for_workers(settings: Settings) -> Position:
 
 
 def _connector_if_any(settings: Settings, patience: float) -> str | None:
-    """The connector's state; None when there is no Connect, which is no error unless CONNECT_URL names one."""
+    """The connector's state; None when there is no Connect of ours, which is no error unless CONNECT_URL names one."""
     try:
-        return ConnectClient(settings.connect_urls, patience).state(CONNECTOR).connector
+        return connect.client(settings, patience).state(CONNECTOR).connector
     except ServiceError:
         if settings.connect_url:
             raise

@@ -14,10 +14,14 @@ from metrics_pipeline_tests.fake_http import Request, listening
 
 @dataclass
 class FakeConnect:
-    """One worker. `poison` makes each task of a connector fail again as soon as it starts; `stopped` is called when one stops."""
+    """One worker. `poison` makes each task of a connector fail again as soon as it starts; `stopped` is called when one stops.
+
+    `cluster` is the Kafka cluster that it belongs to; `asked` has the path of each request but for the worker itself.
+    """
 
     url: str = ""
     version: str = "4.3.1"
+    cluster: str | None = "fake"
     tasks: int = 2
     rebalances: int = 0
     refuse: str = ""
@@ -26,6 +30,7 @@ class FakeConnect:
     states: dict[str, str] = field(default_factory=dict)
     task_states: dict[str, dict[int, tuple[str, str]]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     stopped: Callable[[], object] = lambda: None
 
     def fail(self, name: str, trace: str, *tasks: int) -> None:
@@ -43,7 +48,9 @@ class FakeConnect:
         """Status code and JSON of an answer."""
         path, query = urlsplit(target).path, parse_qs(urlsplit(target).query)
         if path == "/":
-            return 200, {"version": self.version, "commit": "0", "kafka_cluster_id": "fake"}
+            own = {"kafka_cluster_id": self.cluster} if self.cluster else {}
+            return 200, {"version": self.version, "commit": "0", **own}
+        self.asked.append(path)
         if method != "GET":
             self.requests.append(f"{method} {target}")
             if self.rebalances:

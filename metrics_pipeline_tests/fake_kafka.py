@@ -38,6 +38,7 @@ class FakeBroker:
     unsettled: int = 0
     leaderless: int = 0
     leaderless_because: int = KafkaError.NOT_LEADER_FOR_PARTITION
+    cluster: str = "fake"
 
     def add(self, name: str, topic: FakeTopic) -> None:
         """Have a topic, its settings laid over the defaults."""
@@ -71,6 +72,7 @@ class FakeAdmin:
         if self._broker.down:
             raise KafkaException(KafkaError(KafkaError._TRANSPORT, "Failed to get metadata"))
         return SimpleNamespace(
+            cluster_id=self._broker.cluster,
             topics={
                 name: SimpleNamespace(
                     error=None,
@@ -80,7 +82,7 @@ class FakeAdmin:
                     },
                 )
                 for name, topic in self._broker.topics.items()
-            }
+            },
         )
 
     def create_topics(self, topics: list[NewTopic]) -> dict[str, Future[None]]:

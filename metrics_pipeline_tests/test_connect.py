@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from metrics_pipeline import connect
-from metrics_pipeline.connect import ConnectClient, SinkState, TaskState
+from metrics_pipeline import connect, kafka
+from metrics_pipeline.connect import ConnectClient, ForeignError, SinkState, TaskState
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.settings import CONNECTOR, ROOT, Settings
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
+from metrics_pipeline_tests.fake_kafka import FakeBroker
 
 TRACE = """org.apache.kafka.connect.errors.ConnectException: Exiting WorkerSinkTask due to unrecoverable exception.
 \tat org.apache.kafka.connect.runtime.WorkerSinkTask.deliverMessages(WorkerSinkTask.java:633)
@@ -248,3 +249,92 @@ def test_a_change_that_the_groups_leader_is_not_there_for_is_tried_again(
     monkeypatch.setattr(fake, "answer", forwarding)
     assert connect.ensure_connector(at(fake), patience=5).state == "created"
     assert refusals == []
+
+
+# --- whose Connect it is -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broker(monkeypatch: pytest.MonkeyPatch) -> FakeBroker:
+    """The broker of ours; it is that of the fake Connect."""
+    made = FakeBroker()
+    monkeypatch.setattr(kafka, "AdminClient", made.admin)
+    return made
+
+
+def on_the_port(fake: FakeConnect) -> Settings:
+    """Nobody named a Connect: it is looked for where ours would be."""
+    return Settings(connect_port=int(fake.url.rpartition(":")[2]))
+
+
+CALLS: dict[str, Callable[[ConnectClient], object]] = {
+    "config": lambda client: client.config(CONNECTOR),
+    "put": lambda client: client.put(CONNECTOR, {}),
+    "state": lambda client: client.state(CONNECTOR),
+    "restart": lambda client: client.restart(CONNECTOR),
+    "resume": lambda client: client.resume(CONNECTOR),
+    "stop": lambda client: client.stop(CONNECTOR),
+    "delete": lambda client: client.delete(CONNECTOR),
+    "version": lambda client: client.version(),
+}
+
+
+@pytest.mark.parametrize(("cluster", "what"), [("another", "of another Kafka cluster"), (None, "is no Kafka Connect")])
+@pytest.mark.parametrize("call", CALLS)
+def test_the_connect_of_another_cluster_is_asked_nothing(
+    fake: FakeConnect, broker: FakeBroker, call: str, cluster: str | None, what: str
+) -> None:
+    """Another stack's, on the port that ours would have."""
+    connect.ensure_connector(at(fake))
+    fake.cluster = cluster
+    fake.requests.clear()
+    fake.asked.clear()
+    client = connect.client(on_the_port(fake), patience=0.2)
+    with pytest.raises(ForeignError, match=rf"127\.0\.0\.1:\d+ .*{what}.*CONNECT_URL"):
+        CALLS[call](client)
+    assert (fake.requests, fake.asked) == ([], [])
+    assert fake.states[CONNECTOR] == "RUNNING"
+
+
+def test_every_call_is_in_the_list() -> None:
+    public = {name for name, value in vars(ConnectClient).items() if callable(value) and not name.startswith("_")}
+    assert public == set(CALLS)
+
+
+def test_ours_is_known_by_the_cluster_and_asked_like_one_that_was_named(fake: FakeConnect, broker: FakeBroker) -> None:
+    settings = on_the_port(fake)
+    assert connect.ensure_connector(settings).state == "created"
+    assert connect.sink_state(settings).running
+    connect.stop_connector(settings)
+    assert fake.states[CONNECTOR] == "STOPPED"
+
+
+def test_one_that_was_named_is_meant_whatever_its_cluster(fake: FakeConnect, broker: FakeBroker) -> None:
+    fake.cluster = "another"
+    broker.down = True
+    assert connect.ensure_connector(at(fake)).state == "created"
+
+
+def test_a_cluster_made_anew_is_asked_for_once_more(fake: FakeConnect, broker: FakeBroker) -> None:
+    client = connect.client(on_the_port(fake), patience=0.2)
+    assert client.state(CONNECTOR).connector == "MISSING"
+    broker.cluster = fake.cluster = "made anew"
+    assert client.state(CONNECTOR).connector == "MISSING"
+    broker.down = True  # known: the broker is not asked again
+    assert client.state(CONNECTOR).connector == "MISSING"
+
+
+def test_without_the_broker_nobody_knows_whose_it_is(fake: FakeConnect, broker: FakeBroker) -> None:
+    broker.down = True
+    with pytest.raises(ServiceError, match=r"Kafka broker .* cannot be reached"):
+        connect.sink_state(on_the_port(fake))
+    assert fake.asked == []
+
+
+def test_a_worker_of_another_cluster_among_ours_is_passed_over(fake: FakeConnect, broker: FakeBroker) -> None:
+    with serving() as other:
+        other.cluster = "another"
+        first, second = (int(worker.url.rpartition(":")[2]) for worker in (other, fake))
+        settings = Settings(connect_workers=2, connect_port=first, connect_2_port=second)
+        assert connect.ensure_connector(settings).state == "created"
+        assert (other.asked, other.requests) == ([], [])

@@ -66,6 +66,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     broker.add(TOPIC, FakeTopic(1, dict.fromkeys(range(3), (0, 100)), {}))
     monkeypatch.setattr(postgres, "connect", tables.connect)
     monkeypatch.setattr(kafka, "Consumer", broker.consumer)
+    monkeypatch.setattr(kafka, "AdminClient", broker.admin)
     monkeypatch.setattr(connect, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(sinks, "WORKERS_SECONDS", 0.0)
     monkeypatch.setattr(sinks, "QUIET_SECONDS", 0.1)
@@ -164,9 +165,31 @@ def test_no_connect_is_fine_where_none_was_asked_for(world: World) -> None:
     port = int(NOWHERE.rpartition(":")[2])
     state, details = world.ensure("copy", connect_url="", connect_port=port)
     assert state == "changed"
-    assert f"no Kafka Connect answers at {NOWHERE}: no connector to stop" in details
+    assert f"no Kafka Connect of this pipeline answers at {NOWHERE}: no connector to stop" in details
     assert world.tables.offsets == {0: 40, 1: 50}
     assert world.ensure("copy", connect_url="", connect_port=port) == ("unchanged", [])
+
+
+def test_another_stack_s_connector_on_the_default_port_is_left_alone(world: World) -> None:
+    """Two stacks on one machine, the second with SINK=copy: it stopped the first one's connector."""
+    world.connector()
+    world.tables.sessions = 1
+    world.connect.cluster = "of another stack"
+    port = int(world.connect.url.rpartition(":")[2])
+    state, details = world.ensure("copy", connect_url="", connect_port=port)
+    assert state == "changed"
+    assert f"no Kafka Connect of this pipeline answers at {world.connect.url}: no connector to stop" in details
+    assert world.ensure("copy", connect_url="", connect_port=port) == ("unchanged", [])
+    assert sinks.sink_drift(world.settings("copy", connect_url="", connect_port=port)) == []
+    assert (world.connector_state, world.connect.requests, world.connect.asked) == ("RUNNING", [], [])
+
+
+def test_our_own_connector_is_stopped_without_being_named(world: World) -> None:
+    world.connector()
+    world.tables.sessions = 1
+    port = int(world.connect.url.rpartition(":")[2])
+    assert world.ensure("copy", connect_url="", connect_port=port)[0] == "changed"
+    assert world.connector_state == "STOPPED"
 
 
 def test_a_connect_that_is_named_has_to_answer(world: World) -> None:

@@ -22,7 +22,8 @@ from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench import table
 from metrics_pipeline.bench.place import Place
 from metrics_pipeline.bench.readings import BASELINE_TOPIC, Batch, Reference
-from metrics_pipeline.connect import ConnectClient, connector_config
+from metrics_pipeline.connect import client as connect_client
+from metrics_pipeline.connect import connector_config
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local.service import tail
 from metrics_pipeline.settings import ROOT, TOPIC
@@ -87,7 +88,7 @@ class ConnectWay(Way):
         self._place = place
         self._config = config
         self._connector = connector
-        self._client = ConnectClient(place.settings.connect_urls)
+        self._client = connect_client(place.settings)
         self._next_look = 0.0
         self._places = [TopicPartition(topic, number) for number in range(place.settings.topic_partitions_metrics)]
         self._consumer = Consumer(

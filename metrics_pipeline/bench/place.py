@@ -18,7 +18,8 @@ import psutil
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench.readings import empty_topic
 from metrics_pipeline.bench.table import activate, empty, start_sink_at
-from metrics_pipeline.connect import ConnectClient, ensure_connector
+from metrics_pipeline.connect import ForeignError, ensure_connector
+from metrics_pipeline.connect import client as connect_client
 from metrics_pipeline.errors import BusyError, ServiceError
 from metrics_pipeline.ledger import LOCK_KEY
 from metrics_pipeline.local import account, environment
@@ -127,8 +128,13 @@ def here(settings: Settings, say: Say, *, connect: bool = True) -> Iterator[Plac
     }
     with _as_interrupt(lambda: None):
         _refuse_company(settings)
-        client = ConnectClient(settings.connect_urls)
-        had_connector = "connect" not in problems and client.config(CONNECTOR) is not None
+        client = connect_client(settings)
+        try:
+            had_connector = "connect" not in problems and client.config(CONNECTOR) is not None
+        except ForeignError:
+            if connect:
+                raise
+            had_connector = False
         with postgres.connect_admin(settings, settings.metrics_database) as connection:
             (active,) = connection.execute("SELECT active FROM sink_state").fetchone() or ("connect",)
         say(f"emptying the tables and the topic {TOPIC}; the connector {CONNECTOR} comes back at the end")

@@ -9,16 +9,19 @@ from typing import Any
 import psutil
 import pytest
 
+from metrics_pipeline import connect
+from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.local.state import StackState
+from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.integration.test_keeper import Pipeline, own_pipeline
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
-def place() -> Iterator[Pipeline]:
-    """A pipeline with the COPY sink that is not up yet."""
-    with own_pipeline(SINK="copy") as pipeline:
+def place(stack: RunningStack) -> Iterator[Pipeline]:
+    """A pipeline with the COPY sink that is not up yet; where its Connect would be is that of another stack."""
+    with own_pipeline(SINK="copy", CONNECT_PORT=str(stack.settings.connect_port)) as pipeline:
         yield pipeline
 
 
@@ -31,12 +34,13 @@ def flows(sink: str) -> Any:
     )
 
 
-def test_the_copy_sink_in_connects_place_and_back(place: Pipeline) -> None:
+def test_the_copy_sink_in_connects_place_and_back(place: Pipeline, stack: RunningStack) -> None:
     up = place.cli("up", "--detach", timeout=400)
     assert up.returncode == 0, up.stdout + up.stderr
     assert "COPY sink is up: " in up.stdout
     assert "Provisioned: schema, topic, COPY sink" in up.stdout
     assert "Kafka Connect" not in up.stdout
+    assert connect.sink_state(stack.settings).running, "another stack's connector was touched"
     place.wait("stored by the COPY sink", flows("copy"))
     assert {"sink"} == set(StackState.read(place.data).children) & {"sink", "connect"}
     assert place.cli("status").returncode == 0
@@ -69,11 +73,12 @@ def test_the_copy_sink_in_connects_place_and_back(place: Pipeline) -> None:
     assert process is not None
     process.kill()
     psutil.wait_procs([process], timeout=10)
-    place.environment["SINK"] = "connect"
+    place.environment.update(SINK="connect", CONNECT_PORT=str(free_ports(1)[0]))
     back = place.cli("up", "--detach", timeout=400)
     assert back.returncode == 0, back.stdout + back.stderr
     assert "sink is no part of the stack any more" in back.stdout
     assert "the readings are stored by Kafka Connect, before by the COPY sink" in back.stdout
     assert not psutil.pid_exists(sink)
     place.wait("stored by Kafka Connect", flows("connect"))
+    assert connect.sink_state(stack.settings).running, "another stack's connector was touched"
     place.verify()
