@@ -193,6 +193,7 @@ def test_an_image_is_built_by_one_service(files: tuple[Path, ...]) -> None:
             builders[service["image"]].append(name)
     assert {image: len(names) for image, names in builders.items()} == dict.fromkeys(builders, 1), builders
     assert len(builders) == 2
+    assert not [name for name, service in services.items() if ours(service) and service["pull_policy"] != "never"]
     for name, service in services.items():
         # Also `up NAME` and `run NAME` build the image, since they start what the service needs.
         if ours(service):
