@@ -105,10 +105,13 @@ def cluster_id(settings: Settings) -> str:
     """The id of the Kafka cluster: what tells one from another at the same address, and whose a Kafka Connect is.
 
     Raises:
-        ServiceError: the broker cannot be reached.
+        ServiceError: the broker cannot be reached, or does not know it yet.
     """
     with _admin(settings) as admin:
-        return str(admin.list_topics(timeout=TIMEOUT_SECONDS).cluster_id)
+        known: str | None = admin.list_topics(timeout=TIMEOUT_SECONDS).cluster_id
+    if not known:
+        raise ServiceError(f"Kafka broker {settings.bootstrap_servers} does not tell its cluster's id yet: try again")
+    return known
 
 
 def topic_spec(settings: Settings) -> TopicSpec:

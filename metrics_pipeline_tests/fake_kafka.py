@@ -38,7 +38,7 @@ class FakeBroker:
     unsettled: int = 0
     leaderless: int = 0
     leaderless_because: int = KafkaError.NOT_LEADER_FOR_PARTITION
-    cluster: str = "fake"
+    cluster: str | None = "fake"
 
     def add(self, name: str, topic: FakeTopic) -> None:
         """Have a topic, its settings laid over the defaults."""

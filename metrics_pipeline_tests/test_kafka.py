@@ -201,3 +201,11 @@ def test_a_group_with_members_is_left_to_them(broker: FakeBroker) -> None:
     broker.members = {"g"}
     assert not kafka.commit(settings(), {0: 5}, "g")
     assert kafka.committed(settings(), "g") == {}
+
+
+def test_a_cluster_is_known_by_its_id_or_not_at_all(broker: FakeBroker) -> None:
+    assert kafka.cluster_id(settings()) == "fake"
+    for unknown in ("", None):
+        broker.cluster = unknown
+        with pytest.raises(ServiceError, match="does not tell its cluster's id yet"):
+            kafka.cluster_id(settings())
