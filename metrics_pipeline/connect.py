@@ -103,7 +103,11 @@ class SinkState:
         return found
 
 
-class ForeignError(ServiceError):
+class AbsentError(ServiceError):
+    """There is no Connect of ours: nobody answers, or somebody else does. Any other failure leaves that open."""
+
+
+class ForeignError(AbsentError):
     """What answers is the Connect of another Kafka cluster, or none at all: it is asked nothing and told nothing."""
 
 
@@ -223,7 +227,7 @@ class ConnectClient:
                 "see `metrics-pipeline logs connect`"
             ) from error
         except requests.RequestException as error:
-            raise ServiceError(
+            raise AbsentError(
                 f"Kafka Connect at {', '.join(sorted(self._urls))} cannot be reached ({_reason(error)}): "
                 "start it with `metrics-pipeline up`, or correct CONNECT_URL (or CONNECT_PORT)"
             ) from error

@@ -17,7 +17,7 @@ import psycopg
 
 from metrics_pipeline import connect, kafka, postgres
 from metrics_pipeline.change import Change
-from metrics_pipeline.connect import PATIENCE_SECONDS
+from metrics_pipeline.connect import PATIENCE_SECONDS, AbsentError
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings
 
@@ -296,10 +296,14 @@ def _wait_for_workers(settings: Settings) -> Position:
 
 
 def _connector_if_any(settings: Settings, patience: float) -> str | None:
-    """The connector's state; None when there is no Connect of ours, which is no error unless CONNECT_URL names one."""
+    """The connector's state; None when there is no Connect of ours, which is no error unless CONNECT_URL names one.
+
+    Raises:
+        ServiceError: CONNECT_URL names one that is not there, or whether ours is there could not be found out.
+    """
     try:
         return connect.client(settings, patience).state(CONNECTOR).connector
-    except ServiceError:
+    except AbsentError:
         if settings.connect_url:
             raise
         return None

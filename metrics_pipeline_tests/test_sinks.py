@@ -184,6 +184,20 @@ def test_another_stack_s_connector_on_the_default_port_is_left_alone(world: Worl
     assert (world.connector_state, world.connect.requests, world.connect.asked) == ("RUNNING", [], [])
 
 
+@pytest.mark.parametrize("connector", ["RUNNING", "STOPPED"])
+def test_a_connect_of_which_nobody_knows_whose_it_is_is_not_taken_for_none(world: World, connector: str) -> None:
+    """It may be ours, and its connector would go on beside the COPY sink."""
+    world.connector(connector)
+    world.tables.sessions = 1
+    world.broker.cluster = None
+    port = int(world.connect.url.rpartition(":")[2])
+    with pytest.raises(ServiceError, match="does not tell its cluster's id yet"):
+        world.ensure("copy", connect_url="", connect_port=port)
+    assert (world.tables.active, world.connector_state) == ("connect", connector)
+    with pytest.raises(ServiceError, match="does not tell its cluster's id yet"):
+        sinks.sink_drift(world.settings("copy", connect_url="", connect_port=port))
+
+
 def test_our_own_connector_is_stopped_without_being_named(world: World) -> None:
     world.connector()
     world.tables.sessions = 1
