@@ -210,8 +210,8 @@ class ConnectClient:
             raise self._no_connect()
         return content
 
-    def _no_connect(self) -> ServiceError:
-        return ServiceError(f"{self._url} answers, but is no Kafka Connect: correct CONNECT_URL (or CONNECT_PORT)")
+    def _no_connect(self) -> ForeignError:
+        return ForeignError(f"{self._url} answers, but is no Kafka Connect: correct CONNECT_URL (or CONNECT_PORT)")
 
     def _request(self, method: str, path: str, *, allow: tuple[int, ...] = (), **kwargs: Any) -> requests.Response:
         try:
@@ -272,20 +272,15 @@ class ConnectClient:
         try:
             theirs = str(answer.json()["kafka_cluster_id"])
         except (requests.JSONDecodeError, KeyError, TypeError):
-            raise self._foreign("is no Kafka Connect") from None
+            raise self._no_connect() from None
         if theirs == self._known_cluster:
             return
         self._known_cluster = self._cluster()
         if theirs != self._known_cluster:
-            raise self._foreign(
-                f"is the Kafka Connect of another Kafka cluster ({theirs}, ours is {self._known_cluster})"
+            raise ForeignError(
+                f"what answers at {self._url} is the Kafka Connect of another Kafka cluster ({theirs}, ours is "
+                f"{self._known_cluster}): it is left alone. Set CONNECT_PORT to our own, or name another one by CONNECT_URL"
             )
-
-    def _foreign(self, what: str) -> ForeignError:
-        return ForeignError(
-            f"what answers at {self._url} {what}: it is left alone. "
-            "Set CONNECT_PORT to our own, or name another one by CONNECT_URL"
-        )
 
 
 def client(settings: Settings, patience: float = PATIENCE_SECONDS) -> ConnectClient:

@@ -126,7 +126,7 @@ class Sampler:
         return answer
 
     def _connect(self) -> Sample:
-        answer: Sample = {"healthy": False, "url": self._settings.connect_rest, "connector": None, "tasks": []}
+        answer = _absent("connect") | {"url": self._settings.connect_rest}
         if self._active != "connect":
             return answer | {"healthy": True, "state": "not used"}
         try:

@@ -19,7 +19,6 @@ SAMPLE_SECONDS = 3.0
 PLAIN_SECONDS = 10.0
 """Without a terminal, one line this often instead of a table."""
 
-
 log = logging.getLogger(__name__)
 
 
