@@ -7,12 +7,14 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from metrics_pipeline import sinks
+from metrics_pipeline.connect import sink_state
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local import broker, live
 from metrics_pipeline.settings import Settings
@@ -52,6 +54,8 @@ class Parts:
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
     monkeypatch.setattr(broker, "look", lambda _settings: (False, "no answer"))
+    # Asked again for two seconds otherwise, whenever it answers with an error.
+    monkeypatch.setattr("metrics_pipeline.status.sink_state", partial(sink_state, patience=0.1))
     made = Parts()
 
     def respond(request: Request) -> None:
