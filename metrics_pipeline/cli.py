@@ -443,7 +443,7 @@ def verify(
     ] = 120,
 ) -> None:
     """Compare topic and table, key by key and value by value; exit code 0 only when nothing is lost, added or changed."""
-    from metrics_pipeline.verify import verify as compare
+    from metrics_pipeline.verification.verify import verify as compare
 
     columns = (
         SpinnerColumn(),

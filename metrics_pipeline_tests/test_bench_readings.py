@@ -21,10 +21,10 @@ from metrics_pipeline.bench.readings import checksum, encoded, simulated, with_s
 from metrics_pipeline.connect import connector_config
 from metrics_pipeline.errors import RecordError
 from metrics_pipeline.metric import Reading, connect_schema_value, decode, encode
-from metrics_pipeline.records import tags_digest
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sink import rows
-from metrics_pipeline.spill import RECORD
+from metrics_pipeline.verification.spill import RECORD
+from metrics_pipeline.verification.topic_entries import tags_digest
 from metrics_pipeline_tests.fake_sink import FakeMessage
 
 NOW = datetime(2026, 11, 22, 20, 0, tzinfo=UTC)

@@ -6,11 +6,13 @@ import os
 import re
 import stat
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 from metrics_pipeline.settings import ROOT
 
@@ -148,7 +150,9 @@ def test_what_is_run_can_be_run() -> None:
 
 
 def test_every_python_file_of_the_package_is_tracked_and_installed() -> None:
-    packages = re.findall(r'"(metrics_pipeline[\w.]*)"', (ROOT / "pyproject.toml").read_text("utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    packages = find_packages(str(ROOT), **project["tool"]["setuptools"]["packages"]["find"])
+    assert not [package for package in packages if "tests" in package]
     for folder, _, files in os.walk(ROOT / "metrics_pipeline"):
         if any(name.endswith(".py") for name in files):
             assert Path(folder).relative_to(ROOT).as_posix().replace("/", ".") in packages, folder

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.types.numeric import Float8, Int2
 
-from metrics_pipeline.comparison import EPOCH
 from metrics_pipeline.metric import MetricName, Reading, check_tags, encode
 from metrics_pipeline.sink import rows, tags
 from metrics_pipeline.sink.batch import Decoder
 from metrics_pipeline.sink.canonical import EMPTY, Columns
 from metrics_pipeline.sink.store import latest
+from metrics_pipeline.verification.comparison import EPOCH
 from metrics_pipeline_tests.fake_sink import FakeMessage, copied
 from metrics_pipeline_tests.test_metric import readings, tags_strategy
 

@@ -21,14 +21,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metrics_pipeline.claims import Claim, anomalies, unclaimed
-from metrics_pipeline.comparison import EPOCH, Bounds, Comparison, Counts, Finding
 from metrics_pipeline.errors import InstallError
 from metrics_pipeline.metric import Reading, encode
-from metrics_pipeline.partitioner import murmur2, partition, partitions_of
-from metrics_pipeline.records import Decoder, tags_digest, together
-from metrics_pipeline.spill import KEY, RECORD, ROW, Rows, Spill, bucket_of, buckets_for
-from metrics_pipeline.verify import Report, unaccounted
+from metrics_pipeline.verification.claims import Claim, anomalies, unclaimed
+from metrics_pipeline.verification.comparison import EPOCH, Bounds, Comparison, Counts, Finding
+from metrics_pipeline.verification.partitioner import murmur2, partition, partitions_of
+from metrics_pipeline.verification.spill import KEY, RECORD, ROW, Rows, Spill, bucket_of, buckets_for
+from metrics_pipeline.verification.topic_entries import Decoder, tags_digest, together
+from metrics_pipeline.verification.verify import Report, unaccounted
 
 DEVICES = [uuid.UUID(int=number << 64 | 7) for number in range(4)]
 START = datetime(2026, 11, 22, 16, tzinfo=UTC)

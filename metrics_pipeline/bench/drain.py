@@ -16,7 +16,7 @@ from metrics_pipeline.bench.readings import Reference, Told
 from metrics_pipeline.bench.stopwatch import Timed, time_way
 from metrics_pipeline.bench.table import Checked
 from metrics_pipeline.errors import SettingError
-from metrics_pipeline.records import Reader
+from metrics_pipeline.verification.topic_entries import Reader
 
 BASES: Final = ("limit-1", "limit-2", "connect", "connect-baseline")
 """What the others are divided by."""

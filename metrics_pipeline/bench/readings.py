@@ -22,11 +22,11 @@ from metrics_pipeline.errors import RecordError, ServiceError
 from metrics_pipeline.generator import Generator
 from metrics_pipeline.metric import connect_schema_key, connect_schema_value
 from metrics_pipeline.publisher import client_config
-from metrics_pipeline.records import Decoder, Reader
 from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline.sink import batch as sinking
 from metrics_pipeline.sink import rows
-from metrics_pipeline.spill import RECORD, Rows, Spill, buckets_for
+from metrics_pipeline.verification.spill import RECORD, Rows, Spill, buckets_for
+from metrics_pipeline.verification.topic_entries import Decoder, Reader
 
 BASELINE_TOPIC: Final = "bench-baseline"
 """The same readings, each message with its schema inside."""

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from metrics_pipeline import postgres
 from metrics_pipeline.bench.readings import Reference, checksum
-from metrics_pipeline.comparison import Bounds, Comparison
 from metrics_pipeline.errors import ServiceError
-from metrics_pipeline.rows import read_rows, take_snapshot
 from metrics_pipeline.settings import TOPIC, Settings
-from metrics_pipeline.spill import ROW, Spill
+from metrics_pipeline.verification.comparison import Bounds, Comparison
+from metrics_pipeline.verification.spill import ROW, Spill
+from metrics_pipeline.verification.table_entries import read_rows, take_snapshot
 
 VACUUM_SECONDS = 60.0
 """How long an autovacuum that is at work is waited for before a round begins."""

@@ -28,7 +28,7 @@ from metrics_pipeline.metric import Reading, encode
 from metrics_pipeline.publisher import client_config
 from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline.sink.failpoint import PLACES
-from metrics_pipeline.verify import Report, verify
+from metrics_pipeline.verification.verify import Report, verify
 from metrics_pipeline_tests.chaos import sink as chaos_sink
 from metrics_pipeline_tests.chaos.processes import SINK, Load, Sink, VoidError, until
 from metrics_pipeline_tests.chaos.proxy import Proxy

@@ -22,7 +22,7 @@ from confluent_kafka import Producer
 from metrics_pipeline import connect, kafka, sinks
 from metrics_pipeline.metric import MAX_TAGS, Reading, decode, encode
 from metrics_pipeline.settings import TOPIC, Settings
-from metrics_pipeline.verify import Report, verify
+from metrics_pipeline.verification.verify import Report, verify
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.integration.test_sinks import problems, running, until
 from metrics_pipeline_tests.test_metric import KEY, REFUSED, VALUE, compact, without

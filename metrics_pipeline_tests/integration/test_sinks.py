@@ -26,7 +26,7 @@ from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.metric import Reading
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
 from metrics_pipeline.status import Sampler
-from metrics_pipeline.verify import Report, verify
+from metrics_pipeline.verification.verify import Report, verify
 from metrics_pipeline_tests.conftest import RunningStack
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

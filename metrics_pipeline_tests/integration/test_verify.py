@@ -22,18 +22,18 @@ import requests
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from metrics_pipeline import kafka, postgres
-from metrics_pipeline.claims import Ranges
-from metrics_pipeline.comparison import EPOCH
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.metric import Reading, encode
-from metrics_pipeline.partitioner import partition
 from metrics_pipeline.producer import Report as RunReport
 from metrics_pipeline.producer import run_producer
-from metrics_pipeline.records import Reader, tags_digest
-from metrics_pipeline.rows import read_rows, take_snapshot
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
-from metrics_pipeline.spill import KEY, ROW
-from metrics_pipeline.verify import Report, verify
+from metrics_pipeline.verification.claims import Ranges
+from metrics_pipeline.verification.comparison import EPOCH
+from metrics_pipeline.verification.partitioner import partition
+from metrics_pipeline.verification.spill import KEY, ROW
+from metrics_pipeline.verification.table_entries import read_rows, take_snapshot
+from metrics_pipeline.verification.topic_entries import Reader, tags_digest
+from metrics_pipeline.verification.verify import Report, verify
 from metrics_pipeline_tests.conftest import RunningStack
 
 pytestmark = pytest.mark.integration

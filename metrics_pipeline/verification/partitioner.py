@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from metrics_pipeline.spill import Rows
+from metrics_pipeline.verification.spill import Rows
 
 _SEED = 0x9747B28C
 _M = 0x5BD1E995

@@ -19,8 +19,8 @@ from typing import Literal, Self, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from metrics_pipeline.partitioner import partitions_of
-from metrics_pipeline.spill import KEY, Rows, Spill
+from metrics_pipeline.verification.partitioner import partitions_of
+from metrics_pipeline.verification.spill import KEY, Rows, Spill
 
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 """Where PostgreSQL's binary times count from."""

@@ -10,7 +10,7 @@ import psycopg
 
 from metrics_pipeline import postgres
 from metrics_pipeline.errors import ServiceError
-from metrics_pipeline.spill import ROW, Rows
+from metrics_pipeline.verification.spill import ROW, Rows
 
 _HEADER_BYTES = 19
 _COPIED = np.dtype(

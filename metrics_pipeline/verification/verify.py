@@ -20,14 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from metrics_pipeline import kafka, postgres, sinks
-from metrics_pipeline.claims import Claim, anomalies, unclaimed
-from metrics_pipeline.comparison import Bounds, Comparison, Counts, Finding
 from metrics_pipeline.errors import InstallError, RecordError, ServiceError
 from metrics_pipeline.metric import MetricName, decode
-from metrics_pipeline.records import Decoder, Reader, dead_letters, rejected, together
-from metrics_pipeline.rows import read_rows, reading, take_snapshot
 from metrics_pipeline.settings import TOPIC, Settings
-from metrics_pipeline.spill import RECORD, ROW, Spill, buckets_for
+from metrics_pipeline.verification.claims import Claim, anomalies, unclaimed
+from metrics_pipeline.verification.comparison import Bounds, Comparison, Counts, Finding
+from metrics_pipeline.verification.spill import RECORD, ROW, Spill, buckets_for
+from metrics_pipeline.verification.table_entries import read_rows, reading, take_snapshot
+from metrics_pipeline.verification.topic_entries import Decoder, Reader, dead_letters, rejected, together
 
 EXAMPLES = 10
 """Keys named of each kind of finding."""

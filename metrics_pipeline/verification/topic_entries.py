@@ -22,14 +22,14 @@ from confluent_kafka import (
     TopicPartition,
 )
 
-from metrics_pipeline.comparison import EPOCH, NEVER
 from metrics_pipeline.errors import RecordError, ServiceError
 from metrics_pipeline.kafka import TIMEOUT_SECONDS, client_config, ends
 from metrics_pipeline.metric import decode
 from metrics_pipeline.postgres import Connection, query
-from metrics_pipeline.rows import reading
 from metrics_pipeline.settings import DEAD_LETTER_TOPIC, TOPIC, Settings
-from metrics_pipeline.spill import RECORD, Rows
+from metrics_pipeline.verification.comparison import EPOCH, NEVER
+from metrics_pipeline.verification.spill import RECORD, Rows
+from metrics_pipeline.verification.table_entries import reading
 
 STALL_SECONDS = 60.0
 """How long the broker may send nothing before reading is given up."""

@@ -1,0 +1,1 @@
+"""Is it all there? Topic, table and ledger, compared record by record."""
