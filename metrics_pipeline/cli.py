@@ -504,9 +504,9 @@ def replay(
     rate: Annotated[float | None, typer.Option("--rate", help="messages a second; default: as fast as it goes")] = None,
 ) -> None:
     """Publish readings out of files; exit code 0 only when all of them were acknowledged."""
-    from metrics_pipeline.columns import ReplayOptions, parse_mapping
     from metrics_pipeline.producer import run_producer
-    from metrics_pipeline.replay import open_replay
+    from metrics_pipeline.replay.columns import ReplayOptions, parse_mapping
+    from metrics_pipeline.replay.source import open_replay
 
     settings = Settings.load()
     options = ReplayOptions(

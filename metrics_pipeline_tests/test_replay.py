@@ -18,12 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metrics_pipeline import replay as replay_module
-from metrics_pipeline.cells import DEVICE_NAMESPACE, Clock, number, tags
-from metrics_pipeline.columns import METRICS
 from metrics_pipeline.errors import RecordError, SettingError
 from metrics_pipeline.metric import Reading, decode, encode
-from metrics_pipeline.replay import ReplayOptions, ReplayReport, open_replay, parse_mapping, replay_source
+from metrics_pipeline.replay import source as replay_module
+from metrics_pipeline.replay.cells import DEVICE_NAMESPACE, Clock, number, tags
+from metrics_pipeline.replay.columns import METRICS
+from metrics_pipeline.replay.source import ReplayOptions, ReplayReport, open_replay, parse_mapping, replay_source
 
 ROOM = uuid.uuid5(DEVICE_NAMESPACE, "room-1")
 OPTIONS = ReplayOptions(device="room-1")
@@ -610,7 +610,7 @@ def test_ndjson_numbers_are_the_nearest_doubles(value: Decimal) -> None:
 
 
 def ndjson_object(text: str) -> dict[str, object]:
-    from metrics_pipeline.data_files import _object
+    from metrics_pipeline.replay.files import _object
 
     found = _object(text)
     assert isinstance(found, dict), found

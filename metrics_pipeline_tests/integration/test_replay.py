@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 
 from metrics_pipeline import kafka
-from metrics_pipeline.cells import device_id
-from metrics_pipeline.columns import METRICS
+from metrics_pipeline.replay.cells import device_id
+from metrics_pipeline.replay.columns import METRICS
 from metrics_pipeline_tests.conftest import RunningStack
 
 pytestmark = pytest.mark.integration

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from metrics_pipeline.cells import Repeated, names, shown
 from metrics_pipeline.errors import RecordError, SettingError
 from metrics_pipeline.metric import MetricName
+from metrics_pipeline.replay.cells import Repeated, names, shown
 
 TIME_NAMES: Final = ("date", "time", "timestamp", "published_at", "datetime", "ts")
 DEVICE_NAMES: Final = ("device", "device_id")

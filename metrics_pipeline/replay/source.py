@@ -16,11 +16,11 @@ from uuid import UUID
 
 import numpy as np
 
-from metrics_pipeline.cells import Clock, device_id, number, tags
-from metrics_pipeline.columns import Columns, Places, ReplayOptions, metric_code, parse_mapping
-from metrics_pipeline.data_files import BadLine, DataFile, Line, open_file
 from metrics_pipeline.errors import PipelineError, RecordError, SettingError
 from metrics_pipeline.metric import Reading, check, encode
+from metrics_pipeline.replay.cells import Clock, device_id, number, tags
+from metrics_pipeline.replay.columns import Columns, Places, ReplayOptions, metric_code, parse_mapping
+from metrics_pipeline.replay.files import BadLine, DataFile, Line, open_file
 
 __all__ = ["Replay", "ReplayOptions", "ReplayReport", "open_replay", "parse_mapping", "replay_source"]
 

@@ -1,0 +1,1 @@
+"""Readings out of files: where they stand in them, and how they are written."""
