@@ -41,7 +41,7 @@ from metrics_pipeline.errors import BusyError, PipelineError, SettingError
 from metrics_pipeline.settings import Settings, producer_overrides
 
 if TYPE_CHECKING:  # it brings the HTTP server, which most commands need not load
-    from metrics_pipeline.health import Snapshot
+    from metrics_pipeline.producer.endpoints import Snapshot
 
 app = typer.Typer(
     name="metrics-pipeline",
@@ -476,7 +476,7 @@ def produce(
     ] = None,
 ) -> None:
     """Publish simulated readings in this process; exit code 0 only when all of them were acknowledged."""
-    from metrics_pipeline.producer import run_producer
+    from metrics_pipeline.producer.run import run_producer
 
     overrides: dict[str, Any] = {} if seconds is None else {"producer_run_seconds": seconds}
     overrides |= producer_overrides(changed, see="`metrics-pipeline produce --help` and the README")
@@ -504,7 +504,7 @@ def replay(
     rate: Annotated[float | None, typer.Option("--rate", help="messages a second; default: as fast as it goes")] = None,
 ) -> None:
     """Publish readings out of files; exit code 0 only when all of them were acknowledged."""
-    from metrics_pipeline.producer import run_producer
+    from metrics_pipeline.producer.run import run_producer
     from metrics_pipeline.replay.columns import ReplayOptions, parse_mapping
     from metrics_pipeline.replay.source import open_replay
 

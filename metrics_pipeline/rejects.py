@@ -14,10 +14,10 @@ import psycopg
 
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.errors import RecordError, ServiceError, SettingError
-from metrics_pipeline.health import Snapshot
 from metrics_pipeline.metric import decode
-from metrics_pipeline.producer import Report, run_producer
-from metrics_pipeline.publisher import Message
+from metrics_pipeline.producer.endpoints import Snapshot
+from metrics_pipeline.producer.publisher import Message
+from metrics_pipeline.producer.run import Report, run_producer
 from metrics_pipeline.settings import TOPIC, Settings
 
 PAGE: Final = 100

@@ -9,7 +9,7 @@ from confluent_kafka import KafkaError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metrics_pipeline.delivery import NO_PARTITION, Counts, Deliveries, Ranges, merged
+from metrics_pipeline.producer.deliveries import NO_PARTITION, Counts, Deliveries, Ranges, merged
 from metrics_pipeline_tests.fakes import FakeMessage
 
 

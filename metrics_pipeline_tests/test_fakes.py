@@ -12,7 +12,7 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException
 
 from metrics_pipeline.errors import ServiceError
-from metrics_pipeline.publisher import KafkaClient, client_config
+from metrics_pipeline.producer.publisher import KafkaClient, client_config
 from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline_tests.fakes import FakePostgres, FakeTopic, offsets_of
 

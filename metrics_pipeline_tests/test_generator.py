@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics_pipeline.generator import Columns, Fleet, Generator
 from metrics_pipeline.metric import MetricName, Reading, decode, encode
+from metrics_pipeline.producer.generator import Columns, Fleet, Generator
 from metrics_pipeline.settings import ProducerSettings
 
 START = datetime(2026, 11, 22, 16, 0, 0, 0, UTC)

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from metrics_pipeline import guards
 from metrics_pipeline.errors import InstallError
-from metrics_pipeline.guards import LagWatch, check_disk
+from metrics_pipeline.producer import guards
+from metrics_pipeline.producer.guards import LagWatch, check_disk
 from metrics_pipeline_tests.fakes import until
 
 

@@ -14,8 +14,8 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from metrics_pipeline.errors import BusyError
-from metrics_pipeline.health import HealthServer, ProducerMetrics, Snapshot
-from metrics_pipeline.probe import Latency
+from metrics_pipeline.producer.endpoints import HealthServer, ProducerMetrics, Snapshot
+from metrics_pipeline.producer.latency import Latency
 
 NOW = Snapshot(
     run_id=UUID(int=7),

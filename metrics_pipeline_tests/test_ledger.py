@@ -7,10 +7,10 @@ from uuid import UUID
 
 import pytest
 
-from metrics_pipeline import ledger
-from metrics_pipeline.delivery import NO_PARTITION, Counts
 from metrics_pipeline.errors import BusyError, ServiceError
-from metrics_pipeline.ledger import RunLedger, Source, multirange
+from metrics_pipeline.producer import ledger
+from metrics_pipeline.producer.deliveries import NO_PARTITION, Counts
+from metrics_pipeline.producer.ledger import RunLedger, Source, multirange
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.fakes import FakePostgres, FakeSession, until
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from metrics_pipeline import probe
-from metrics_pipeline.probe import Latency, LatencyProbe
+from metrics_pipeline.producer import latency
+from metrics_pipeline.producer.latency import Latency, LatencyProbe
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.fakes import FakePostgres, until
 
@@ -32,8 +32,8 @@ def observed() -> list[float]:
 
 @pytest.fixture
 def watching(server: FakePostgres, observed: list[float], monkeypatch: pytest.MonkeyPatch) -> Iterator[LatencyProbe]:
-    monkeypatch.setattr(probe, "POLL_SECONDS", 0.005)
-    monkeypatch.setattr(probe, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(latency, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(latency, "RETRY_SECONDS", 0.01)
     made = LatencyProbe(Settings(), observed.append, connect=server.connect)
     made.start()
     yield made
@@ -82,7 +82,7 @@ def test_only_the_last_minute_counts(
     watching.offer(key("a"), time.monotonic())
     assert until(lambda: observed)
     assert watching.latency().p50 is not None
-    monkeypatch.setattr(probe, "WINDOW_SECONDS", 0.0)
+    monkeypatch.setattr(latency, "WINDOW_SECONDS", 0.0)
     assert watching.latency() == Latency(None, None)
 
 
@@ -97,11 +97,11 @@ def test_few_are_watched_at_once(server: FakePostgres, observed: list[float], wa
     for device in devices:
         watching.offer(key(device), time.monotonic())
     see(server, *devices)
-    assert until(lambda: len(observed) == probe.MOST_WAITING)
+    assert until(lambda: len(observed) == latency.MOST_WAITING)
     time.sleep(0.05)
-    assert len(observed) == probe.MOST_WAITING
+    assert len(observed) == latency.MOST_WAITING
     watching.offer(key("0"), time.monotonic())  # and there is room again
-    assert until(lambda: len(observed) == probe.MOST_WAITING + 1)
+    assert until(lambda: len(observed) == latency.MOST_WAITING + 1)
 
 
 def test_errors_of_postgres_cost_samples_only(

@@ -21,14 +21,15 @@ import pytest
 import requests
 from confluent_kafka import KafkaError
 
-from metrics_pipeline import guards, ledger, producer, publisher
-from metrics_pipeline.delivery import NO_PARTITION
 from metrics_pipeline.errors import BusyError, InstallError, RecordError, ServiceError
-from metrics_pipeline.health import Snapshot
-from metrics_pipeline.ledger import RunLedger, Source
-from metrics_pipeline.probe import LatencyProbe
-from metrics_pipeline.producer import Producer, Report, run_producer
-from metrics_pipeline.publisher import Message
+from metrics_pipeline.producer import guards, ledger, publisher
+from metrics_pipeline.producer import run as producer
+from metrics_pipeline.producer.deliveries import NO_PARTITION
+from metrics_pipeline.producer.endpoints import Snapshot
+from metrics_pipeline.producer.latency import LatencyProbe
+from metrics_pipeline.producer.ledger import RunLedger, Source
+from metrics_pipeline.producer.publisher import Message
+from metrics_pipeline.producer.run import Producer, Report, run_producer
 from metrics_pipeline.settings import ProducerSettings, Settings
 from metrics_pipeline_tests.fakes import FakePostgres, FakeTopic, until
 
@@ -410,7 +411,7 @@ def test_seed_and_fleet_size_reach_the_fleet(world: World) -> None:
     world.producer(
         producer_seed=5, producer_fleet_size=2, producer_min_devices=1, producer_max_devices=2, producer_run_seconds=1
     ).run()
-    from metrics_pipeline.generator import Fleet
+    from metrics_pipeline.producer.generator import Fleet
 
     seen = {json.loads(key)["device_id"] for key in world.topic.stored}
     assert seen == {str(device.device_id) for device in Fleet(2, 5).devices}

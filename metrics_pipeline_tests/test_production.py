@@ -16,16 +16,17 @@ from uuid import UUID, uuid4
 import dagster as dg
 import pytest
 
-from metrics_pipeline import connect, ledger, repair, sinks
+from metrics_pipeline import connect, repair, sinks
 from metrics_pipeline.connect import SinkState, TaskState
 from metrics_pipeline.definitions import defs
 from metrics_pipeline.defs import production
 from metrics_pipeline.defs.resources import Pipeline
 from metrics_pipeline.errors import BusyError, ServiceError
-from metrics_pipeline.health import Snapshot
-from metrics_pipeline.ledger import Holder
-from metrics_pipeline.probe import Latency
-from metrics_pipeline.producer import Report
+from metrics_pipeline.producer import ledger
+from metrics_pipeline.producer.endpoints import Snapshot
+from metrics_pipeline.producer.latency import Latency
+from metrics_pipeline.producer.ledger import Holder
+from metrics_pipeline.producer.run import Report
 from metrics_pipeline.settings import CONNECTOR, Settings
 from metrics_pipeline.sinks import NO_WORKER, Position
 from metrics_pipeline_tests.fake_connect import serving

@@ -13,10 +13,10 @@ from confluent_kafka import KafkaError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics_pipeline import publisher
-from metrics_pipeline.delivery import Deliveries
 from metrics_pipeline.errors import RecordError, ServiceError
-from metrics_pipeline.publisher import Message, Publisher, client_config
+from metrics_pipeline.producer import publisher
+from metrics_pipeline.producer.deliveries import Deliveries
+from metrics_pipeline.producer.publisher import Message, Publisher, client_config
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.fakes import FakeTopic, until
 

@@ -21,10 +21,10 @@ from typing import Any, Final
 from metrics_pipeline.bench.paths import end
 from metrics_pipeline.bench.place import Place
 from metrics_pipeline.errors import PipelineError, ServiceError
-from metrics_pipeline.health import Snapshot
 from metrics_pipeline.local.service import tail
-from metrics_pipeline.probe import LatencyProbe
-from metrics_pipeline.producer import Producer, Report
+from metrics_pipeline.producer.endpoints import Snapshot
+from metrics_pipeline.producer.latency import LatencyProbe
+from metrics_pipeline.producer.run import Producer, Report
 from metrics_pipeline.settings import Settings
 
 SAMPLE_SECONDS: Final = 0.05

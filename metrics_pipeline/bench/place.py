@@ -21,10 +21,10 @@ from metrics_pipeline.bench.table import activate, empty, start_sink_at
 from metrics_pipeline.connect import ForeignError, ensure_connector
 from metrics_pipeline.connect import client as connect_client
 from metrics_pipeline.errors import BusyError, ServiceError
-from metrics_pipeline.ledger import LOCK_KEY
 from metrics_pipeline.local import account, environment
 from metrics_pipeline.local.stack import Stack, build, outsider_problem
 from metrics_pipeline.local.state import StackState
+from metrics_pipeline.producer.ledger import LOCK_KEY
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings, external_services
 
 CARRIED: Final = ("producer", "topic", "sink")

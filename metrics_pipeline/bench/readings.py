@@ -19,9 +19,9 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from metrics_pipeline import kafka
 from metrics_pipeline.errors import RecordError, ServiceError
-from metrics_pipeline.generator import Generator
 from metrics_pipeline.metric import connect_schema_key, connect_schema_value
-from metrics_pipeline.publisher import client_config
+from metrics_pipeline.producer.generator import Generator
+from metrics_pipeline.producer.publisher import client_config
 from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline.sink import batch as sinking
 from metrics_pipeline.sink import rows

@@ -11,12 +11,13 @@ from uuid import UUID
 import dagster as dg
 from pydantic import Field, create_model
 
-from metrics_pipeline import guards, ledger, repair, sinks
+from metrics_pipeline import repair, sinks
 from metrics_pipeline.defs.provisioning import metrics_sink_connector, metrics_topic, not_provisioned
 from metrics_pipeline.defs.resources import Pipeline, active_runs, plain_errors
 from metrics_pipeline.errors import PipelineError
-from metrics_pipeline.health import Snapshot
-from metrics_pipeline.producer import Producer, Report
+from metrics_pipeline.producer import guards, ledger
+from metrics_pipeline.producer.endpoints import Snapshot
+from metrics_pipeline.producer.run import Producer, Report
 from metrics_pipeline.settings import ProducerSettings, Settings
 
 OBSERVE_SECONDS: Final = 10.0

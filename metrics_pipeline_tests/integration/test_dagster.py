@@ -18,9 +18,10 @@ import pytest
 import yaml
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
-from metrics_pipeline import connect, kafka, ledger
+from metrics_pipeline import connect, kafka
 from metrics_pipeline.connect import ConnectClient
 from metrics_pipeline.defs.provisioning import COLUMNS
+from metrics_pipeline.producer import ledger
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
 from metrics_pipeline_tests.conftest import RunningStack
 

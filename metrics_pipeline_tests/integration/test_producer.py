@@ -17,10 +17,11 @@ import psycopg
 import pytest
 import requests
 
-from metrics_pipeline import kafka, postgres, probe, publisher
+from metrics_pipeline import kafka, postgres
 from metrics_pipeline.errors import BusyError, ServiceError
-from metrics_pipeline.ledger import LOCK_KEY
-from metrics_pipeline.producer import Producer, Report, simulated
+from metrics_pipeline.producer import latency, publisher
+from metrics_pipeline.producer.ledger import LOCK_KEY
+from metrics_pipeline.producer.run import Producer, Report, simulated
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.fakes import until
@@ -229,7 +230,7 @@ def test_a_wrong_password_is_named(stack: RunningStack) -> None:
 
 def test_the_probe_never_scans_the_table(stack: RunningStack) -> None:
     with postgres.connect(
-        stack.settings, "metrics_producer", autocommit=True, prepare_threshold=None, options=probe._SESSION
+        stack.settings, "metrics_producer", autocommit=True, prepare_threshold=None, options=latency._SESSION
     ) as connection:
         keys = {
             "devices": [str(UUID(int=n)) for n in range(60)],

@@ -20,14 +20,14 @@ from uuid import UUID, uuid4
 import confluent_kafka
 
 from metrics_pipeline import sinks
-from metrics_pipeline.delivery import Deliveries, Ranges, merged
 from metrics_pipeline.errors import PipelineError
-from metrics_pipeline.generator import Generator
-from metrics_pipeline.guards import LagWatch, check_disk
-from metrics_pipeline.health import HealthServer, ProducerMetrics, Snapshot
-from metrics_pipeline.ledger import RunLedger, Source, State
-from metrics_pipeline.probe import LatencyProbe
-from metrics_pipeline.publisher import TICK_SECONDS, KafkaClient, Message, Publisher
+from metrics_pipeline.producer.deliveries import Deliveries, Ranges, merged
+from metrics_pipeline.producer.endpoints import HealthServer, ProducerMetrics, Snapshot
+from metrics_pipeline.producer.generator import Generator
+from metrics_pipeline.producer.guards import LagWatch, check_disk
+from metrics_pipeline.producer.latency import LatencyProbe
+from metrics_pipeline.producer.ledger import RunLedger, Source, State
+from metrics_pipeline.producer.publisher import TICK_SECONDS, KafkaClient, Message, Publisher
 from metrics_pipeline.settings import ProducerSettings, Settings
 
 PROGRESS_SECONDS: Final = 1.0

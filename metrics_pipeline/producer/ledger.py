@@ -19,8 +19,8 @@ from uuid import UUID
 import psycopg
 
 from metrics_pipeline import postgres
-from metrics_pipeline.delivery import NO_PARTITION, Counts, Ranges, Tally
 from metrics_pipeline.errors import BusyError, PipelineError, ServiceError
+from metrics_pipeline.producer.deliveries import NO_PARTITION, Counts, Ranges, Tally
 from metrics_pipeline.settings import Settings
 
 Source = Literal["simulated", "replay"]

@@ -11,8 +11,8 @@ from typing import Any, Final, Protocol
 from confluent_kafka import KafkaError, KafkaException
 
 from metrics_pipeline import kafka
-from metrics_pipeline.delivery import Deliveries
 from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.producer.deliveries import Deliveries
 from metrics_pipeline.settings import TOPIC, Settings
 
 Message = tuple[bytes, bytes]
