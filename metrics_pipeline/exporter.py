@@ -24,9 +24,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from metrics_pipeline import connect, kafka, postgres, sinks, summaries
+from metrics_pipeline import kafka, postgres, summaries
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR_GROUP, COPY_GROUP, Settings
+from metrics_pipeline.sinks import active, connector
 from metrics_pipeline.web import WebServer
 
 FRESH_SECONDS: Final = 5.0
@@ -232,11 +233,11 @@ class _Placed:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._place = sinks.Position()
+        self._place = active.Position()
 
-    def _position(self) -> sinks.Position:
+    def _position(self) -> active.Position:
         try:
-            self._place = sinks.position(self._settings)
+            self._place = active.position(self._settings)
         except ServiceError as error:
             log.debug("which sink is active is not known: %s", error)
         return self._place
@@ -259,7 +260,7 @@ class Broker(_Placed):
         ]
         place = self._position()
         try:
-            lag = sinks.lag_at(self._settings, place)
+            lag = active.lag_at(self._settings, place)
         except ServiceError as error:
             log.debug("no lag: %s", error)  # no topic yet, or its leader is being elected
             return found
@@ -282,7 +283,7 @@ class Connect(_Placed):
         family = GaugeMetricFamily(
             "metrics_pipeline_sink_task", "1 for the state that the connector's task is in", labels=["task", "state"]
         )
-        for task in connect.sink_state(self._settings).tasks:
+        for task in connector.sink_state(self._settings).tasks:
             for state in sorted({*TASK_STATES, task.state}):
                 family.add_metric([str(task.id), state], int(task.state == state))
         return [family]
@@ -296,7 +297,7 @@ class Sink:
 
     def __call__(self) -> list[Metric]:
         """Ask PostgreSQL and, if it is the one, Connect."""
-        if (problem := sinks.sink_problem(self._settings)) is not None:
+        if (problem := active.sink_problem(self._settings)) is not None:
             raise ServiceError(problem)
         return []
 

@@ -13,14 +13,15 @@ from typing import Any
 import psycopg
 import requests
 
-from metrics_pipeline import postgres, sinks, summaries
-from metrics_pipeline.connect import sink_state
+from metrics_pipeline import postgres, summaries
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.local import broker
 from metrics_pipeline.local.dagster import code_problem, daemon_problem, web_problem
 from metrics_pipeline.local.service import http_problem
 from metrics_pipeline.local.sink import sink_problem
 from metrics_pipeline.settings import Settings
+from metrics_pipeline.sinks import active
+from metrics_pipeline.sinks.connector import sink_state
 
 RATE_SECONDS = 12.0
 """Rates of the live table are means over this long: PostgreSQL's counters arrive about once a second, in steps."""
@@ -39,8 +40,8 @@ class Sampler:
         self._settings = settings
         self._inserted: deque[tuple[float, int]] = deque()
         self._connection: psycopg.Connection[Any] | None = None
-        self._active: sinks.Kind = settings.sink
-        self._lag = sinks.LagMeter(settings)
+        self._active: active.Kind = settings.sink
+        self._lag = active.LagMeter(settings)
         self._pool = ThreadPoolExecutor(max_workers=6, thread_name_prefix="status")
 
     def sample(self) -> Sample:

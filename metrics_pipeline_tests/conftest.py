@@ -74,9 +74,10 @@ class RunningStack:
 @pytest.fixture(scope="session")
 def stack() -> Iterator[RunningStack]:
     """The real parts, without Dagster: its jobs are run against this stack by the tests that need them."""
-    from metrics_pipeline import connect, kafka, postgres
+    from metrics_pipeline import kafka, postgres
     from metrics_pipeline.local import account, dagster, environment
     from metrics_pipeline.local.stack import build
+    from metrics_pipeline.sinks import connector
 
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-"))
     own = environment.isolated(folder) | {"PIPELINE_MEMORY_GB": "4"}
@@ -90,7 +91,7 @@ def stack() -> Iterator[RunningStack]:
             dagster.prepare_home(settings)
             postgres.migrate(settings)
             kafka.ensure_topic(settings)
-            connect.ensure_connector(settings)
+            connector.ensure_connector(settings)
             variables = environment.for_python(settings)
         yield RunningStack(settings, variables, embedded)
     finally:

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from metrics_pipeline.bench import growth, paths, readings
 from metrics_pipeline.bench.place import _environment
 from metrics_pipeline.bench.readings import checksum, encoded, simulated, with_schema
-from metrics_pipeline.connect import connector_config
 from metrics_pipeline.errors import RecordError
 from metrics_pipeline.metric import Reading, connect_schema_value, decode, encode
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sink import rows
+from metrics_pipeline.sinks.connector import connector_config
 from metrics_pipeline.verification.spill import RECORD
 from metrics_pipeline.verification.topic_entries import tags_digest
 from metrics_pipeline_tests.fake_sink import FakeMessage

@@ -19,11 +19,11 @@ import yaml
 from metrics_pipeline.compose import connect as container_connect
 from metrics_pipeline.compose import secrets
 from metrics_pipeline.compose.commands import INITDB_CONF
-from metrics_pipeline.connect import connector_config
 from metrics_pipeline.local import connect, jars, postgres
 from metrics_pipeline.local.budget import GIB, Budget, postgres_memory
 from metrics_pipeline.reference import default
 from metrics_pipeline.settings import ROOT, Settings
+from metrics_pipeline.sinks.connector import connector_config
 from metrics_pipeline_tests.compose_files import (
     CLUSTER,
     FILES,

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from metrics_pipeline import connect, kafka
-from metrics_pipeline.connect import ConnectClient, ForeignError, SinkState, TaskState
+from metrics_pipeline import kafka
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.settings import CONNECTOR, ROOT, Settings
+from metrics_pipeline.sinks import connector
+from metrics_pipeline.sinks.connector import ConnectClient, ForeignError, SinkState, TaskState
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
 from metrics_pipeline_tests.fake_kafka import FakeBroker
 
@@ -33,9 +34,9 @@ def fake() -> Iterator[FakeConnect]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connect, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(connect, "FAILED_GRACE_SECONDS", 0.0)
-    monkeypatch.setattr(connect, "RUNNING_SECONDS", 0.5)
+    monkeypatch.setattr(connector, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(connector, "FAILED_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(connector, "RUNNING_SECONDS", 0.5)
 
 
 def at(fake: FakeConnect) -> Settings:
@@ -43,17 +44,17 @@ def at(fake: FakeConnect) -> Settings:
 
 
 def test_the_connector_is_put_as_its_file_stands_and_once(fake: FakeConnect) -> None:
-    assert connect.connector_drift(at(fake)) == [f"connector {CONNECTOR} does not exist"]
-    assert connect.ensure_connector(at(fake)).state == "created"
+    assert connector.connector_drift(at(fake)) == [f"connector {CONNECTOR} does not exist"]
+    assert connector.ensure_connector(at(fake)).state == "created"
     in_file = json.loads((ROOT / "connect" / "metrics-postgres-sink.json").read_text())
     assert fake.configs[CONNECTOR] == {**in_file, "name": CONNECTOR}
-    assert connect.connector_drift(at(fake)) == []
-    assert connect.ensure_connector(at(fake)).state == "unchanged"
+    assert connector.connector_drift(at(fake)) == []
+    assert connector.ensure_connector(at(fake)).state == "unchanged"
     assert fake.requests == [f"PUT /connectors/{CONNECTOR}/config"]
 
 
 def test_the_file_names_no_host_and_no_secret() -> None:
-    config = connect.connector_config()
+    config = connector.connector_config()
     assert config["connection.password"] == "${env:SINK_PG_PASSWORD}"
     assert config["connection.username"] == "${env:SINK_PG_USER}"
     assert config["connection.url"].startswith(
@@ -63,67 +64,67 @@ def test_the_file_names_no_host_and_no_secret() -> None:
 
 def test_connect_reads_consumer_settings_of_a_connector_only_with_override() -> None:
     assert not [
-        name for name in connect.connector_config() if name.startswith("consumer.") and ".override." not in name
+        name for name in connector.connector_config() if name.startswith("consumer.") and ".override." not in name
     ]
 
 
 def test_every_setting_that_differs_is_named_and_put_back(fake: FakeConnect) -> None:
-    connect.ensure_connector(at(fake))
+    connector.ensure_connector(at(fake))
     config = fake.configs[CONNECTOR]
     config |= {"batch.size": "10", "extra": "x", "connection.password": "in-the-clear"}
     del config["tasks.max"]
-    drift = connect.connector_drift(at(fake))
+    drift = connector.connector_drift(at(fake))
     assert drift == [
         "batch.size is 10, configured 2500",
         "connection.password is (hidden), configured ${env:SINK_PG_PASSWORD}",
         "extra is x, not configured",
         "tasks.max is missing, configured 6",
     ]
-    change = connect.ensure_connector(at(fake))
+    change = connector.ensure_connector(at(fake))
     assert (change.state, change.details) == ("changed", drift)
-    assert connect.connector_drift(at(fake)) == []
+    assert connector.connector_drift(at(fake)) == []
 
 
 def test_tasks_that_do_not_run_are_drift_with_their_cause(fake: FakeConnect) -> None:
-    connect.ensure_connector(at(fake))
+    connector.ensure_connector(at(fake))
     fake.fail(CONNECTOR, TRACE, 1)
-    assert connect.connector_drift(at(fake)) == [
+    assert connector.connector_drift(at(fake)) == [
         'task 1 is FAILED: org.postgresql.util.PSQLException: ERROR: invalid byte sequence for encoding "UTF8": 0x00'
     ]
 
 
 def test_failed_tasks_of_a_connector_as_configured_are_restarted(fake: FakeConnect) -> None:
-    connect.ensure_connector(at(fake))
+    connector.ensure_connector(at(fake))
     fake.fail(CONNECTOR, TRACE, 1)
-    change = connect.ensure_connector(at(fake))
+    change = connector.ensure_connector(at(fake))
     assert change.state == "changed"
     assert change.details[0].startswith("restarted, task 1 is FAILED: org.postgresql")
-    assert connect.sink_state(at(fake)).running
+    assert connector.sink_state(at(fake)).running
 
 
 def test_a_task_that_cannot_start_is_an_error_with_its_cause_and_the_next_step(fake: FakeConnect) -> None:
     fake.poison = TRACE
     with pytest.raises(ServiceError, match=r"tasks 0, 1 are FAILED: .*invalid byte sequence.*logs connect"):
-        connect.ensure_connector(at(fake))
+        connector.ensure_connector(at(fake))
 
 
 def test_tasks_that_never_start_are_an_error_within_the_bound(fake: FakeConnect) -> None:
     fake.tasks = 0
     with pytest.raises(ServiceError, match=r"has no tasks after 0 s|has no tasks"):
-        connect.ensure_connector(at(fake))
+        connector.ensure_connector(at(fake))
 
 
 @pytest.mark.parametrize("state", ["PAUSED", "STOPPED"])
 def test_a_paused_connector_is_drift_and_is_resumed(fake: FakeConnect, state: str) -> None:
-    connect.ensure_connector(at(fake))
+    connector.ensure_connector(at(fake))
     fake.states[CONNECTOR] = state
-    assert connect.connector_drift(at(fake)) == [f"connector {CONNECTOR} is {state}"]
-    assert connect.ensure_connector(at(fake)).details == [f"resumed, was {state}"]
+    assert connector.connector_drift(at(fake)) == [f"connector {CONNECTOR} is {state}"]
+    assert connector.ensure_connector(at(fake)).details == [f"resumed, was {state}"]
 
 
 def test_a_rebalance_is_waited_for(fake: FakeConnect) -> None:
     fake.rebalances = 2
-    assert connect.ensure_connector(at(fake)).state == "created"
+    assert connector.ensure_connector(at(fake)).state == "created"
 
 
 def test_a_rebalance_without_end_is_an_error(fake: FakeConnect) -> None:
@@ -137,14 +138,14 @@ def test_a_refused_file_says_what_connect_says(fake: FakeConnect) -> None:
     with pytest.raises(
         ServiceError, match=r"\(400\): .*1 error\(s\): Invalid value x: mend connect/metrics-postgres-sink.json"
     ):
-        connect.ensure_connector(at(fake))
+        connector.ensure_connector(at(fake))
 
 
 @pytest.mark.parametrize("version", ["4.1.1", "3.9.0", ""])
 def test_an_older_connect_is_refused(fake: FakeConnect, version: str) -> None:
     fake.version = version
     with pytest.raises(ServiceError, match=r"needs 4\.2 or newer"):
-        connect.ensure_connector(at(fake))
+        connector.ensure_connector(at(fake))
     assert CONNECTOR not in fake.configs
 
 
@@ -158,7 +159,7 @@ def test_an_unreachable_connect_is_named_with_the_setting() -> None:
     with pytest.raises(
         ServiceError, match=r"http://127\.0\.0\.1:1 cannot be reached \(Connection refused\): .*CONNECT_URL"
     ):
-        connect.sink_state(Settings(connect_url="http://127.0.0.1:1"), patience=0.1)
+        connector.sink_state(Settings(connect_url="http://127.0.0.1:1"), patience=0.1)
 
 
 def test_the_cause_of_a_failure_is_the_innermost() -> None:
@@ -185,9 +186,9 @@ def test_running_means_the_connector_and_all_tasks(state: SinkState, problems: l
 
 def test_delete_is_done_when_there_is_nothing_to_delete(fake: FakeConnect) -> None:
     ConnectClient(fake.url).delete(CONNECTOR)
-    connect.ensure_connector(at(fake))
+    connector.ensure_connector(at(fake))
     ConnectClient(fake.url).delete(CONNECTOR)
-    assert connect.sink_state(at(fake)).connector == "MISSING"
+    assert connector.sink_state(at(fake)).connector == "MISSING"
 
 
 @pytest.fixture
@@ -198,9 +199,9 @@ def dead() -> str:
 
 def test_a_worker_that_is_away_is_passed_over(fake: FakeConnect, dead: str) -> None:
     settings = Settings(connect_url=f"{dead},{fake.url}")
-    assert connect.ensure_connector(settings, patience=0.5).state == "created"
-    assert connect.sink_state(settings, patience=0.5).running
-    assert connect.connector_drift(settings, patience=0.5) == []
+    assert connector.ensure_connector(settings, patience=0.5).state == "created"
+    assert connector.sink_state(settings, patience=0.5).running
+    assert connector.connector_drift(settings, patience=0.5) == []
 
 
 def test_the_worker_that_answered_last_is_asked_first(fake: FakeConnect, dead: str) -> None:
@@ -224,7 +225,7 @@ def test_when_all_workers_are_away_each_is_named(dead: str) -> None:
 def test_a_worker_that_hangs_is_not_asked_again_but_the_other_is(
     fake: FakeConnect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connect, "_TIMEOUT", (0.5, 0.2))
+    monkeypatch.setattr(connector, "_TIMEOUT", (0.5, 0.2))
     with socket.socket() as hanging:
         hanging.bind(("127.0.0.1", 0))
         hanging.listen()
@@ -247,7 +248,7 @@ def test_a_change_that_the_groups_leader_is_not_there_for_is_tried_again(
         return answer(method, target, body)
 
     monkeypatch.setattr(fake, "answer", forwarding)
-    assert connect.ensure_connector(at(fake), patience=5).state == "created"
+    assert connector.ensure_connector(at(fake), patience=5).state == "created"
     assert refusals == []
 
 
@@ -285,11 +286,11 @@ def test_the_connect_of_another_cluster_is_asked_nothing(
     fake: FakeConnect, broker: FakeBroker, call: str, cluster: str | None, what: str
 ) -> None:
     """Another stack's, on the port that ours would have."""
-    connect.ensure_connector(at(fake))
+    connector.ensure_connector(at(fake))
     fake.cluster = cluster
     fake.requests.clear()
     fake.asked.clear()
-    client = connect.client(on_the_port(fake), patience=0.2)
+    client = connector.client(on_the_port(fake), patience=0.2)
     with pytest.raises(ForeignError, match=rf"127\.0\.0\.1:\d+ .*{what}.*CONNECT_URL"):
         CALLS[call](client)
     assert (fake.requests, fake.asked) == ([], [])
@@ -303,20 +304,20 @@ def test_every_call_is_in_the_list() -> None:
 
 def test_ours_is_known_by_the_cluster_and_asked_like_one_that_was_named(fake: FakeConnect, broker: FakeBroker) -> None:
     settings = on_the_port(fake)
-    assert connect.ensure_connector(settings).state == "created"
-    assert connect.sink_state(settings).running
-    connect.stop_connector(settings)
+    assert connector.ensure_connector(settings).state == "created"
+    assert connector.sink_state(settings).running
+    connector.stop_connector(settings)
     assert fake.states[CONNECTOR] == "STOPPED"
 
 
 def test_one_that_was_named_is_meant_whatever_its_cluster(fake: FakeConnect, broker: FakeBroker) -> None:
     fake.cluster = "another"
     broker.down = True
-    assert connect.ensure_connector(at(fake)).state == "created"
+    assert connector.ensure_connector(at(fake)).state == "created"
 
 
 def test_a_cluster_made_anew_is_asked_for_once_more(fake: FakeConnect, broker: FakeBroker) -> None:
-    client = connect.client(on_the_port(fake), patience=0.2)
+    client = connector.client(on_the_port(fake), patience=0.2)
     assert client.state(CONNECTOR).connector == "MISSING"
     broker.cluster = fake.cluster = "made anew"
     assert client.state(CONNECTOR).connector == "MISSING"
@@ -327,7 +328,7 @@ def test_a_cluster_made_anew_is_asked_for_once_more(fake: FakeConnect, broker: F
 def test_without_the_broker_nobody_knows_whose_it_is(fake: FakeConnect, broker: FakeBroker) -> None:
     broker.down = True
     with pytest.raises(ServiceError, match=r"Kafka broker .* cannot be reached"):
-        connect.sink_state(on_the_port(fake))
+        connector.sink_state(on_the_port(fake))
     assert fake.asked == []
 
 
@@ -336,5 +337,5 @@ def test_a_worker_of_another_cluster_among_ours_is_passed_over(fake: FakeConnect
         other.cluster = "another"
         first, second = (int(worker.url.rpartition(":")[2]) for worker in (other, fake))
         settings = Settings(connect_workers=2, connect_port=first, connect_2_port=second)
-        assert connect.ensure_connector(settings).state == "created"
+        assert connector.ensure_connector(settings).state == "created"
         assert (other.asked, other.requests) == ([], [])

@@ -14,12 +14,13 @@ import requests
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from metrics_pipeline import connect, exporter, kafka, sinks
-from metrics_pipeline.connect import SinkState, TaskState
+from metrics_pipeline import exporter, kafka
 from metrics_pipeline.errors import BusyError, ServiceError
 from metrics_pipeline.exporter import Connect, Exporter, NotUsedError, PipelineMetrics, Sink
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.settings import Settings
+from metrics_pipeline.sinks import active, connector
+from metrics_pipeline.sinks.connector import SinkState, TaskState
 
 PARTS = {"postgres", "producer", "broker", "connect", "sink", "dagster"}
 
@@ -171,8 +172,8 @@ def test_registering_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_task_has_one_state(monkeypatch: pytest.MonkeyPatch) -> None:
     state = SinkState("RUNNING", (TaskState(0, "RUNNING"), TaskState(1, "FAILED", "x"), TaskState(2, "ODD")))
-    monkeypatch.setattr(sinks, "position", lambda settings: sinks.Position("connect"))
-    monkeypatch.setattr(connect, "sink_state", lambda settings: state)
+    monkeypatch.setattr(active, "position", lambda settings: active.Position("connect"))
+    monkeypatch.setattr(connector, "sink_state", lambda settings: state)
     (family,) = Connect(nowhere())()
     shown = {(s.labels["task"], s.labels["state"]) for s in family.samples if s.value == 1}
     assert shown == {("0", "RUNNING"), ("1", "FAILED"), ("2", "ODD")}
@@ -181,14 +182,14 @@ def test_a_task_has_one_state(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_connect_is_no_part_while_the_copy_sink_is_active(monkeypatch: pytest.MonkeyPatch) -> None:
     part = Connect(nowhere())
-    monkeypatch.setattr(sinks, "position", lambda settings: sinks.Position("copy"))
+    monkeypatch.setattr(active, "position", lambda settings: active.Position("copy"))
     with pytest.raises(NotUsedError):
         part()
 
-    def away(settings: Settings) -> sinks.Position:
+    def away(settings: Settings) -> active.Position:
         raise ServiceError("PostgreSQL is away")
 
-    monkeypatch.setattr(sinks, "position", away)
+    monkeypatch.setattr(active, "position", away)
     with pytest.raises(NotUsedError):  # what was known last stands
         part()
 
@@ -196,12 +197,12 @@ def test_connect_is_no_part_while_the_copy_sink_is_active(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("place", "group"),
     [
-        (sinks.Position("connect"), "connect-metrics-postgres-sink"),
-        (sinks.Position("copy", {0: 5}), "metrics-copy-sink"),
+        (active.Position("connect"), "connect-metrics-postgres-sink"),
+        (active.Position("copy", {0: 5}), "metrics-copy-sink"),
     ],
 )
-def test_lag_is_that_of_the_active_sink(monkeypatch: pytest.MonkeyPatch, place: sinks.Position, group: str) -> None:
-    monkeypatch.setattr(sinks, "position", lambda settings: place)
+def test_lag_is_that_of_the_active_sink(monkeypatch: pytest.MonkeyPatch, place: active.Position, group: str) -> None:
+    monkeypatch.setattr(active, "position", lambda settings: place)
     monkeypatch.setattr(kafka, "consumer_lag", lambda settings, group: kafka.Lag(7, {0: 7}))
     monkeypatch.setattr(kafka, "lag_from", lambda settings, offsets: kafka.Lag(offsets[0], dict(offsets)))
     partitions = {0: SimpleNamespace(replicas=[1, 2], isrs=[1]), 1: SimpleNamespace(replicas=[1, 2], isrs=[2, 1])}
@@ -219,7 +220,7 @@ def test_the_broker_is_up_while_there_is_no_topic_yet(monkeypatch: pytest.Monkey
     def none(*_: object) -> kafka.Lag:
         raise ServiceError("topic metrics does not exist")
 
-    monkeypatch.setattr(sinks, "position", lambda settings: sinks.Position())
+    monkeypatch.setattr(active, "position", lambda settings: active.Position())
     monkeypatch.setattr(kafka, "consumer_lag", none)
     client = SimpleNamespace(list_topics=lambda timeout: SimpleNamespace(brokers={1: None}, topics={}))
     monkeypatch.setattr(exporter, "AdminClient", lambda config: client)
@@ -230,8 +231,8 @@ def test_the_broker_is_up_while_there_is_no_topic_yet(monkeypatch: pytest.Monkey
 
 
 def test_a_sink_that_stores_nothing_is_down_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks, "sink_problem", lambda settings: None)
+    monkeypatch.setattr(active, "sink_problem", lambda settings: None)
     assert Sink(nowhere())() == []
-    monkeypatch.setattr(sinks, "sink_problem", lambda settings: "task 1 is FAILED")
+    monkeypatch.setattr(active, "sink_problem", lambda settings: "task 1 is FAILED")
     with pytest.raises(ServiceError, match="task 1 is FAILED"):
         Sink(nowhere())()

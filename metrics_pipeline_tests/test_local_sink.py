@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from metrics_pipeline import postgres, sinks
+from metrics_pipeline import postgres
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local import sink
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.service import Service
 from metrics_pipeline.local.stack import Stack, unused_ports
 from metrics_pipeline.settings import Settings
+from metrics_pipeline.sinks import active
 from metrics_pipeline_tests.fake_http import listening
 
 
@@ -94,13 +95,13 @@ def _nothing_real(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_offsets_are_handed_over_before_any_worker_of_connect_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sinks, "active", lambda _settings: "copy")
+    monkeypatch.setattr(active, "active", lambda _settings: "copy")
 
     def hand_back(_settings: Settings) -> list[str]:
         STARTED.append("handed back")
         return ["now by Kafka Connect", "more"]
 
-    monkeypatch.setattr(sinks, "hand_back", hand_back)
+    monkeypatch.setattr(active, "hand_back", hand_back)
     said: list[str] = []
     made(tmp_path, "connect", "postgres", "broker", "connect", "connect-2").start(said.append)
     assert STARTED.index("handed back") > max(STARTED.index("databases"), STARTED.index("broker"))
@@ -110,8 +111,8 @@ def test_offsets_are_handed_over_before_any_worker_of_connect_starts(
 
 
 def test_nothing_is_handed_over_by_the_connector_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks, "active", lambda _settings: "connect")
-    monkeypatch.setattr(sinks, "hand_back", lambda _settings: pytest.fail("there is nothing to hand over"))
+    monkeypatch.setattr(active, "active", lambda _settings: "connect")
+    monkeypatch.setattr(active, "hand_back", lambda _settings: pytest.fail("there is nothing to hand over"))
     made(tmp_path, "connect", "postgres", "broker", "connect").start(lambda _line: None)
     assert STARTED[-1] == "provision"
 
@@ -120,13 +121,13 @@ def test_the_stack_starts_when_nothing_can_be_handed_over(tmp_path: Path, monkey
     def away(_settings: Settings) -> str:
         raise ServiceError("PostgreSQL at fake cannot be reached")
 
-    monkeypatch.setattr(sinks, "active", away)
+    monkeypatch.setattr(active, "active", away)
     made(tmp_path, "connect", "postgres", "broker", "connect").start(lambda _line: None)
     assert STARTED[-1] == "provision"
 
 
 def test_the_copy_sink_stands_in_connects_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks, "active", lambda _settings: pytest.fail("there is no Connect to hand over to"))
+    monkeypatch.setattr(active, "active", lambda _settings: pytest.fail("there is no Connect to hand over to"))
     made(tmp_path, "copy", "postgres", "broker", "sink").start(lambda _line: None)
     assert set(STARTED) == {"postgres", "broker", "databases", "sink", "provision"}
     assert STARTED[-1] == "provision"

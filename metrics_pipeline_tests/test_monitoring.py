@@ -17,13 +17,14 @@ import dagster as dg
 import psycopg
 import pytest
 
-from metrics_pipeline import chart, rejects, sinks, summaries
+from metrics_pipeline import chart, rejects, summaries
 from metrics_pipeline.definitions import defs
 from metrics_pipeline.defs import monitoring
 from metrics_pipeline.defs.provisioning import metrics_schema, metrics_sink_connector, metrics_topic
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.kafka import Lag
 from metrics_pipeline.rejects import Recent, Reject
+from metrics_pipeline.sinks import active as sinks
 from metrics_pipeline.summaries import DeviceSummaries, DeviceSummary, IngestionRate, MetricSummary, Minute
 
 START = datetime(2026, 11, 22, 16, 0, tzinfo=UTC)

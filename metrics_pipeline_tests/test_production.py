@@ -16,8 +16,6 @@ from uuid import UUID, uuid4
 import dagster as dg
 import pytest
 
-from metrics_pipeline import connect, repair, sinks
-from metrics_pipeline.connect import SinkState, TaskState
 from metrics_pipeline.definitions import defs
 from metrics_pipeline.defs import production
 from metrics_pipeline.defs.resources import Pipeline
@@ -28,7 +26,9 @@ from metrics_pipeline.producer.latency import Latency
 from metrics_pipeline.producer.ledger import Holder
 from metrics_pipeline.producer.run import Report
 from metrics_pipeline.settings import CONNECTOR, Settings
-from metrics_pipeline.sinks import NO_WORKER, Position
+from metrics_pipeline.sinks import active, connector, repair
+from metrics_pipeline.sinks.active import NO_WORKER, Position
+from metrics_pipeline.sinks.connector import SinkState, TaskState
 from metrics_pipeline_tests.fake_connect import serving
 
 RUNNING = SinkState("RUNNING", (TaskState(0, "RUNNING"),))
@@ -99,7 +99,7 @@ def producer(monkeypatch: pytest.MonkeyPatch) -> type[FakeProducer]:
     FakeClock.now = 0.0
     monkeypatch.setattr(production, "Producer", FakeProducer)
     monkeypatch.setattr(production, "time", FakeClock)
-    monkeypatch.setattr(sinks.LagMeter, "total", lambda _meter: 7)
+    monkeypatch.setattr(active.LagMeter, "total", lambda _meter: 7)
     return FakeProducer
 
 
@@ -335,8 +335,8 @@ class World:
 def world(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     world = World(instance)
     monkeypatch.setattr(ledger, "holder", world.holder)
-    monkeypatch.setattr(connect, "sink_state", lambda _settings: world.sink)
-    monkeypatch.setattr(sinks, "position", lambda _settings: world.position)
+    monkeypatch.setattr(connector, "sink_state", lambda _settings: world.sink)
+    monkeypatch.setattr(active, "position", lambda _settings: world.position)
     monkeypatch.setattr(production, "not_provisioned", lambda _instance: world.not_provisioned)
 
     class Clock:
@@ -465,7 +465,7 @@ def test_the_repair_sensor_restarts_records_and_remembers(
     )
     with serving() as fake:
         monkeypatch.setenv("CONNECT_URL", fake.url)
-        connect.ConnectClient(fake.url).put(CONNECTOR, {})
+        connector.ConnectClient(fake.url).put(CONNECTOR, {})
         fake.fail(CONNECTOR, "x.Y: broken", 1)
         with dg.build_sensor_context(instance, resources={"pipeline": Pipeline()}) as context:
             result = production.sink_repair_sensor(context)

@@ -9,12 +9,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from metrics_pipeline import connect, kafka, postgres
+from metrics_pipeline import kafka, postgres
 from metrics_pipeline.definitions import defs
 from metrics_pipeline.defs import provisioning
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.postgres import MigrationStatus
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
+from metrics_pipeline.sinks import connector
 from metrics_pipeline_tests import fake_registry
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
 from metrics_pipeline_tests.fake_kafka import FakeBroker
@@ -66,8 +67,8 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
     monkeypatch.setattr(postgres, "migrate", schema.migrate)
     monkeypatch.setattr(kafka, "AdminClient", broker.admin)
     monkeypatch.setattr(kafka, "Consumer", broker.consumer)
-    monkeypatch.setattr(connect, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(connect, "FAILED_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(connector, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(connector, "FAILED_GRACE_SECONDS", 0.0)
     monkeypatch.setenv("POSTGRES_PASSWORD", SECRET)
     with serving() as fake, dg.DagsterInstance.ephemeral() as instance:
         monkeypatch.setenv("CONNECT_URL", fake.url)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from metrics_pipeline import connect, repair
-from metrics_pipeline.connect import ConnectClient
 from metrics_pipeline.errors import ServiceError
-from metrics_pipeline.repair import ATTEMPTS, STALL_SECONDS, Offsets, SinkRepair, Tick
 from metrics_pipeline.settings import CONNECTOR, Settings
-from metrics_pipeline.sinks import NO_WORKER, Position
+from metrics_pipeline.sinks import connector, repair
+from metrics_pipeline.sinks.active import NO_WORKER, Position
+from metrics_pipeline.sinks.connector import ConnectClient
+from metrics_pipeline.sinks.repair import ATTEMPTS, STALL_SECONDS, Offsets, SinkRepair, Tick
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
 
 POISON = "org.apache.kafka.connect.errors.ConnectException: x\nCaused by: org.postgresql.util.PSQLException: ERROR: bad row 17"
@@ -78,7 +78,7 @@ class World:
 @pytest.fixture
 def world() -> Iterator[World]:
     with serving() as fake:
-        ConnectClient(fake.url).put(CONNECTOR, connect.connector_config())
+        ConnectClient(fake.url).put(CONNECTOR, connector.connector_config())
         yield World(fake)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from confluent_kafka import TopicPartition
 
-from metrics_pipeline import connect, kafka, postgres, sinks
+from metrics_pipeline import kafka, postgres
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings
+from metrics_pipeline.sinks import active
+from metrics_pipeline.sinks import connector as connect
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
 from metrics_pipeline_tests.fake_kafka import FakeBroker, FakeTopic
 from metrics_pipeline_tests.fake_sinks import FakeSinkTables
@@ -31,7 +33,7 @@ class World:
         return Settings(**{"sink": sink, "connect_url": self.connect.url, **values})
 
     def ensure(self, sink: str, **values: Any) -> tuple[str, list[str]]:
-        change = sinks.ensure_sink(self.settings(sink, **values), patience=0.2)
+        change = active.ensure_sink(self.settings(sink, **values), patience=0.2)
         return change.state, change.details
 
     @property
@@ -68,8 +70,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(kafka, "Consumer", broker.consumer)
     monkeypatch.setattr(kafka, "AdminClient", broker.admin)
     monkeypatch.setattr(connect, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(sinks, "WORKERS_SECONDS", 0.0)
-    monkeypatch.setattr(sinks, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(active, "WORKERS_SECONDS", 0.0)
+    monkeypatch.setattr(active, "QUIET_SECONDS", 0.1)
     with serving() as fake:
         world = World(tables, broker, fake)
         world.commits = {0: 40, 1: 50}
@@ -151,7 +153,7 @@ def test_without_a_worker_nothing_is_changed(world: World) -> None:
 
 
 def test_a_worker_that_comes_late_is_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks, "WORKERS_SECONDS", 30.0)
+    monkeypatch.setattr(active, "WORKERS_SECONDS", 30.0)
 
     def come(_seconds: float) -> None:
         world.tables.sessions = 1
@@ -180,7 +182,7 @@ def test_another_stack_s_connector_on_the_default_port_is_left_alone(world: Worl
     assert state == "changed"
     assert f"no Kafka Connect of this pipeline answers at {world.connect.url}: no connector to stop" in details
     assert world.ensure("copy", connect_url="", connect_port=port) == ("unchanged", [])
-    assert sinks.sink_drift(world.settings("copy", connect_url="", connect_port=port)) == []
+    assert active.sink_drift(world.settings("copy", connect_url="", connect_port=port)) == []
     assert (world.connector_state, world.connect.requests, world.connect.asked) == ("RUNNING", [], [])
 
 
@@ -195,7 +197,7 @@ def test_a_connect_of_which_nobody_knows_whose_it_is_is_not_taken_for_none(world
         world.ensure("copy", connect_url="", connect_port=port)
     assert (world.tables.active, world.connector_state) == ("connect", connector)
     with pytest.raises(ServiceError, match="does not tell its cluster's id yet"):
-        sinks.sink_drift(world.settings("copy", connect_url="", connect_port=port))
+        active.sink_drift(world.settings("copy", connect_url="", connect_port=port))
 
 
 def test_our_own_connector_is_stopped_without_being_named(world: World) -> None:
@@ -292,13 +294,13 @@ def test_a_connector_is_made_without_a_switch_too(world: World) -> None:
 def test_before_connect_starts_an_active_copy_sink_hands_over_if_it_can(world: World) -> None:
     settings = world.settings("connect")
     world.tables.offsets = {0: 70}
-    assert sinks.hand_over(settings) == []
+    assert active.hand_over(settings) == []
     assert world.commits == {0: 40, 1: 50}
     world.tables.active = "copy"
     world.tables.down = True
-    assert sinks.hand_over(settings) == []
+    assert active.hand_over(settings) == []
     world.tables.down = False
-    assert sinks.hand_over(settings) == [
+    assert active.hand_over(settings) == [
         "the readings are stored by Kafka Connect, before by the COPY sink",
         "the connector begins at offset 70 of partition 0",
     ]
@@ -311,9 +313,9 @@ def test_before_connect_starts_an_active_copy_sink_hands_over_if_it_can(world: W
 def test_drift_of_the_copy_sink_names_each_thing(world: World) -> None:
     world.connector()
     world.tables.offsets = {0: 500}
-    assert sinks.sink_drift(world.settings("copy")) == [
+    assert active.sink_drift(world.settings("copy")) == [
         "the readings are stored by Kafka Connect, configured the COPY sink",
-        sinks.NO_WORKER,
+        active.NO_WORKER,
         f"connector {CONNECTOR} is RUNNING beside the COPY sink, configured STOPPED",
         (
             "the COPY sink's offset in partition 0 is 500, and the topic ends at 100: "
@@ -323,17 +325,17 @@ def test_drift_of_the_copy_sink_names_each_thing(world: World) -> None:
     world.tables.sessions = 1
     world.tables.offsets = {0: 100}
     world.ensure("copy")
-    assert sinks.sink_drift(world.settings("copy")) == []
+    assert active.sink_drift(world.settings("copy")) == []
 
 
 def test_drift_of_the_connector_is_seen_as_before(world: World) -> None:
     world.tables.active = "copy"
-    assert sinks.sink_drift(world.settings("connect")) == [
+    assert active.sink_drift(world.settings("connect")) == [
         "the readings are stored by the COPY sink, configured Kafka Connect",
         f"connector {CONNECTOR} does not exist",
     ]
     world.ensure("connect")
-    assert sinks.sink_drift(world.settings("connect")) == []
+    assert active.sink_drift(world.settings("connect")) == []
 
 
 # --- position, lag and health ------------------------------------------------------------------------------------
@@ -341,44 +343,44 @@ def test_drift_of_the_connector_is_seen_as_before(world: World) -> None:
 
 def test_before_the_migrations_the_connector_is_active(world: World) -> None:
     world.tables.active = None
-    assert sinks.position(world.settings("copy")) == sinks.Position("connect", {}, 0)
+    assert active.position(world.settings("copy")) == active.Position("connect", {}, 0)
 
 
 def test_offsets_and_lag_are_those_of_the_active_sink(world: World) -> None:
     settings = world.settings("connect")
     world.tables.offsets = {0: 100, 1: 99}
-    assert sinks.offsets(settings) == {0: 40, 1: 50}
-    assert sinks.lag(settings) == kafka.Lag(210, {0: 60, 1: 50, 2: 100})
+    assert active.offsets(settings) == {0: 40, 1: 50}
+    assert active.lag(settings) == kafka.Lag(210, {0: 60, 1: 50, 2: 100})
     world.tables.active = "copy"
-    assert sinks.offsets(settings) == {0: 100, 1: 99}
-    assert sinks.lag(settings) == kafka.Lag(101, {0: 0, 1: 1, 2: 100})
+    assert active.offsets(settings) == {0: 100, 1: 99}
+    assert active.lag(settings) == kafka.Lag(101, {0: 0, 1: 1, 2: 100})
 
 
 def test_records_that_retention_deleted_are_no_lag(world: World) -> None:
     world.tables.active = "copy"
     world.broker.topics[TOPIC].offsets = dict.fromkeys(range(3), (80, 100))
     world.tables.offsets = {0: 10}
-    assert sinks.lag(world.settings("copy")).total == 60
+    assert active.lag(world.settings("copy")).total == 60
 
 
 def test_the_lag_grows_on_while_postgresql_is_away(world: World) -> None:
     """No sink gets ahead without it, and the producer must be held back before retention overtakes the sink."""
     world.tables.active, world.tables.offsets = "copy", dict.fromkeys(range(3), 90)
-    meter = sinks.LagMeter(world.settings("copy"))
+    meter = active.LagMeter(world.settings("copy"))
     assert meter.total() == 30
     world.tables.down = True
     world.broker.topics[TOPIC].offsets = dict.fromkeys(range(3), (0, 200))
     assert meter.total() == 330
     with pytest.raises(ServiceError):
-        sinks.LagMeter(world.settings("copy")).total()
+        active.LagMeter(world.settings("copy")).total()
 
 
 def test_the_problem_is_that_of_the_active_sink(world: World) -> None:
     settings = world.settings("connect")
-    assert sinks.sink_problem(settings) == f"connector {CONNECTOR} does not exist"
+    assert active.sink_problem(settings) == f"connector {CONNECTOR} does not exist"
     world.ensure("connect")
-    assert sinks.sink_problem(settings) is None
+    assert active.sink_problem(settings) is None
     world.tables.active = "copy"
-    assert sinks.sink_problem(settings) == sinks.NO_WORKER
+    assert active.sink_problem(settings) == active.NO_WORKER
     world.tables.sessions = 1
-    assert sinks.sink_problem(settings) is None
+    assert active.sink_problem(settings) is None

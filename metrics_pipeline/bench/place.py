@@ -18,14 +18,14 @@ import psutil
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench.readings import empty_topic
 from metrics_pipeline.bench.table import activate, empty, start_sink_at
-from metrics_pipeline.connect import ForeignError, ensure_connector
-from metrics_pipeline.connect import client as connect_client
 from metrics_pipeline.errors import BusyError, ServiceError
 from metrics_pipeline.local import account, environment
 from metrics_pipeline.local.stack import Stack, build, outsider_problem
 from metrics_pipeline.local.state import StackState
 from metrics_pipeline.producer.ledger import LOCK_KEY
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings, external_services
+from metrics_pipeline.sinks.connector import ForeignError, ensure_connector
+from metrics_pipeline.sinks.connector import client as connect_client
 
 CARRIED: Final = ("producer", "topic", "sink")
 """Groups of settings that a temporary stack takes over from the user's own."""

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from metrics_pipeline import sinks
 from metrics_pipeline.local import connect, jars
 from metrics_pipeline.local.budget import GIB
 from metrics_pipeline.settings import ROOT, Settings
+from metrics_pipeline.sinks import active
 
 JMX_PORT: Final = 9404
 """Where Prometheus finds the worker's JMX figures; only among the containers."""
@@ -71,6 +71,6 @@ def run(settings: Settings, *, jmx_port: int = JMX_PORT) -> None:
     """Become the worker; does not return."""
     made = worker(settings, jmx_port=jmx_port)
     if settings.sink == "connect":
-        for line in sinks.hand_over(settings):
+        for line in active.hand_over(settings):
             log.warning("%s", line)
     os.execve(made.command[0], made.command, dict(made.environment))  # noqa: S606  # no shell

@@ -6,7 +6,7 @@ from typing import Final
 import dagster as dg
 import psycopg
 
-from metrics_pipeline import chart, postgres, rejects, sinks, summaries
+from metrics_pipeline import chart, postgres, rejects, summaries
 from metrics_pipeline.defs.production import producing
 from metrics_pipeline.defs.provisioning import (
     metrics,
@@ -18,6 +18,7 @@ from metrics_pipeline.defs.provisioning import (
 from metrics_pipeline.defs.resources import ACTIVE, OWNERS, Pipeline, plain_errors
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.settings import Settings
+from metrics_pipeline.sinks import active
 
 GROUP = "monitoring"
 THROUGHPUT_SECONDS: Final = 60
@@ -155,7 +156,7 @@ def consumer_lag(pipeline: Pipeline) -> dg.AssetCheckResult:
     """Records that the sink has still to read stay within LAG_LIMIT."""
     try:
         settings = pipeline.load()
-        lag = sinks.lag(settings)
+        lag = active.lag(settings)
     except PipelineError as error:
         return _broken(error)
     within = lag.total <= settings.lag_limit

@@ -11,7 +11,6 @@ from uuid import UUID
 import dagster as dg
 from pydantic import Field, create_model
 
-from metrics_pipeline import repair, sinks
 from metrics_pipeline.defs.provisioning import metrics_sink_connector, metrics_topic, not_provisioned
 from metrics_pipeline.defs.resources import Pipeline, active_runs, plain_errors
 from metrics_pipeline.errors import PipelineError
@@ -19,6 +18,7 @@ from metrics_pipeline.producer import guards, ledger
 from metrics_pipeline.producer.endpoints import Snapshot
 from metrics_pipeline.producer.run import Producer, Report
 from metrics_pipeline.settings import ProducerSettings, Settings
+from metrics_pipeline.sinks import active, repair
 
 OBSERVE_SECONDS: Final = 10.0
 STORAGE_SECONDS: Final = 60.0
@@ -58,7 +58,7 @@ def publish(context: dg.OpExecutionContext, config: ProducerConfig, pipeline: Pi
             settings,
             run_id=UUID(context.run_id),
             on_progress=watch.progress,
-            lag=sinks.LagMeter(settings).total,
+            lag=active.LagMeter(settings).total,
         )
         try:
             report = producer.run()
@@ -76,7 +76,7 @@ class Watch:
         self._context = context
         self._settings = settings
         self._observed = time.monotonic()
-        self._meter = sinks.LagMeter(settings)
+        self._meter = active.LagMeter(settings)
         limit = settings.producer_run_seconds + settings.producer_flush_seconds + STORAGE_SECONDS + SPARE_SECONDS
         with _storage_may_be_away():
             context.instance.add_run_tags(context.run_id, {dg.MAX_RUNTIME_SECONDS_TAG: str(int(limit))})
@@ -194,7 +194,7 @@ def _not_now(instance: dg.DagsterInstance, settings: Settings, lock: ledger.Hold
     if reason := not_provisioned(instance):
         return reason
     guards.check_disk(settings.data_dir, settings.disk_free_limit_gb)
-    if problem := sinks.sink_problem(settings):
+    if problem := active.sink_problem(settings):
         return problem
     wait = _pause_after_failures(instance, time.time())
     return f"the last runs failed: next one in {wait:.0f} s" if wait > 0 else None

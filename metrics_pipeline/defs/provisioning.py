@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import dagster as dg
 
-from metrics_pipeline import kafka, postgres, registry, sinks
+from metrics_pipeline import kafka, postgres, registry
 from metrics_pipeline.change import Change
 from metrics_pipeline.defs.resources import OWNERS, Pipeline, active_runs, plain_errors
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.settings import Settings
+from metrics_pipeline.sinks import active
 
 GROUP = "provisioning"
 
@@ -103,13 +104,13 @@ def metrics_sink_connector(pipeline: Pipeline) -> dg.MaterializeResult[None]:
     running. For `copy` that connector is stopped, and processes of the COPY sink (`metrics-pipeline sink`) are connected.
     """
     with plain_errors():
-        return _result(sinks.ensure_sink(pipeline.load()))
+        return _result(active.ensure_sink(pipeline.load()))
 
 
 @dg.asset_check(asset=metrics_sink_connector, blocking=True)
 def connector_as_configured(pipeline: Pipeline) -> dg.AssetCheckResult:
     """The sink that SINK names is the one that stores the readings, and it runs; a connector is as its file says."""
-    return _verdict(pipeline, sinks.sink_drift)
+    return _verdict(pipeline, active.sink_drift)
 
 
 metrics = dg.AssetSpec(

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from metrics_pipeline.connect import connector_config
 from metrics_pipeline.local import broker, java
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.service import Service, http_problem
 from metrics_pipeline.settings import ROOT, Settings
+from metrics_pipeline.sinks.connector import connector_config
 
 WORKER_FILE = ROOT / "connect" / "worker.properties"
 PORTS = {"connect": "connect_port", "connect-2": "connect_2_port", "connect-3": "connect_3_port"}

@@ -23,8 +23,8 @@ from metrics_pipeline.local import broker, environment, ports
 from metrics_pipeline.local.service import Service, identify
 from metrics_pipeline.local.stack import Report, Stack, build, ports_in_use
 from metrics_pipeline.local.state import StackState, take_lock
-from metrics_pipeline.repair import SinkRepair, record
 from metrics_pipeline.settings import Settings
+from metrics_pipeline.sinks.repair import SinkRepair, record
 
 log = logging.getLogger(__name__)
 

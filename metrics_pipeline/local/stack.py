@@ -24,13 +24,13 @@ import psycopg
 import requests
 
 from metrics_pipeline import postgres as database
-from metrics_pipeline import sinks
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.local import broker, connect, dagster, exporter, jars, postgres, sink
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.environment import dagster_home, for_python
 from metrics_pipeline.local.service import Service, tail
 from metrics_pipeline.settings import Settings, external_services
+from metrics_pipeline.sinks import active
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class Stack:
         """Before Connect runs the connector, or it would begin where it was when the COPY sink took its place."""
         if any(service.name.startswith("connect") and service.alive() for service in self.services):
             return ""
-        return next(iter(sinks.hand_over(self.settings)), "")
+        return next(iter(active.hand_over(self.settings)), "")
 
     def _dagster_schema(self) -> None:
         if not dagster.has_tables(self.settings):

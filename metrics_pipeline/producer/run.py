@@ -19,7 +19,6 @@ from uuid import UUID, uuid4
 
 import confluent_kafka
 
-from metrics_pipeline import sinks
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.producer.deliveries import Deliveries, Ranges, merged
 from metrics_pipeline.producer.endpoints import HealthServer, ProducerMetrics, Snapshot
@@ -29,6 +28,7 @@ from metrics_pipeline.producer.latency import LatencyProbe
 from metrics_pipeline.producer.ledger import RunLedger, Source, State
 from metrics_pipeline.producer.publisher import TICK_SECONDS, KafkaClient, Message, Publisher
 from metrics_pipeline.settings import ProducerSettings, Settings
+from metrics_pipeline.sinks import active
 
 PROGRESS_SECONDS: Final = 1.0
 LEDGER_SECONDS: Final = 30.0
@@ -291,7 +291,7 @@ def run_producer(settings: Settings, source: Iterable[list[Message]] | None = No
     Raises:
         PipelineError: what ended the run, with the counts when there are any.
     """
-    options.setdefault("lag", sinks.LagMeter(settings).total)
+    options.setdefault("lag", active.LagMeter(settings).total)
     producer = Producer(settings, source, **options)
     try:
         return producer.run()

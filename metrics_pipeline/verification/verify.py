@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from metrics_pipeline import kafka, postgres, sinks
+from metrics_pipeline import kafka, postgres
 from metrics_pipeline.errors import InstallError, RecordError, ServiceError
 from metrics_pipeline.metric import MetricName, decode
 from metrics_pipeline.settings import TOPIC, Settings
+from metrics_pipeline.sinks import active
 from metrics_pipeline.verification.claims import Claim, anomalies, unclaimed
 from metrics_pipeline.verification.comparison import Bounds, Comparison, Counts, Finding
 from metrics_pipeline.verification.spill import RECORD, ROW, Spill, buckets_for
@@ -209,7 +210,7 @@ def _wait_for_sink(settings: Settings, ends: Mapping[int, int], timeout: float, 
     """Return once the active sink's offsets have reached `ends`."""
     best, since = -1, time.monotonic()
     while True:
-        offsets = sinks.offsets(settings)
+        offsets = active.offsets(settings)
         low = {partition: first for partition, (first, _) in kafka.watermarks(settings).items()}
         behind = {
             partition: end - max(offsets.get(partition, 0), low.get(partition, 0))
@@ -224,7 +225,7 @@ def _wait_for_sink(settings: Settings, ends: Mapping[int, int], timeout: float, 
             best, since = done, time.monotonic()
         elif time.monotonic() - since > timeout:
             raise ServiceError(
-                f"the sink ({sinks.active(settings)}) has not advanced for {timeout:.0f} s and is {sum(behind.values()):,} records "
+                f"the sink ({active.active(settings)}) has not advanced for {timeout:.0f} s and is {sum(behind.values()):,} records "
                 "behind: see `metrics-pipeline status`, then verify again"
             )
         time.sleep(0.5)

@@ -23,10 +23,10 @@ from metrics_pipeline.bench.paths import LimitWay, Way
 from metrics_pipeline.bench.place import Place
 from metrics_pipeline.bench.produce import produce
 from metrics_pipeline.bench.readings import Reference
-from metrics_pipeline.connect import ConnectClient
 from metrics_pipeline.errors import BusyError
 from metrics_pipeline.local.account import postgres_home, unprivileged
 from metrics_pipeline.settings import CONNECTOR, Settings
+from metrics_pipeline.sinks.connector import ConnectClient
 
 pytestmark = pytest.mark.integration
 

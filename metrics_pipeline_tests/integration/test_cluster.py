@@ -22,13 +22,14 @@ import pytest
 import requests
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType
 
-from metrics_pipeline import connect, kafka, postgres
+from metrics_pipeline import kafka, postgres
 from metrics_pipeline.local import account, environment
 from metrics_pipeline.local import keeper as keeping
 from metrics_pipeline.local.broker import broker_problem
 from metrics_pipeline.local.keeper import Keeper
 from metrics_pipeline.local.stack import Stack, build
 from metrics_pipeline.settings import CONNECTOR, DEAD_LETTER_TOPIC, TOPIC, Settings
+from metrics_pipeline.sinks import connector
 from metrics_pipeline.status import Sampler
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -80,7 +81,7 @@ class Cluster:
 
     def tasks(self) -> dict[str, int]:
         """How many tasks run on each worker; none when not all of them run."""
-        if not connect.sink_state(self.settings).running:
+        if not connector.sink_state(self.settings).running:
             return {}
         for url in self.settings.connect_urls:
             try:
@@ -109,7 +110,7 @@ def cluster() -> Iterator[Cluster]:
     def provision(stack: Stack) -> str:
         postgres.migrate(stack.settings)
         kafka.ensure_topic(stack.settings)
-        connect.ensure_connector(stack.settings)
+        connector.ensure_connector(stack.settings)
         return ""
 
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-cluster-"))
@@ -155,7 +156,7 @@ def test_every_topic_has_three_replicas_of_which_two_must_answer(cluster: Cluste
 def test_both_workers_share_the_tasks(cluster: Cluster) -> None:
     until("three tasks on each worker", lambda: sorted(cluster.tasks().values()) == [3, 3])
     for url in cluster.settings.connect_urls:
-        assert connect.ConnectClient(url).state(CONNECTOR).running
+        assert connector.ConnectClient(url).state(CONNECTOR).running
 
 
 def test_a_broker_and_a_worker_killed_under_load(cluster: Cluster) -> None:
@@ -222,7 +223,7 @@ def lost_worker(cluster: Cluster) -> None:
     acknowledged, rows = cluster.acknowledged(), cluster.rows()
     pid = cluster.kill("connect")
     # The URL that is asked first is dead now; the other worker answers for the group.
-    assert connect.sink_state(cluster.settings).tasks
+    assert connector.sink_state(cluster.settings).tasks
     sampler = Sampler(cluster.settings)
     assert "1 of 2 Connect workers away" in sampler.sample()["connect"]["reason"]
     sampler.close()

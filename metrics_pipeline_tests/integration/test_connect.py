@@ -15,12 +15,13 @@ import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from metrics_pipeline import connect, kafka, metric, repair
-from metrics_pipeline.connect import ConnectClient
+from metrics_pipeline import kafka, metric
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.metric import Reading
-from metrics_pipeline.repair import SinkRepair
 from metrics_pipeline.settings import CONNECTOR, DEAD_LETTER_TOPIC, Settings
+from metrics_pipeline.sinks import connector, repair
+from metrics_pipeline.sinks.connector import ConnectClient
+from metrics_pipeline.sinks.repair import SinkRepair
 from metrics_pipeline_tests.conftest import RunningStack
 
 pytestmark = pytest.mark.integration
@@ -72,16 +73,16 @@ class Sink:
 
 @pytest.fixture
 def sink(stack: RunningStack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Sink]:
-    for module in (connect, repair):
+    for module in (connector, repair):
         monkeypatch.setattr(module, "CONNECTOR", NAME)
     monkeypatch.setattr(repair, "CONNECTOR_GROUP", f"connect-{NAME}")
     for module in (kafka, repair):
         monkeypatch.setattr(module, "TOPIC", TOPIC)
     file = tmp_path / "sink.json"
     ours = {"topics": TOPIC, "collection.name.format": TABLE, "tasks.max": "2"}
-    file.write_text(json.dumps(connect.connector_config() | ours))
-    monkeypatch.setattr(connect, "CONNECTOR_FILE", file)
-    monkeypatch.setattr(connect, "ROOT", tmp_path)
+    file.write_text(json.dumps(connector.connector_config() | ours))
+    monkeypatch.setattr(connector, "CONNECTOR_FILE", file)
+    monkeypatch.setattr(connector, "ROOT", tmp_path)
     settings = stack.settings.model_copy(update={"topic_partitions_metrics": 2})
     with stack.admin() as connection:
         connection.execute(f"CREATE TABLE {TABLE} (LIKE metrics INCLUDING ALL)")
@@ -116,17 +117,17 @@ def _forget_group(admin: AdminClient, group: str) -> None:
 
 
 def test_put_once_mended_when_changed_by_hand(sink: Sink) -> None:
-    assert connect.ensure_connector(sink.settings).state == "created"
-    assert connect.connector_drift(sink.settings) == []
-    assert connect.ensure_connector(sink.settings).state == "unchanged"
-    sink.client.put(NAME, connect.connector_config() | {"batch.size": "10"})
-    assert connect.connector_drift(sink.settings)[0] == "batch.size is 10, configured 2500"
-    change = connect.ensure_connector(sink.settings)
+    assert connector.ensure_connector(sink.settings).state == "created"
+    assert connector.connector_drift(sink.settings) == []
+    assert connector.ensure_connector(sink.settings).state == "unchanged"
+    sink.client.put(NAME, connector.connector_config() | {"batch.size": "10"})
+    assert connector.connector_drift(sink.settings)[0] == "batch.size is 10, configured 2500"
+    change = connector.ensure_connector(sink.settings)
     assert (change.state, change.details) == ("changed", ["batch.size is 10, configured 2500"])
-    assert connect.connector_drift(sink.settings) == []
+    assert connector.connector_drift(sink.settings) == []
     sink.client.delete(NAME)
-    assert connect.connector_drift(sink.settings) == [f"connector {NAME} does not exist"]
-    assert connect.ensure_connector(sink.settings).state == "created"
+    assert connector.connector_drift(sink.settings) == [f"connector {NAME} does not exist"]
+    assert connector.ensure_connector(sink.settings).state == "created"
 
 
 def test_connect_gives_references_and_no_secret(stack: RunningStack) -> None:
@@ -138,7 +139,7 @@ def test_connect_gives_references_and_no_secret(stack: RunningStack) -> None:
 
 def test_every_setting_of_the_file_is_one_that_connect_uses(sink: Sink) -> None:
     """A `consumer.override.` outside the worker's allow list, say, would be refused."""
-    connect.ensure_connector(sink.settings)
+    connector.ensure_connector(sink.settings)
     log = (sink.settings.data_dir / "logs" / "connect.log").read_text()
     assert "max.poll.records = 5000" in log
     assert "fetch.min.bytes = 1048576" in log
@@ -151,7 +152,7 @@ def test_every_setting_of_the_file_is_one_that_connect_uses(sink: Sink) -> None:
 def test_a_connector_that_cannot_start_is_an_error_with_its_cause(sink: Sink, changed: dict[str, str]) -> None:
     sink.change(**changed)
     with pytest.raises(ServiceError, match=r"are FAILED: the sink cannot connect to PostgreSQL.*logs connect"):
-        connect.ensure_connector(sink.settings)
+        connector.ensure_connector(sink.settings)
 
 
 @pytest.mark.parametrize("setting", ["tasks.max", "consumer.override.sasl.jaas.config"])
@@ -159,12 +160,12 @@ def test_a_file_that_connect_refuses_is_an_error_with_its_reason(sink: Sink, set
     """The second one because the worker lets connectors tune how they poll, and nothing else."""
     sink.change(**{setting: "nonsense"})
     with pytest.raises(ServiceError, match=r"refused PUT .*\(400\).*: mend sink\.json") as refused:
-        connect.ensure_connector(sink.settings)
+        connector.ensure_connector(sink.settings)
     assert setting.removeprefix("consumer.override.") in str(refused.value)
 
 
 def test_rows_are_typed_and_undecodable_records_are_dead_letters(sink: Sink) -> None:
-    connect.ensure_connector(sink.settings)
+    connector.ensure_connector(sink.settings)
     before = _ends(sink.settings, DEAD_LETTER_TOPIC)
     sink.publish(20, poison={5: b"{broken", 7: b'{"device_id": "x"}'})
     sink.wait_for_rows(18)
@@ -177,7 +178,7 @@ def test_rows_are_typed_and_undecodable_records_are_dead_letters(sink: Sink) -> 
 
 
 def test_sessions_that_postgresql_ends_are_repaired_and_nothing_is_lost(sink: Sink) -> None:
-    connect.ensure_connector(sink.settings)
+    connector.ensure_connector(sink.settings)
     repairer = SinkRepair(sink.settings)
     assert repairer.tick().healthy
     sink.publish(60_000, partition=0)
@@ -201,7 +202,7 @@ def test_sessions_that_postgresql_ends_are_repaired_and_nothing_is_lost(sink: Si
 
 def test_a_record_that_cannot_be_stored_is_named_and_can_be_skipped(sink: Sink) -> None:
     """PostgreSQL has no NUL in text; the converter lets it through, so it is no dead letter."""
-    connect.ensure_connector(sink.settings)
+    connector.ensure_connector(sink.settings)
     repairer = SinkRepair(sink.settings, jitter=lambda: 0.1)
     key, value = metric.encode(Reading(UUID(int=1), TIMES[500], 10, 1.0, ["x"]))
     sink.publish(10, partition=0)
@@ -223,7 +224,7 @@ def test_a_record_that_cannot_be_stored_is_named_and_can_be_skipped(sink: Sink) 
     offset = {"partition": {"kafka_topic": TOPIC, "kafka_partition": 1}, "offset": {"kafka_offset": 501}}
     _call("PATCH", f"{url}/offsets", {"offsets": [offset]})
     assert "not touched" in repairer.tick().message
-    assert connect.ensure_connector(sink.settings).state == "changed"
+    assert connector.ensure_connector(sink.settings).state == "changed"
     sink.publish(20, partition=0)
     sink.wait_for_rows(520)
     assert repairer.tick().healthy

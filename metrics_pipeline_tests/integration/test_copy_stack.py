@@ -9,9 +9,9 @@ from typing import Any
 import psutil
 import pytest
 
-from metrics_pipeline import connect
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.local.state import StackState
+from metrics_pipeline.sinks import connector
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.integration.test_keeper import Pipeline, own_pipeline
 
@@ -40,7 +40,7 @@ def test_the_copy_sink_in_connects_place_and_back(place: Pipeline, stack: Runnin
     assert "COPY sink is up: " in up.stdout
     assert "Provisioned: schema, topic, COPY sink" in up.stdout
     assert "Kafka Connect" not in up.stdout
-    assert connect.sink_state(stack.settings).running, "another stack's connector was touched"
+    assert connector.sink_state(stack.settings).running, "another stack's connector was touched"
     place.wait("stored by the COPY sink", flows("copy"))
     assert {"sink"} == set(StackState.read(place.data).children) & {"sink", "connect"}
     assert place.cli("status").returncode == 0
@@ -80,5 +80,5 @@ def test_the_copy_sink_in_connects_place_and_back(place: Pipeline, stack: Runnin
     assert "the readings are stored by Kafka Connect, before by the COPY sink" in back.stdout
     assert not psutil.pid_exists(sink)
     place.wait("stored by Kafka Connect", flows("connect"))
-    assert connect.sink_state(stack.settings).running, "another stack's connector was touched"
+    assert connector.sink_state(stack.settings).running, "another stack's connector was touched"
     place.verify()

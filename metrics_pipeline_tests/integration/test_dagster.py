@@ -18,11 +18,12 @@ import pytest
 import yaml
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
-from metrics_pipeline import connect, kafka
-from metrics_pipeline.connect import ConnectClient
+from metrics_pipeline import kafka
 from metrics_pipeline.defs.provisioning import COLUMNS
 from metrics_pipeline.producer import ledger
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
+from metrics_pipeline.sinks import connector
+from metrics_pipeline.sinks.connector import ConnectClient
 from metrics_pipeline_tests.conftest import RunningStack
 
 pytestmark = pytest.mark.integration
@@ -126,7 +127,7 @@ def change_retention(settings: Settings) -> None:
 
 
 def change_connector(settings: Settings) -> None:
-    ConnectClient(settings.connect_rest).put(CONNECTOR, connect.connector_config() | {"batch.size": "2400"})
+    ConnectClient(settings.connect_rest).put(CONNECTOR, connector.connector_config() | {"batch.size": "2400"})
 
 
 def delete_connector(settings: Settings) -> None:

@@ -12,8 +12,9 @@ from uuid import uuid4
 import pytest
 import requests
 
-from metrics_pipeline import connect, kafka, summaries
+from metrics_pipeline import kafka, summaries
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, ROOT, TOPIC
+from metrics_pipeline.sinks import connector
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.documents import fences
 
@@ -79,7 +80,7 @@ def test_a_record_is_skipped_as_the_readme_says(stack: RunningStack) -> None:
         assert kafka.committed(stack.settings, CONNECTOR_GROUP)[partition] == behind
     finally:
         requests.put(f"{sink}/resume", timeout=30).raise_for_status()
-        _until(lambda: connect.sink_state(stack.settings).running)
+        _until(lambda: connector.sink_state(stack.settings).running)
 
 
 def _until(true: Callable[[], bool], seconds: float = 60) -> None:

@@ -19,9 +19,10 @@ import pytest
 import requests
 from confluent_kafka import Producer
 
-from metrics_pipeline import connect, kafka, sinks
+from metrics_pipeline import kafka
 from metrics_pipeline.metric import MAX_TAGS, Reading, decode, encode
 from metrics_pipeline.settings import TOPIC, Settings
+from metrics_pipeline.sinks import active, connector
 from metrics_pipeline.verification.verify import Report, verify
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.integration.test_sinks import problems, running, until
@@ -106,15 +107,15 @@ def one_worker(stack: RunningStack) -> Iterator[OneWorker]:
     # Small batches: what is published by itself is mostly written by itself.
     quick = replace(stack, environment={**stack.environment, "SINK_FLUSH_MS": "20"})
     with running(quick, "sink", "--workers", "1"):
-        until(lambda: sinks.position(settings).sessions >= 1)
-        sinks.ensure_sink(settings)
+        until(lambda: active.position(settings).sessions >= 1)
+        active.ensure_sink(settings)
         try:
             sink = OneWorker(stack, settings, before)
             sink.rejected_since()
             yield sink
         finally:
-            sinks.ensure_sink(stack.settings)
-    assert connect.sink_state(stack.settings).running
+            active.ensure_sink(stack.settings)
+    assert connector.sink_state(stack.settings).running
 
 
 @contextmanager
@@ -141,7 +142,7 @@ def settled(sink: OneWorker) -> Iterator[Callable[..., list[Place]]]:
     yield publish
     deadline = time.monotonic() + 90
     ends = {number: high for number, (_, high) in kafka.watermarks(sink.settings).items()}
-    while any(sinks.offsets(sink.settings).get(number, -1) < high for number, high in ends.items() if high):
+    while any(active.offsets(sink.settings).get(number, -1) < high for number, high in ends.items() if high):
         assert requests.get(f"{sink.settings.sink_http}/health", timeout=5).status_code == 200
         assert time.monotonic() < deadline, sink.status()
         time.sleep(0.05)

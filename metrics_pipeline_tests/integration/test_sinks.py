@@ -20,11 +20,12 @@ import pytest
 import requests
 from confluent_kafka import Producer
 
-from metrics_pipeline import connect, kafka, metric, repair, sinks
-from metrics_pipeline.connect import ConnectClient
+from metrics_pipeline import kafka, metric
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.metric import Reading
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
+from metrics_pipeline.sinks import active, connector, repair
+from metrics_pipeline.sinks.connector import ConnectClient
 from metrics_pipeline.status import Sampler
 from metrics_pipeline.verification.verify import Report, verify
 from metrics_pipeline_tests.conftest import RunningStack
@@ -72,10 +73,10 @@ def running(stack: RunningStack, *arguments: str) -> Iterator[subprocess.Popen[s
 def workers(stack: RunningStack) -> Iterator[None]:
     """The COPY sink with two workers, standing by at first; at the end the connector is the active sink again."""
     with running(stack, "sink", "--workers", "2"):
-        until(lambda: sinks.position(stack.settings).sessions >= 2)
+        until(lambda: active.position(stack.settings).sessions >= 2)
         yield
-        sinks.ensure_sink(stack.settings)
-    assert connect.sink_state(stack.settings).running
+        active.ensure_sink(stack.settings)
+    assert connector.sink_state(stack.settings).running
 
 
 @pytest.fixture
@@ -83,9 +84,9 @@ def copying(stack: RunningStack, workers: None) -> Iterator[Settings]:
     """Settings with the COPY sink active; the connector's again afterwards."""
     del workers
     settings = stack.settings.model_copy(update={"sink": "copy"})
-    sinks.ensure_sink(settings)
+    active.ensure_sink(settings)
     yield settings
-    sinks.ensure_sink(stack.settings)
+    active.ensure_sink(stack.settings)
 
 
 def provision(stack: RunningStack, sink: str) -> str:
@@ -111,8 +112,8 @@ def problems(report: Report) -> tuple[int, int, int, int, int]:
 
 def further(settings: Settings, offset: int) -> int:
     """Where the active sink is, in all partitions together, once it is further than that."""
-    until(lambda: sum(sinks.offsets(settings).values()) > offset)
-    return sum(sinks.offsets(settings).values())
+    until(lambda: sum(active.offsets(settings).values()) > offset)
+    return sum(active.offsets(settings).values())
 
 
 def rows_of_the_copy_sink(settings: Settings) -> int:
@@ -133,9 +134,9 @@ def test_one_sink_takes_over_from_the_other_under_load(stack: RunningStack, work
         former = 0
         for sink in ("copy", "connect", "copy", "connect"):
             provision(stack, sink)
-            assert sinks.active(settings) == sink
-            assert sinks.sink_drift(settings.model_copy(update={"sink": sink})) == []
-            reached = sum(sinks.offsets(settings).values())
+            assert active.active(settings) == sink
+            assert active.sink_drift(settings.model_copy(update={"sink": sink})) == []
+            reached = sum(active.offsets(settings).values())
             assert reached >= former, "what the other sink had stored is stored again"
             former = further(settings, reached + 20_000)
             stored[sink] += former - reached
@@ -150,18 +151,18 @@ def test_one_sink_takes_over_from_the_other_under_load(stack: RunningStack, work
 
 
 def test_a_second_time_changes_nothing(stack: RunningStack, copying: Settings) -> None:
-    assert sinks.ensure_sink(copying).state == "unchanged"
-    assert sinks.sink_drift(copying) == []
+    assert active.ensure_sink(copying).state == "unchanged"
+    assert active.sink_drift(copying) == []
     assert ConnectClient(copying.connect_urls).state(CONNECTOR).connector == "STOPPED"
     assert repair.SinkRepair(copying).tick().healthy
-    assert sinks.ensure_sink(stack.settings).state == "changed"
-    assert sinks.ensure_sink(stack.settings).state == "unchanged"
-    assert sinks.sink_drift(stack.settings) == []
+    assert active.ensure_sink(stack.settings).state == "changed"
+    assert active.ensure_sink(stack.settings).state == "unchanged"
+    assert active.sink_drift(stack.settings) == []
 
 
 def test_sessions_that_are_cut_while_nothing_is_written_come_back(stack: RunningStack, copying: Settings) -> None:
     """The producer's sensor waits for a sink that is connected, and nothing is written without a producer."""
-    until(lambda: sinks.lag(copying).total == 0)
+    until(lambda: active.lag(copying).total == 0)
     with psycopg.connect(stack.settings.admin_url(copying.metrics_database), autocommit=True) as connection:
         cut = connection.execute(
             "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
@@ -169,13 +170,13 @@ def test_sessions_that_are_cut_while_nothing_is_written_come_back(stack: Running
         ).fetchone()
     assert cut is not None
     assert cut[0] >= 2
-    until(lambda: sinks.position(copying).sessions >= 2, 15)
-    assert sinks.sink_problem(copying) is None
+    until(lambda: active.position(copying).sessions >= 2, 15)
+    assert active.sink_problem(copying) is None
 
 
 def test_status_and_lag_are_those_of_the_active_sink(stack: RunningStack, copying: Settings) -> None:
     with closing(Sampler(stack.settings)) as sampler:
-        until(lambda: sinks.lag(copying).total == 0 and sampler.sample()["sink"]["state"] == "running")
+        until(lambda: active.lag(copying).total == 0 and sampler.sample()["sink"]["state"] == "running")
         sample = sampler.sample()
         assert sample["sink"] == {
             "kind": "copy",
@@ -185,7 +186,7 @@ def test_status_and_lag_are_those_of_the_active_sink(stack: RunningStack, copyin
             "workers": 2,
         }
         assert (sample["connect"]["healthy"], sample["connect"]["state"], sample["lag"]) == (True, "not used", 0)
-        sinks.ensure_sink(stack.settings)
+        active.ensure_sink(stack.settings)
         sample = sampler.sample()
         assert (sample["sink"]["kind"], sample["sink"]["workers"]) == ("connect", 6)
         assert sample["connect"]["connector"] == sample["sink"]["state"] == "RUNNING"
@@ -193,11 +194,11 @@ def test_status_and_lag_are_those_of_the_active_sink(stack: RunningStack, copyin
 
 def test_without_a_worker_the_connector_stays(stack: RunningStack, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions are counted by PostgreSQL, and none of them is the sink's."""
-    monkeypatch.setattr(sinks, "WORKERS_SECONDS", 0.0)
-    monkeypatch.setattr(sinks, "position", lambda _settings: sinks.Position())
+    monkeypatch.setattr(active, "WORKERS_SECONDS", 0.0)
+    monkeypatch.setattr(active, "position", lambda _settings: active.Position())
     with pytest.raises(ServiceError, match="no process of the COPY sink is connected"):
-        sinks.ensure_sink(stack.settings.model_copy(update={"sink": "copy"}))
-    assert connect.sink_state(stack.settings).running
+        active.ensure_sink(stack.settings.model_copy(update={"sink": "copy"}))
+    assert connector.sink_state(stack.settings).running
 
 
 # --- Rejected records --------------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ def test_what_the_database_refused_is_rejected_and_stored_by_a_replay(stack: Run
         )
         try:
             publish(copying, *messages)
-            until(lambda: sinks.lag(copying).total == 0)
+            until(lambda: active.lag(copying).total == 0)
         finally:
             connection.execute("ALTER TABLE metrics DROP CONSTRAINT of_test_sinks")
     between = verify(copying)
@@ -330,6 +331,6 @@ def test_purge_keeps_what_the_topic_still_holds(stack: RunningStack, copying: Se
 
 def test_the_readers_role_sees_whose_sessions_there_are(stack: RunningStack) -> None:
     name = "metrics-pipeline sink of a test"
-    before = sinks.position(stack.settings).sessions
+    before = active.position(stack.settings).sessions
     with psycopg.connect(stack.settings.role_url("metrics_writer"), application_name=name):
-        assert sinks.position(stack.settings).sessions == before + 1
+        assert active.position(stack.settings).sessions == before + 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import requests
 
-from metrics_pipeline import connect, kafka
+from metrics_pipeline import kafka
+from metrics_pipeline.sinks import connector
 from metrics_pipeline_tests.conftest import RunningStack
 
 pytestmark = pytest.mark.integration
@@ -31,7 +32,7 @@ def test_durability_is_on(stack: RunningStack) -> None:
 
 def test_topic_and_connector_are_as_configured(stack: RunningStack) -> None:
     assert kafka.topic_drift(stack.settings) == []
-    assert connect.connector_drift(stack.settings) == []
+    assert connector.connector_drift(stack.settings) == []
 
 
 def test_everything_listens_on_loopback_only(stack: RunningStack) -> None:

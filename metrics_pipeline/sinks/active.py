@@ -15,11 +15,12 @@ from typing import Final, Literal
 
 import psycopg
 
-from metrics_pipeline import connect, kafka, postgres
+from metrics_pipeline import kafka, postgres
 from metrics_pipeline.change import Change
-from metrics_pipeline.connect import PATIENCE_SECONDS, AbsentError
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings
+from metrics_pipeline.sinks import connector
+from metrics_pipeline.sinks.connector import PATIENCE_SECONDS, AbsentError
 
 Kind = Literal["connect", "copy"]
 
@@ -153,7 +154,7 @@ def sink_problem(settings: Settings) -> str | None:
     place = position(settings)
     if place.active == "copy":
         return None if place.sessions else NO_WORKER
-    state = connect.sink_state(settings)
+    state = connector.sink_state(settings)
     return None if state.running else "; ".join(state.problems)
 
 
@@ -179,7 +180,7 @@ def sink_drift(settings: Settings) -> list[str]:
     if place.active != settings.sink:
         found.append(f"the readings are stored by {_NAMES[place.active]}, configured {_NAMES[settings.sink]}")
     if settings.sink == "connect":
-        return found + connect.connector_drift(settings)
+        return found + connector.connector_drift(settings)
     if not place.sessions:
         found.append(NO_WORKER)
     state = _connector_if_any(settings, PATIENCE_SECONDS if settings.connect_url else QUIET_SECONDS)
@@ -249,7 +250,7 @@ def _commit_forward(settings: Settings, wanted: Mapping[int, int]) -> dict[int, 
 def _ensure_connect(settings: Settings, patience: float) -> Change:
     details = []
     if active(settings) == "copy":
-        client = connect.client(settings, patience)
+        client = connector.client(settings, patience)
         client.version()
         if client.state(CONNECTOR).connector in ("MISSING", "STOPPED"):
             details = hand_back(settings)
@@ -259,7 +260,7 @@ def _ensure_connect(settings: Settings, patience: float) -> Change:
             details = [
                 "the readings are stored by Kafka Connect, before by the COPY sink; the connector goes on where it is"
             ]
-    change = connect.ensure_connector(settings, patience)
+    change = connector.ensure_connector(settings, patience)
     return Change("changed", details + change.details) if details else change
 
 
@@ -268,7 +269,7 @@ def _ensure_copy(settings: Settings, patience: float) -> Change:
     state = _connector_if_any(settings, patience if settings.connect_url else QUIET_SECONDS)
     ran = state not in (None, "MISSING", "STOPPED")
     if ran:
-        connect.stop_connector(settings, patience)
+        connector.stop_connector(settings, patience)
     elif before.active == "copy":
         return Change("unchanged")
     commits = _final_commits(settings, wait=ran)
@@ -302,7 +303,7 @@ def _connector_if_any(settings: Settings, patience: float) -> str | None:
         ServiceError: CONNECT_URL names one that is not there, or whether ours is there could not be found out.
     """
     try:
-        return connect.client(settings, patience).state(CONNECTOR).connector
+        return connector.client(settings, patience).state(CONNECTOR).connector
     except AbsentError:
         if settings.connect_url:
             raise

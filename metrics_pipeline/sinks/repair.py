@@ -18,10 +18,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
-from metrics_pipeline import connect, kafka, sinks
-from metrics_pipeline.connect import ConnectClient, SinkState
+from metrics_pipeline import kafka
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings
+from metrics_pipeline.sinks import active as sinks
+from metrics_pipeline.sinks import connector
+from metrics_pipeline.sinks.connector import ConnectClient, SinkState
 
 FIRST_DELAY_SECONDS = 1.0
 LONGEST_DELAY_SECONDS = 60.0
@@ -140,7 +142,7 @@ class SinkRepair:
         jitter: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311
     ) -> None:
         self._settings = settings
-        self._client = client or connect.client(settings, patience=2.0)
+        self._client = client or connector.client(settings, patience=2.0)
         self._offsets = offsets
         self._database = database
         self._position = position
