@@ -546,7 +546,7 @@ def sink(
     ] = None,
 ) -> None:
     """Run the COPY sink until Ctrl-C; it stores while `provision` has made it the active one (SINK=copy)."""
-    from metrics_pipeline.sink.supervisor import Supervisor
+    from metrics_pipeline.copy_sink.supervisor import Supervisor
 
     settings = Settings.load()
     with _stop_on_signals() as stop:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from multiprocessing.connection import Connection
 
 from metrics_pipeline import postgres
-from metrics_pipeline.sink.batch import Batch
+from metrics_pipeline.copy_sink.batch import Batch
 from metrics_pipeline_tests.chaos import sink
 
 

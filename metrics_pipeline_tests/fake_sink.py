@@ -21,10 +21,10 @@ from psycopg import errors as pg
 from psycopg.pq import TransactionStatus
 
 from metrics_pipeline import kafka, postgres
+from metrics_pipeline.copy_sink import worker as worker_module
+from metrics_pipeline.copy_sink.store import Store
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.settings import TOPIC, Settings
-from metrics_pipeline.sink import worker as worker_module
-from metrics_pipeline.sink.store import Store
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from metrics_pipeline.bench import growth, paths, readings
 from metrics_pipeline.bench.place import _environment
 from metrics_pipeline.bench.readings import checksum, encoded, simulated, with_schema
+from metrics_pipeline.copy_sink import copy_format
 from metrics_pipeline.errors import RecordError
 from metrics_pipeline.metric import Reading, connect_schema_value, decode, encode
 from metrics_pipeline.settings import Settings
-from metrics_pipeline.sink import rows
 from metrics_pipeline.sinks.connector import connector_config
 from metrics_pipeline.verification.spill import RECORD
 from metrics_pipeline.verification.topic_entries import tags_digest
@@ -92,7 +92,7 @@ def test_the_baseline_is_the_configuration_to_beat() -> None:
 
 def row_of(reading: Reading) -> bytes:
     """The one row between header and trailer."""
-    return encoded([FakeMessage(0, 0, *encode(reading))])[len(rows.BEGIN) : -len(rows.END)]
+    return encoded([FakeMessage(0, 0, *encode(reading))])[len(copy_format.BEGIN) : -len(copy_format.END)]
 
 
 def test_rows_are_what_binary_copy_reads() -> None:

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics_pipeline import metric
+from metrics_pipeline.copy_sink import canonical, tags
+from metrics_pipeline.copy_sink.batch import LONGEST, Batch, Decoder
+from metrics_pipeline.copy_sink.canonical import Columns
+from metrics_pipeline.copy_sink.tags import TagTable
 from metrics_pipeline.errors import RecordError
 from metrics_pipeline.metric import MetricName, Reading
-from metrics_pipeline.sink import canonical, tags
-from metrics_pipeline.sink.batch import LONGEST, Batch, Decoder
-from metrics_pipeline.sink.canonical import Columns
-from metrics_pipeline.sink.tags import TagTable
 from metrics_pipeline.verification.comparison import EPOCH
 from metrics_pipeline_tests.fake_sink import FakeMessage
 from metrics_pipeline_tests.test_metric import ACCEPTED, KEY, REFUSED, VALUE, compact, readings, tags_strategy

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.types.numeric import Float8, Int2
 
+from metrics_pipeline.copy_sink import copy_format, tags
+from metrics_pipeline.copy_sink.batch import Decoder
+from metrics_pipeline.copy_sink.canonical import EMPTY, Columns
+from metrics_pipeline.copy_sink.store import latest
 from metrics_pipeline.metric import MetricName, Reading, check_tags, encode
-from metrics_pipeline.sink import rows, tags
-from metrics_pipeline.sink.batch import Decoder
-from metrics_pipeline.sink.canonical import EMPTY, Columns
-from metrics_pipeline.sink.store import latest
 from metrics_pipeline.verification.comparison import EPOCH
 from metrics_pipeline_tests.fake_sink import FakeMessage, copied
 from metrics_pipeline_tests.test_metric import readings, tags_strategy
@@ -55,7 +55,7 @@ def test_the_bytes_are_those_of_psycopg(made: list[Reading]) -> None:
         by_psycopg(reading) if reading.tags else (*by_psycopg(reading)[:4], struct.pack(">iii", 0, 0, 25))
         for reading in made
     ]
-    assert sorted(copied(b"".join(rows.encode(*columns_of(made))))) == sorted(expected)
+    assert sorted(copied(b"".join(copy_format.encode(*columns_of(made))))) == sorted(expected)
 
 
 @settings(deadline=None, max_examples=60)
@@ -65,20 +65,20 @@ def test_any_mix_of_tag_lengths_is_taken_apart_again(labels: list[list[str]]) ->
     columns, encoded = columns_of(made)
     chosen = columns.take(np.arange(len(columns))[::2])
     for part, those in ((columns, made), (chosen, made[::2])):
-        data = b"".join(rows.encode(part, encoded))
+        data = b"".join(copy_format.encode(part, encoded))
         assert sorted(row[0] + row[4] for row in copied(data)) == [
             r.device_id.bytes + tags.encode(r.tags) for r in those
         ]
 
 
 def test_no_rows_are_a_header_and_an_end() -> None:
-    assert b"".join(rows.encode(EMPTY, [])) == rows.BEGIN + rows.END
-    assert b"PGCOPY\n\xff\r\n\x00" + struct.pack(">ii", 0, 0) == rows.BEGIN
+    assert b"".join(copy_format.encode(EMPTY, [])) == copy_format.BEGIN + copy_format.END
+    assert b"PGCOPY\n\xff\r\n\x00" + struct.pack(">ii", 0, 0) == copy_format.BEGIN
 
 
 def test_one_row_byte_for_byte() -> None:
     reading = Reading(UUID(int=1), EPOCH - timedelta(microseconds=1), 50, -0.0, ["é", ""])
-    (_, row, _) = rows.encode(*columns_of([reading]))
+    (_, row, _) = copy_format.encode(*columns_of([reading]))
     assert row == (
         struct.pack(">h", 5)
         + struct.pack(">i", 16)

@@ -22,11 +22,11 @@ from hypothesis.stateful import (
 )
 
 from metrics_pipeline import postgres
+from metrics_pipeline.copy_sink import tags
+from metrics_pipeline.copy_sink.batch import Batch, Reject
+from metrics_pipeline.copy_sink.store import StandbyError, Store
+from metrics_pipeline.copy_sink.worker import Places
 from metrics_pipeline.metric import Reading, decode, encode
-from metrics_pipeline.sink import tags
-from metrics_pipeline.sink.batch import Batch, Reject
-from metrics_pipeline.sink.store import StandbyError, Store
-from metrics_pipeline.sink.worker import Places
 from metrics_pipeline.verification.comparison import EPOCH
 from metrics_pipeline_tests.fake_sink import REFUSED, FakeMessage, FakeSession, Process, Task, World
 

@@ -17,12 +17,12 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+from metrics_pipeline.copy_sink import supervisor
+from metrics_pipeline.copy_sink.counts import LATENCY_BUCKETS, Counts, Report
+from metrics_pipeline.copy_sink.failpoint import PLACES, Failpoints
+from metrics_pipeline.copy_sink.supervisor import Supervisor
 from metrics_pipeline.errors import BusyError, SettingError
 from metrics_pipeline.settings import Settings
-from metrics_pipeline.sink import supervisor
-from metrics_pipeline.sink.counts import LATENCY_BUCKETS, Counts, Report
-from metrics_pipeline.sink.failpoint import PLACES, Failpoints
-from metrics_pipeline.sink.supervisor import Supervisor
 
 
 def busy(name: str, pipe: Connection) -> None:

@@ -22,10 +22,10 @@ from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench import table
 from metrics_pipeline.bench.place import Place
 from metrics_pipeline.bench.readings import BASELINE_TOPIC, Batch, Reference
+from metrics_pipeline.copy_sink.store import COPY
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local.service import tail
 from metrics_pipeline.settings import ROOT, TOPIC
-from metrics_pipeline.sink.store import COPY
 from metrics_pipeline.sinks.connector import client as connect_client
 from metrics_pipeline.sinks.connector import connector_config
 

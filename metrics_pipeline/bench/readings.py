@@ -18,13 +18,13 @@ from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from metrics_pipeline import kafka
+from metrics_pipeline.copy_sink import batch as sinking
+from metrics_pipeline.copy_sink import copy_format
 from metrics_pipeline.errors import RecordError, ServiceError
 from metrics_pipeline.metric import connect_schema_key, connect_schema_value
 from metrics_pipeline.producer.generator import Generator
 from metrics_pipeline.producer.publisher import client_config
 from metrics_pipeline.settings import TOPIC, Settings
-from metrics_pipeline.sink import batch as sinking
-from metrics_pipeline.sink import rows
 from metrics_pipeline.verification.spill import RECORD, Rows, Spill, buckets_for
 from metrics_pipeline.verification.topic_entries import Decoder, Reader
 
@@ -323,4 +323,4 @@ def encoded(messages: Sequence[Any]) -> bytes:
     batch = sinking.Decoder().decode(messages, {})
     for reject in batch.rejects:
         raise RecordError(reject.reason, reject.detail)
-    return b"".join(rows.encode(batch.columns, batch.tags))
+    return b"".join(copy_format.encode(batch.columns, batch.tags))

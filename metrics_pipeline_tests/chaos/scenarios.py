@@ -24,10 +24,10 @@ from confluent_kafka import KafkaError, Producer
 
 from metrics_pipeline import kafka
 from metrics_pipeline.bench.readings import simulated
+from metrics_pipeline.copy_sink.failpoint import PLACES
 from metrics_pipeline.metric import Reading, encode
 from metrics_pipeline.producer.publisher import client_config
 from metrics_pipeline.settings import TOPIC, Settings
-from metrics_pipeline.sink.failpoint import PLACES
 from metrics_pipeline.verification.verify import Report, verify
 from metrics_pipeline_tests.chaos import sink as chaos_sink
 from metrics_pipeline_tests.chaos.processes import SINK, Load, Sink, VoidError, until

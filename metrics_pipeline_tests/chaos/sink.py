@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from metrics_pipeline import cli
-from metrics_pipeline.sink import failpoint, supervisor, worker
-from metrics_pipeline.sink.batch import Batch
-from metrics_pipeline.sink.store import Store, Written
+from metrics_pipeline.copy_sink import failpoint, supervisor, worker
+from metrics_pipeline.copy_sink.batch import Batch
+from metrics_pipeline.copy_sink.store import Store, Written
 
 FOLDER: Final = "CHAOS_FOLDER"
 PLACES: Final = "CHAOS_PLACES"

@@ -9,7 +9,7 @@ import pytest
 
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench.table import start_sink_at
-from metrics_pipeline.sink.failpoint import PLACES
+from metrics_pipeline.copy_sink.failpoint import PLACES
 from metrics_pipeline_tests.chaos import scenarios, sink
 from metrics_pipeline_tests.chaos.scenarios import Outcome
 from metrics_pipeline_tests.chaos.stack import Place, own_stack

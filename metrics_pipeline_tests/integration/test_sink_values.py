@@ -11,10 +11,10 @@ from uuid import uuid4
 import pytest
 
 from metrics_pipeline import postgres
+from metrics_pipeline.copy_sink.batch import Chunk, Decoder
+from metrics_pipeline.copy_sink.store import FencedError, StandbyError, Store
 from metrics_pipeline.metric import Reading, decode, encode
 from metrics_pipeline.settings import TOPIC
-from metrics_pipeline.sink.batch import Chunk, Decoder
-from metrics_pipeline.sink.store import FencedError, StandbyError, Store
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.databases import own_database
 from metrics_pipeline_tests.fake_sink import FakeMessage

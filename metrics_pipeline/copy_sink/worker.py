@@ -22,12 +22,12 @@ import psycopg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from metrics_pipeline import kafka
+from metrics_pipeline.copy_sink.batch import Batch, Chunk, Decoder
+from metrics_pipeline.copy_sink.counts import Report
+from metrics_pipeline.copy_sink.failpoint import Failpoints
+from metrics_pipeline.copy_sink.store import FencedError, StandbyError, Store, Written, kind_of, reason_of
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR_GROUP, COPY_GROUP, TOPIC, Settings
-from metrics_pipeline.sink.batch import Batch, Chunk, Decoder
-from metrics_pipeline.sink.counts import Report
-from metrics_pipeline.sink.failpoint import Failpoints
-from metrics_pipeline.sink.store import FencedError, StandbyError, Store, Written, kind_of, reason_of
 
 log = logging.getLogger(__name__)
 

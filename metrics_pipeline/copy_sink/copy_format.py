@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from metrics_pipeline.sink.canonical import Columns
+from metrics_pipeline.copy_sink.canonical import Columns
 
 BEGIN: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 """Signature, flags and the length of the header's extension (PostgreSQL's documentation of COPY, Binary Format)."""

@@ -21,8 +21,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from metrics_pipeline.copy_sink.tags import TagTable
 from metrics_pipeline.metric import MetricName
-from metrics_pipeline.sink.tags import TagTable
 from metrics_pipeline.verification.comparison import EPOCH
 
 Array = npt.NDArray[Any]

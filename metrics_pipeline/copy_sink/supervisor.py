@@ -24,8 +24,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from metrics_pipeline.copy_sink.counts import LATENCY_BUCKETS, Counts, Report
 from metrics_pipeline.settings import Settings
-from metrics_pipeline.sink.counts import LATENCY_BUCKETS, Counts, Report
 from metrics_pipeline.web import WebServer
 
 log = logging.getLogger(__name__)
@@ -294,7 +294,7 @@ def work(name: str, pipe: Connection) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # The writer needs the interpreter often and briefly; by default it would wait 5 ms for the reader each time.
     sys.setswitchinterval(0.0005)
-    from metrics_pipeline.sink.worker import Worker
+    from metrics_pipeline.copy_sink.worker import Worker
 
     worker = Worker(Settings.load(), name)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())

@@ -10,10 +10,10 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from metrics_pipeline.copy_sink.canonical import EMPTY, Columns, parse
+from metrics_pipeline.copy_sink.tags import TagTable
 from metrics_pipeline.errors import RecordError
 from metrics_pipeline.metric import decode
-from metrics_pipeline.sink.canonical import EMPTY, Columns, parse
-from metrics_pipeline.sink.tags import TagTable
 from metrics_pipeline.verification.comparison import EPOCH
 
 LONGEST: Final = 1 << 16

@@ -14,12 +14,12 @@ from psycopg import errors as pg
 from psycopg.pq import TransactionStatus
 
 from metrics_pipeline import postgres
+from metrics_pipeline.copy_sink import copy_format
+from metrics_pipeline.copy_sink.batch import Batch, Reject, clean
+from metrics_pipeline.copy_sink.canonical import Columns
+from metrics_pipeline.copy_sink.failpoint import Failpoints
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.settings import TOPIC, Settings
-from metrics_pipeline.sink import rows
-from metrics_pipeline.sink.batch import Batch, Reject, clean
-from metrics_pipeline.sink.canonical import Columns
-from metrics_pipeline.sink.failpoint import Failpoints
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class Store:
 
     def _copy(self, session: postgres.Connection, statement: str, columns: Columns, tags: Sequence[bytes]) -> None:
         with session.cursor() as cursor, cursor.copy(statement.encode()) as copy:
-            for piece in rows.encode(columns, tags):
+            for piece in copy_format.encode(columns, tags):
                 for at in range(0, len(piece), PIECE):
                     copy.write(piece[at : at + PIECE])
                 self._failpoints.reach("copying")
