@@ -177,7 +177,7 @@ def down() -> None:
 def status(as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False) -> None:
     """What runs and how fast; exit code 0 only when all is healthy."""
     from metrics_pipeline.local.live import table
-    from metrics_pipeline.status import Sampler, is_healthy
+    from metrics_pipeline.local.status import Sampler, is_healthy
 
     sampler = Sampler(Settings.load())
     sampler.sample()

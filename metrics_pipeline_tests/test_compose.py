@@ -16,10 +16,10 @@ import jsonschema
 import pytest
 import yaml
 
-from metrics_pipeline.compose import connect as container_connect
+from metrics_pipeline.compose import connect_worker as container_connect
 from metrics_pipeline.compose import secrets
 from metrics_pipeline.compose.commands import INITDB_CONF
-from metrics_pipeline.local import connect, jars, postgres
+from metrics_pipeline.local import connect_worker, jars, postgres
 from metrics_pipeline.local.budget import GIB, Budget, postgres_memory
 from metrics_pipeline.reference import default
 from metrics_pipeline.settings import ROOT, Settings
@@ -400,7 +400,9 @@ def test_a_container_s_worker_is_the_embedded_one_with_other_addresses(
     monkeypatch.setenv("METRICS_WRITER_PASSWORD", "of the writer")
     settings = Settings.load()
     made = container_connect.worker(settings)
-    (embedded,) = connect.services(settings, Budget.from_total(4 * GIB, "test"), folders["kafka"], tmp_path / "plugin")
+    (embedded,) = connect_worker.services(
+        settings, Budget.from_total(4 * GIB, "test"), folders["kafka"], tmp_path / "plugin"
+    )
     agent = [word for word in made.command if word.startswith("-javaagent:")]
     assert agent == [f"-javaagent:{tmp_path}/jmx.jar=0.0.0.0:9404:{ROOT}/compose/jmx/connect.yaml"]
 
@@ -417,7 +419,7 @@ def test_a_container_s_worker_is_the_embedded_one_with_other_addresses(
     assert made.environment["CONNECT_ADVERTISED_HOST"] == socket.gethostname()
     assert made.environment["SINK_PG_HOST"] == "postgres"
     worker = (tmp_path / "config/worker.properties").read_text("utf-8")
-    assert worker == connect.WORKER_FILE.read_text("utf-8") + f"plugin.path={tmp_path}/plugin\n"
+    assert worker == connect_worker.WORKER_FILE.read_text("utf-8") + f"plugin.path={tmp_path}/plugin\n"
     connector = (ROOT / "connect/metrics-postgres-sink.json").read_text("utf-8")
     for name in re.findall(r"\$\{env:(\w+)\}", worker + connector):
         assert made.environment[name], name

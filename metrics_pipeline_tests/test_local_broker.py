@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from metrics_pipeline.errors import DriftError, SettingError
-from metrics_pipeline.local import broker, connect
+from metrics_pipeline.local import broker, connect_worker
 from metrics_pipeline.local.broker import nodes, properties, require_same_brokers
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.stack import PORTS, unused_ports
@@ -104,7 +104,7 @@ def test_services_are_named_ported_and_ordered(tmp_path: Path) -> None:
     cluster = settings(tmp_path, kafka_brokers=3, connect_workers=2)
     budget = Budget.of(cluster)
     brokers = broker.services(cluster, budget, [])
-    workers = connect.services(cluster, budget, [], tmp_path)
+    workers = connect_worker.services(cluster, budget, [], tmp_path)
     assert [service.name for service in brokers] == ["broker", "broker-2", "broker-3"]
     assert [service.name for service in workers] == ["connect", "connect-2"]
     for worker, url in zip(workers, cluster.connect_urls, strict=True):
@@ -118,10 +118,10 @@ def test_services_are_named_ported_and_ordered(tmp_path: Path) -> None:
 
 def test_connects_own_topics_follow_the_brokers_whatever_the_topic_has(tmp_path: Path) -> None:
     cluster = settings(tmp_path, kafka_brokers=3, topic_replication_factor=1)
-    (worker,) = connect.services(cluster, Budget.of(cluster), [], tmp_path)
+    (worker,) = connect_worker.services(cluster, Budget.of(cluster), [], tmp_path)
     assert worker.environment["CONNECT_REPLICATION_FACTOR"] == "3"
     outside = settings(tmp_path, kafka_url="127.0.0.1:1", topic_replication_factor=5)
-    (worker,) = connect.services(outside, Budget.of(outside), [], tmp_path)
+    (worker,) = connect_worker.services(outside, Budget.of(outside), [], tmp_path)
     assert (worker.environment["CONNECT_REPLICATION_FACTOR"], worker.needs) == ("3", ("postgres", "broker"))
 
 

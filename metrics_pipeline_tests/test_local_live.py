@@ -11,8 +11,8 @@ from rich.console import Console
 
 from metrics_pipeline.local import live
 from metrics_pipeline.local.live import LiveTable
+from metrics_pipeline.local.status import Sample, _absent
 from metrics_pipeline.settings import Settings
-from metrics_pipeline.status import Sample, _absent
 
 SAMPLE: Sample = {
     **{part: _absent(part) for part in ("postgres", "broker", "connect", "sink", "producer", "dagster")},

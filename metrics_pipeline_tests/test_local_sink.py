@@ -11,7 +11,7 @@ import pytest
 
 from metrics_pipeline import postgres
 from metrics_pipeline.errors import ServiceError
-from metrics_pipeline.local import sink
+from metrics_pipeline.local import copy_sink
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.service import Service
 from metrics_pipeline.local.stack import Stack, unused_ports
@@ -32,17 +32,17 @@ def answering() -> Iterator[tuple[Settings, list[tuple[int, bytes]]]]:
 def test_it_is_healthy_when_it_says_so(answering: tuple[Settings, list[tuple[int, bytes]]]) -> None:
     settings, answers = answering
     place = f"127.0.0.1:{settings.sink_port}"
-    assert sink.sink_problem(settings) is None
+    assert copy_sink.sink_problem(settings) is None
     answers.append((503, json.dumps({"reason": "worker 1/2 cannot write for 31 s"}).encode()))
-    assert sink.sink_problem(settings) == f"{place} answers 503: worker 1/2 cannot write for 31 s"
+    assert copy_sink.sink_problem(settings) == f"{place} answers 503: worker 1/2 cannot write for 31 s"
     answers.append((500, b"<html>"))
-    assert sink.sink_problem(settings) == f"{place} answers 500"
-    assert sink.sink_problem(Settings(sink_port=1)) == "no answer on 127.0.0.1:1 (ConnectionError)"
+    assert copy_sink.sink_problem(settings) == f"{place} answers 500"
+    assert copy_sink.sink_problem(Settings(sink_port=1)) == "no answer on 127.0.0.1:1 (ConnectionError)"
 
 
 def test_no_secret_stands_in_its_command() -> None:
     settings = Settings(sink="copy", sink_workers=3)
-    service = sink.service(settings)
+    service = copy_sink.service(settings)
     assert service.command == [sys.executable, "-m", "metrics_pipeline", "sink", "--workers", "3"]
     assert service.needs == ("databases", "broker")
     assert service.environment["SINK_PORT"] == str(settings.sink_port)

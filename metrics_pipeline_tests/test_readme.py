@@ -157,7 +157,7 @@ def test_run_configurations_are_accepted() -> None:
 
 
 def test_variables_that_are_named_exist() -> None:
-    worker = (ROOT / "metrics_pipeline/local/connect.py").read_text()
+    worker = (ROOT / "metrics_pipeline/local/connect_worker.py").read_text()
     known = (
         {name.upper() for name in Settings.model_fields}
         | OUTSIDE

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local import broker, live
+from metrics_pipeline.local.status import Sample, Sampler, is_healthy
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sinks import active
 from metrics_pipeline.sinks.connector import sink_state
-from metrics_pipeline.status import Sample, Sampler, is_healthy
 from metrics_pipeline_tests.fake_http import Request, listening
 
 NOBODY = 1
@@ -55,7 +55,7 @@ class Parts:
 def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
     monkeypatch.setattr(broker, "look", lambda _settings: (False, "no answer"))
     # Asked again for two seconds otherwise, whenever it answers with an error.
-    monkeypatch.setattr("metrics_pipeline.status.sink_state", partial(sink_state, patience=0.1))
+    monkeypatch.setattr("metrics_pipeline.local.status.sink_state", partial(sink_state, patience=0.1))
     made = Parts()
 
     def respond(request: Request) -> None:
@@ -125,5 +125,5 @@ def test_a_known_error_keeps_its_text(parts: Parts, monkeypatch: pytest.MonkeyPa
     def fail(_settings: Settings, **_: object) -> object:
         raise ServiceError("Kafka Connect at fake cannot be reached")
 
-    monkeypatch.setattr("metrics_pipeline.status.sink_state", fail)
+    monkeypatch.setattr("metrics_pipeline.local.status.sink_state", fail)
     assert parts.sample("connect")["connect"]["reason"] == "Kafka Connect at fake cannot be reached"

@@ -72,9 +72,9 @@ def run_code() -> None:
 @container.command("fetch")
 def fetch() -> None:
     """Fetch the locked jars of the Connect image."""
-    from metrics_pipeline.compose import connect
+    from metrics_pipeline.compose import connect_worker
 
-    connect.fetch(Settings.load())
+    connect_worker.fetch(Settings.load())
 
 
 @container.command("connect")
@@ -82,6 +82,6 @@ def run_connect(
     jmx_port: Annotated[int, typer.Option("--jmx-port", help="where Prometheus finds the worker's figures")] = 9404,
 ) -> None:
     """Become a Kafka Connect worker."""
-    from metrics_pipeline.compose import connect
+    from metrics_pipeline.compose import connect_worker
 
-    connect.run(Settings.load(), jmx_port=jmx_port)
+    connect_worker.run(Settings.load(), jmx_port=jmx_port)

@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from metrics_pipeline.local.status import Sample, Sampler
 from metrics_pipeline.settings import Settings
-from metrics_pipeline.status import Sample, Sampler
 
 SAMPLE_SECONDS = 3.0
 PLAIN_SECONDS = 10.0

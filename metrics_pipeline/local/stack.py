@@ -25,7 +25,7 @@ import requests
 
 from metrics_pipeline import postgres as database
 from metrics_pipeline.errors import PipelineError, ServiceError
-from metrics_pipeline.local import broker, connect, dagster, exporter, jars, postgres, sink
+from metrics_pipeline.local import broker, connect_worker, copy_sink, dagster, exporter, jars, postgres
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.environment import dagster_home, for_python
 from metrics_pipeline.local.service import Service, tail
@@ -39,7 +39,7 @@ Report = Callable[[str], None]
 PORTS: dict[str, tuple[str, ...]] = {
     "postgres": ("postgres_port",),
     **broker.PORTS,
-    **{name: (port,) for name, port in connect.PORTS.items()},
+    **{name: (port,) for name, port in connect_worker.PORTS.items()},
     "sink": ("sink_port",),
     "exporter": ("exporter_port",),
     "webserver": ("dagster_port",),
@@ -251,7 +251,7 @@ def outsider_problem(settings: Settings, name: str) -> str | None:
     if name == "broker":
         return broker.broker_problem(settings)
     if name == "connect":
-        return connect.connect_problem(settings.connect_rest)
+        return connect_worker.connect_problem(settings.connect_rest)
     try:
         with psycopg.connect(settings.admin_url(), connect_timeout=5) as connection:
             connection.execute("SELECT 1")
@@ -284,9 +284,9 @@ def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False)
             services += broker.services(settings, budget, paths["kafka"])
         if runs_connect:
             plugin = jars.unpack_debezium(paths["debezium"][0], jars.cache_dir(settings) / "plugins")
-            services += connect.services(settings, budget, paths["kafka"], plugin)
+            services += connect_worker.services(settings, budget, paths["kafka"], plugin)
         if settings.sink == "copy":
-            services.append(sink.service(settings))
+            services.append(copy_sink.service(settings))
     except OSError as error:
         raise PipelineError(
             f"cannot write {error.filename or settings.data_dir}: {error.strerror}; set PIPELINE_DATA_DIR to a folder you own"
@@ -305,8 +305,8 @@ def ports_in_use(stack: Stack) -> list[str]:
 
 def unused_ports(settings: Settings) -> set[str]:
     """Settings of the ports on which nothing of the embedded stack listens, as these settings are."""
-    off = [*list(broker.PORTS)[settings.kafka_brokers :], *list(connect.PORTS)[settings.connect_workers :]]
+    off = [*list(broker.PORTS)[settings.kafka_brokers :], *list(connect_worker.PORTS)[settings.connect_workers :]]
     off += [] if settings.exporter else ["exporter"]
-    off += ["sink"] if settings.sink == "connect" else list(connect.PORTS)
+    off += ["sink"] if settings.sink == "connect" else list(connect_worker.PORTS)
     used = {port for name, ports in PORTS.items() if name not in off for port in ports}
     return {name for name in Settings.model_fields if name.endswith("_port")} - used

@@ -28,9 +28,9 @@ from metrics_pipeline.local import keeper as keeping
 from metrics_pipeline.local.broker import broker_problem
 from metrics_pipeline.local.keeper import Keeper
 from metrics_pipeline.local.stack import Stack, build
+from metrics_pipeline.local.status import Sampler
 from metrics_pipeline.settings import CONNECTOR, DEAD_LETTER_TOPIC, TOPIC, Settings
 from metrics_pipeline.sinks import connector
-from metrics_pipeline.status import Sampler
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 

@@ -23,7 +23,7 @@ import pytest
 import requests
 import yaml
 
-from metrics_pipeline.compose.connect import JMX_PORT, fetch
+from metrics_pipeline.compose.connect_worker import JMX_PORT, fetch
 from metrics_pipeline.compose.dashboards import ROWS
 from metrics_pipeline.local import account, environment, jars, postgres
 from metrics_pipeline.local.dagster import graphql

@@ -22,11 +22,11 @@ from confluent_kafka import Producer
 
 from metrics_pipeline import kafka, metric
 from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.local.status import Sampler
 from metrics_pipeline.metric import Reading
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
 from metrics_pipeline.sinks import active, connector, repair
 from metrics_pipeline.sinks.connector import ConnectClient
-from metrics_pipeline.status import Sampler
 from metrics_pipeline.verification.verify import Report, verify
 from metrics_pipeline_tests.conftest import RunningStack
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from metrics_pipeline.local import connect, jars
+from metrics_pipeline.local import connect_worker, jars
 from metrics_pipeline.local.budget import GIB
 from metrics_pipeline.settings import ROOT, Settings
 from metrics_pipeline.sinks import active
@@ -50,14 +50,14 @@ def worker(settings: Settings, *, jmx_port: int = JMX_PORT) -> Worker:
     paths = jars.fetch(settings, USES, quiet=True)
     plugin = jars.unpack_debezium(paths["debezium"][0], jars.cache_dir(settings) / "plugins")
     file = settings.data_dir / "config" / "worker.properties"
-    connect.write_worker_file(file, plugin)
+    connect_worker.write_worker_file(file, plugin)
     return Worker(
-        connect.command(
+        connect_worker.command(
             file,
             settings.connect_memory_gb * GIB // 2,
             f"-javaagent:{paths['jmx'][0]}={settings.listen_host}:{jmx_port}:{JMX_RULES}",
         ),
-        connect.environment(
+        connect_worker.environment(
             settings,
             paths["kafka"],
             listeners=f"http://{settings.listen_host}:{settings.connect_port}",

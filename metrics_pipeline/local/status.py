@@ -16,9 +16,9 @@ import requests
 from metrics_pipeline import postgres, summaries
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.local import broker
+from metrics_pipeline.local.copy_sink import sink_problem
 from metrics_pipeline.local.dagster import code_problem, daemon_problem, web_problem
 from metrics_pipeline.local.service import http_problem
-from metrics_pipeline.local.sink import sink_problem
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sinks import active
 from metrics_pipeline.sinks.connector import sink_state
