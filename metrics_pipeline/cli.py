@@ -479,7 +479,7 @@ def produce(
     from metrics_pipeline.producer.run import run_producer
 
     overrides: dict[str, Any] = {} if seconds is None else {"producer_run_seconds": seconds}
-    overrides |= producer_overrides(changed, see="`metrics-pipeline produce --help` and the README")
+    overrides |= producer_overrides(changed, see="`metrics-pipeline produce --help` and docs/settings.md")
     settings = Settings.load(**overrides)
     with _stop_on_signals() as stop, _counter() as count:
         report = run_producer(settings, stop=stop, on_progress=count)

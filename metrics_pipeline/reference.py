@@ -1,4 +1,4 @@
-"""What of the documentation is made from the code: `.env.example`, and the tables of README.md.
+"""What of the documentation is made from the code: `.env.example`, and tables on the pages of `docs/`.
 
 `python -m metrics_pipeline.reference` writes them anew; a test fails while one of them is stale.
 """
@@ -18,7 +18,7 @@ from metrics_pipeline.cli import app
 from metrics_pipeline.settings import ROOT, SERVICE_URLS, Settings
 
 ENV_EXAMPLE: Final = ROOT / ".env.example"
-README: Final = ROOT / "README.md"
+PAGES: Final = sorted((ROOT / "docs").glob("*.md"))
 
 GROUPS: Final = {
     "producer": "Producer",
@@ -34,7 +34,7 @@ GROUPS: Final = {
 """The groups of settings and their headings, in the order of the documentation."""
 
 _HEADER = """\
-# Every setting with its default. The README explains how they are read.
+# Every setting with its default. docs/settings.md explains how they are read.
 # Write into `.env` (made by the first `up`, mode 0600) only what you want to change.
 """
 _REGION = re.compile(r"(?P<begin><!-- made from the code: (?P<what>[a-z ]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
@@ -112,8 +112,8 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     )
 
 
-def rewritten(readme: str) -> str:
-    """The README with every table that is made from the code made anew.
+def rewritten(page: str) -> str:
+    """A page's text with every table that is made from the code made anew.
 
     A table stands between `<!-- made from the code: settings GROUP -->` or `… commands -->` and `<!-- end -->`.
     """
@@ -123,9 +123,10 @@ def rewritten(readme: str) -> str:
         text = settings_table(group) if what == "settings" else commands_table()
         return f"{match['begin']}\n{text}\n{match['end']}"
 
-    return _REGION.sub(made, readme)
+    return _REGION.sub(made, page)
 
 
 if __name__ == "__main__":
     ENV_EXAMPLE.write_text(env_example(), "utf-8")
-    README.write_text(rewritten(README.read_text("utf-8")), "utf-8")
+    for path in PAGES:
+        path.write_text(rewritten(path.read_text("utf-8")), "utf-8")

@@ -1,7 +1,7 @@
 """Every setting, once: the environment variable is the field's name in capitals.
 
 Order of precedence: real environment (for secrets also a file that `X_PASSWORD_FILE` names), then the env file (`.env` in the checkout, or `PIPELINE_ENV_FILE`), then the default.
-The README's tables and `.env.example` are tested against this file.
+The tables of docs/settings.md and `.env.example` are tested against this file.
 """
 
 from __future__ import annotations
@@ -421,7 +421,7 @@ class Settings(ProducerSettings):
         )
 
 
-def producer_overrides(assignments: Sequence[str] | None, see: str = "the README") -> dict[str, Any]:
+def producer_overrides(assignments: Sequence[str] | None, see: str = "docs/settings.md") -> dict[str, Any]:
     """Producer settings out of `NAME=VALUE`, by field name, for `Settings.load`, which checks the values.
 
     Args:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from metrics_pipeline.settings import ROOT
 
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")] + PAGES
+"""Everything that people read: each check of the documents covers all of it."""
+
+
+def page(name: str) -> Path:
+    """A page of `docs/` by its name without the ending."""
+    return ROOT / "docs" / f"{name}.md"
 
 
 def fences(path: Path, language: str) -> list[str]:
@@ -34,7 +41,7 @@ def anchors(path: Path) -> set[str]:
 
 def table(path: Path, heading: str) -> list[list[str]]:
     """The rows of the first table below a heading, without its head."""
-    _, _, section = path.read_text("utf-8").partition(f"\n{heading}\n")
+    _, _, section = f"\n{path.read_text('utf-8')}".partition(f"\n{heading}\n")
     lines = []
     for line in section.splitlines():
         if line.startswith("|"):

@@ -35,7 +35,7 @@ from metrics_pipeline_tests.compose_files import (
     ports,
     project,
 )
-from metrics_pipeline_tests.documents import table
+from metrics_pipeline_tests.documents import page, table
 from metrics_pipeline_tests.fake_http import Request, listening
 
 BIN = Path(sys.executable).parent
@@ -681,13 +681,13 @@ def test_the_workflow_runs_compose_for_real() -> None:
         assert piece in text, piece
 
 
-# The README
+# The page on containers
 
 
-def test_readme_lists_every_published_port() -> None:
+def test_the_page_lists_every_published_port() -> None:
     listed = {
         (row[0].strip("`"), re.findall(r"127\.0\.0\.1:(\d+)", row[1])[0], row[2].strip("`"))
-        for row in table(ROOT / "README.md", "## Docker compose")
+        for row in table(page("containers"), "# Containers")
         if row[1].lstrip("<").startswith(("127.", "http"))
     }
     published = {(name, port.partition("-")[0]) for name, service in project().items() for _, port, _ in ports(service)}
@@ -696,8 +696,8 @@ def test_readme_lists_every_published_port() -> None:
         assert field_default(setting).partition("-")[0] == port
 
 
-def test_readme_sizes_are_those_that_the_code_gives() -> None:
-    rows = table(ROOT / "README.md", "### Sizes")
+def test_the_page_s_sizes_are_those_that_the_code_gives() -> None:
+    rows = table(page("containers"), "## Sizes")
     sizes = [row for row in rows if row[0][0].isdigit()]
     assert len(sizes) == 4
     for _, gib, buffers, *_ in sizes:

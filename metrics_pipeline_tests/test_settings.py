@@ -260,7 +260,9 @@ def test_overrides_are_producer_settings_only() -> None:
     assert producer_overrides(["PRODUCER_FLEET_SIZE=5", "producer_fleet_size=6"]) == {"producer_fleet_size": "6"}
     with pytest.raises(SettingError) as caught:
         producer_overrides(["POSTGRES_PORT=3"])
-    assert str(caught.value) == "--set POSTGRES_PORT=3: there is no producer setting 'POSTGRES_PORT'; see the README"
+    assert (
+        str(caught.value) == "--set POSTGRES_PORT=3: there is no producer setting 'POSTGRES_PORT'; see docs/settings.md"
+    )
 
 
 def test_data_folder_is_absolute_and_counts_from_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ class SinkRepair:
         cause = sink.failed[0].cause if sink.failed else sink.problems[0]
         state.gave_up = (
             f"the repair stopped trying: {ATTEMPTS} restarts without progress at {place}: {cause}. "
-            "Mend the cause or skip the record (README, Troubleshooting), then run the `provision` job: it restarts the sink"
+            "Mend the cause or skip the record (docs/troubleshooting.md), then run the `provision` job: it restarts the sink"
         )
         state.gave_up_at = {number: state.places[number].offset for number in where}
         state.signature = self._signature(sink)

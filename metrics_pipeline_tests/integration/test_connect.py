@@ -217,7 +217,7 @@ def test_a_record_that_cannot_be_stored_is_named_and_can_be_skipped(sink: Sink) 
         time.sleep(0.5)
     assert f"at topic {TOPIC}, partition 1, offset 500: " in said
     assert 'invalid byte sequence for encoding "UTF8": 0x00' in said
-    # As the README tells a person to do.
+    # As docs/troubleshooting.md tells a person to do.
     url = f"{sink.settings.connect_rest}/connectors/{NAME}"
     _call("PUT", f"{url}/stop")
     time.sleep(2)

@@ -1,4 +1,4 @@
-"""The README's queries, and its way to skip a record, on the real stack."""
+"""The documents' queries, and its way to skip a record, on the real stack."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 import requests
 
 from metrics_pipeline import kafka, summaries
-from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, ROOT, TOPIC
+from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC
 from metrics_pipeline.sinks import connector
 from metrics_pipeline_tests.conftest import RunningStack
-from metrics_pipeline_tests.documents import fences
+from metrics_pipeline_tests.documents import fences, page
 
 pytestmark = pytest.mark.integration
 
-QUERIES = fences(ROOT / "README.md", "sql")
+QUERIES = fences(page("queries"), "sql")
 ROWS = 12
 
 
@@ -60,7 +60,7 @@ def test_there_are_queries() -> None:
 
 
 def test_a_record_is_skipped_as_the_readme_says(stack: RunningStack) -> None:
-    (block,) = [block for block in fences(ROOT / "README.md", "sh") if "/offsets" in block]
+    (block,) = [block for block in fences(page("troubleshooting"), "sh") if "/offsets" in block]
     sink = f"{stack.settings.connect_rest}/connectors/{CONNECTOR}"
     assert f"/connectors/{CONNECTOR}\n" in block
     steps = re.findall(r"-X (\w+) \$sink/(\w+)", block)

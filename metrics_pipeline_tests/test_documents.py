@@ -12,7 +12,7 @@ from typer.exceptions import TyperException
 
 from metrics_pipeline import reference
 from metrics_pipeline.settings import ROOT, Settings
-from metrics_pipeline_tests.documents import DOCUMENTS, anchors, fences, inline, prose, table
+from metrics_pipeline_tests.documents import DOCUMENTS, PAGES, anchors, fences, inline, page, prose, table
 
 README = ROOT / "README.md"
 SOURCES = sorted((ROOT / "metrics_pipeline").rglob("*.py"))
@@ -21,11 +21,13 @@ OUTSIDE = {"PIPELINE_ENV_FILE", "LOG_LEVEL", "DAGSTER_HOME", "DAGSTER_POSTGRES_U
 
 
 def test_tables_are_those_of_the_code() -> None:
-    text = README.read_text("utf-8")
-    assert reference.rewritten(text) == text, "run `python -m metrics_pipeline.reference`"
+    texts = [path.read_text("utf-8") for path in reference.PAGES]
+    for path, text in zip(reference.PAGES, texts, strict=True):
+        assert reference.rewritten(text) == text, f"{path.name}: run `python -m metrics_pipeline.reference`"
     for group in reference.GROUPS:
-        assert f"<!-- made from the code: settings {group} -->\n\n{reference.settings_table(group)}" in text
-    assert reference.commands_table() in text
+        made = f"<!-- made from the code: settings {group} -->\n\n{reference.settings_table(group)}"
+        assert sum(made in text for text in texts) == 1, group
+    assert sum(reference.commands_table() in text for text in texts) == 1
 
 
 def test_every_setting_belongs_to_a_group_of_the_documentation() -> None:
@@ -67,6 +69,23 @@ def test_every_link_leads_somewhere(document: Path) -> None:
             assert anchor in anchors(place), target
 
 
+def test_the_readme_is_for_a_newcomer() -> None:
+    assert len(README.read_text("utf-8").splitlines()) <= 200
+
+
+def test_every_page_is_linked_from_the_readme_or_from_one_that_is() -> None:
+    reached, waiting = set[Path](), [README]
+    while waiting:
+        document = waiting.pop()
+        if document in reached:
+            continue
+        reached.add(document)
+        for target in re.findall(r"\]\(([^)\s#]+\.md)", document.read_text("utf-8")):
+            if not target.startswith("https://"):
+                waiting.append((document.parent / target).resolve())
+    assert set(PAGES) <= reached, sorted(path.name for path in set(PAGES) - reached)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_path_that_is_named_exists(document: Path) -> None:
     top = {path.name for path in ROOT.iterdir()}
@@ -77,7 +96,8 @@ def test_every_path_that_is_named_exists(document: Path) -> None:
 
 
 def test_the_drawn_layout_exists() -> None:
-    _, _, section = README.read_text("utf-8").partition("\n    metrics_pipeline/  ")
+    _, _, section = page("architecture").read_text("utf-8").partition("\n    metrics_pipeline/  ")
+    assert section
     parent = "metrics_pipeline/"
     for line in section.partition("\n\n")[0].splitlines()[1:]:
         indent, name = len(line) - len(line.lstrip()), line.split()[0]
@@ -129,7 +149,7 @@ def test_jobs_and_sensors_are_those_of_dagster() -> None:
     from metrics_pipeline.definitions import defs
 
     repository = defs.get_repository_def()
-    rows = table(README, "## Dagster")
+    rows = table(page("dagster"), "# Dagster")
     named = {kind: {row[1].strip("`") for row in rows if row[0] == kind} for kind in ("job", "sensor")}
     assert named["job"] == {job.name for job in repository.get_all_jobs() if not job.name.startswith("__")}
     assert named["sensor"] == {sensor.name for sensor in repository.sensor_defs}
@@ -143,7 +163,7 @@ def test_run_configurations_are_accepted() -> None:
 
     from metrics_pipeline.definitions import defs
 
-    blocks = fences(README, "yaml")
+    blocks = [block for document in DOCUMENTS for block in fences(document, "yaml") if block.startswith("ops:")]
     assert blocks
     for block in blocks:
         config = yaml.safe_load(block)
@@ -177,12 +197,12 @@ def test_variables_that_are_read_are_documented() -> None:
     }
     assert read
     for name in read:
-        assert f"`{name}`" in README.read_text("utf-8"), name
+        assert f"`{name}`" in page("settings").read_text("utf-8"), name
 
 
 def test_messages_under_troubleshooting_are_those_of_the_code() -> None:
     source = "\n".join(path.read_text("utf-8") for path in [*SOURCES, ROOT / "Makefile"])
-    rows = table(README, "## Troubleshooting")
+    rows = table(page("troubleshooting"), "# Troubleshooting")
     messages = [text for row in rows if row[0].startswith("`") for text in re.findall(r"`([^`]+)`", row[0])]
     assert len(messages) > 10
     for message in messages:
