@@ -65,6 +65,9 @@ _UNITS: Final = {
     MetricName.SOUND: "dB",
 }
 
+EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
+"""Where PostgreSQL's binary times count from: src/include/datatype/timestamp.h, POSTGRES_EPOCH_JDATE."""
+
 MAX_TAGS: Final = 64
 """Most tags of a reading."""
 

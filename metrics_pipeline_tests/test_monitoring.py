@@ -17,9 +17,9 @@ import dagster as dg
 import psycopg
 import pytest
 
-from metrics_pipeline import chart, rejects, summaries
+from metrics_pipeline import rejects, summaries
 from metrics_pipeline.definitions import defs
-from metrics_pipeline.defs import monitoring
+from metrics_pipeline.defs import chart, monitoring
 from metrics_pipeline.defs.provisioning import metrics_schema, metrics_sink_connector, metrics_topic
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.kafka import Lag

@@ -22,8 +22,7 @@ from metrics_pipeline.copy_sink.batch import LONGEST, Batch, Decoder
 from metrics_pipeline.copy_sink.canonical import Columns
 from metrics_pipeline.copy_sink.tags import TagTable
 from metrics_pipeline.errors import RecordError
-from metrics_pipeline.metric import MetricName, Reading
-from metrics_pipeline.verification.comparison import EPOCH
+from metrics_pipeline.metric import EPOCH, MetricName, Reading
 from metrics_pipeline_tests.fake_sink import FakeMessage
 from metrics_pipeline_tests.test_metric import ACCEPTED, KEY, REFUSED, VALUE, compact, readings, tags_strategy
 

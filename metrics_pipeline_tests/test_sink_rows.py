@@ -18,8 +18,7 @@ from metrics_pipeline.copy_sink import copy_format, tags
 from metrics_pipeline.copy_sink.batch import Decoder
 from metrics_pipeline.copy_sink.canonical import EMPTY, Columns
 from metrics_pipeline.copy_sink.store import latest
-from metrics_pipeline.metric import MetricName, Reading, check_tags, encode
-from metrics_pipeline.verification.comparison import EPOCH
+from metrics_pipeline.metric import EPOCH, MetricName, Reading, check_tags, encode
 from metrics_pipeline_tests.fake_sink import FakeMessage, copied
 from metrics_pipeline_tests.test_metric import readings, tags_strategy
 

@@ -26,8 +26,7 @@ from metrics_pipeline.copy_sink import tags
 from metrics_pipeline.copy_sink.batch import Batch, Reject
 from metrics_pipeline.copy_sink.store import StandbyError, Store
 from metrics_pipeline.copy_sink.worker import Places
-from metrics_pipeline.metric import Reading, decode, encode
-from metrics_pipeline.verification.comparison import EPOCH
+from metrics_pipeline.metric import EPOCH, Reading, decode, encode
 from metrics_pipeline_tests.fake_sink import REFUSED, FakeMessage, FakeSession, Process, Task, World
 
 PARTITIONS = 2

@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from metrics_pipeline.errors import InstallError
-from metrics_pipeline.metric import Reading, encode
+from metrics_pipeline.metric import EPOCH, Reading, encode
 from metrics_pipeline.verification.claims import Claim, anomalies, unclaimed
-from metrics_pipeline.verification.comparison import EPOCH, Bounds, Comparison, Counts, Finding
+from metrics_pipeline.verification.comparison import Bounds, Comparison, Counts, Finding
 from metrics_pipeline.verification.partitioner import murmur2, partition, partitions_of
 from metrics_pipeline.verification.spill import KEY, RECORD, ROW, Rows, Spill, bucket_of, buckets_for
 from metrics_pipeline.verification.topic_entries import Decoder, tags_digest, together

@@ -13,8 +13,7 @@ import numpy.typing as npt
 from metrics_pipeline.copy_sink.canonical import EMPTY, Columns, parse
 from metrics_pipeline.copy_sink.tags import TagTable
 from metrics_pipeline.errors import RecordError
-from metrics_pipeline.metric import decode
-from metrics_pipeline.verification.comparison import EPOCH
+from metrics_pipeline.metric import EPOCH, decode
 
 LONGEST: Final = 1 << 16
 """Bytes of a value beyond which it is left to the strict decoder, so that it is not copied about."""

@@ -22,8 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metrics_pipeline.copy_sink.tags import TagTable
-from metrics_pipeline.metric import MetricName
-from metrics_pipeline.verification.comparison import EPOCH
+from metrics_pipeline.metric import EPOCH, MetricName
 
 Array = npt.NDArray[Any]
 

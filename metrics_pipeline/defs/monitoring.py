@@ -6,7 +6,8 @@ from typing import Final
 import dagster as dg
 import psycopg
 
-from metrics_pipeline import chart, postgres, rejects, summaries
+from metrics_pipeline import postgres, rejects, summaries
+from metrics_pipeline.defs import chart
 from metrics_pipeline.defs.production import producing
 from metrics_pipeline.defs.provisioning import (
     metrics,

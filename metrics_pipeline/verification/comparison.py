@@ -11,7 +11,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypedDict
@@ -19,11 +19,9 @@ from typing import Literal, Self, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from metrics_pipeline.metric import EPOCH
 from metrics_pipeline.verification.partitioner import partitions_of
 from metrics_pipeline.verification.spill import KEY, Rows, Spill
-
-EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
-"""Where PostgreSQL's binary times count from."""
 
 NEVER = np.iinfo(np.int64).max
 _SIGN = np.uint64(1 << 63)

@@ -24,10 +24,10 @@ from confluent_kafka import (
 
 from metrics_pipeline.errors import RecordError, ServiceError
 from metrics_pipeline.kafka import TIMEOUT_SECONDS, client_config, ends
-from metrics_pipeline.metric import decode
+from metrics_pipeline.metric import EPOCH, decode
 from metrics_pipeline.postgres import Connection, query
 from metrics_pipeline.settings import DEAD_LETTER_TOPIC, TOPIC, Settings
-from metrics_pipeline.verification.comparison import EPOCH, NEVER
+from metrics_pipeline.verification.comparison import NEVER
 from metrics_pipeline.verification.spill import RECORD, Rows
 from metrics_pipeline.verification.table_entries import reading
 

@@ -23,12 +23,11 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.errors import ServiceError
-from metrics_pipeline.metric import Reading, encode
+from metrics_pipeline.metric import EPOCH, Reading, encode
 from metrics_pipeline.producer.run import Report as RunReport
 from metrics_pipeline.producer.run import run_producer
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
 from metrics_pipeline.verification.claims import Ranges
-from metrics_pipeline.verification.comparison import EPOCH
 from metrics_pipeline.verification.partitioner import partition
 from metrics_pipeline.verification.spill import KEY, ROW
 from metrics_pipeline.verification.table_entries import read_rows, take_snapshot
