@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import IntEnum
 from functools import lru_cache
@@ -35,12 +36,15 @@ from pydantic import (
 from metrics_pipeline.errors import RecordError
 from metrics_pipeline.settings import CONNECTOR, ROOT
 
+HIGHEST_CODE: Final = 99
+"""Of a metric. The COPY sink's fast road and `verify` read codes of one or two digits."""
+
 
 class MetricName(IntEnum):
     """What was measured, by the code that stands in the table.
 
     Codes rather than a PostgreSQL enum: JDBC sinks cannot bind one. They are ten apart so that a relative of a metric
-    can stand next to it.
+    can stand next to it. docs/add-a-metric.md says what else a new one needs.
     """
 
     TEMPERATURE = 0
@@ -64,6 +68,25 @@ _UNITS: Final = {
     MetricName.LIGHT: "lx",
     MetricName.SOUND: "dB",
 }
+
+
+def _require_carried(names: Iterable[MetricName], units: Mapping[MetricName, str]) -> None:
+    """Refuse, where it is declared, a code that the rest could not carry.
+
+    Raises:
+        ValueError: naming the metric.
+    """
+    for name in names:
+        if not 0 <= name <= HIGHEST_CODE:
+            raise ValueError(
+                f"MetricName.{name.name} = {int(name)}: codes go from 0 to {HIGHEST_CODE}, since they are read as one or "
+                "two digits: take a free one"
+            )
+        if name not in units:
+            raise ValueError(f"MetricName.{name.name} has no unit: add it to _UNITS in metrics_pipeline/metric.py")
+
+
+_require_carried(MetricName, _UNITS)
 
 EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """Where PostgreSQL's binary times count from: src/include/datatype/timestamp.h, POSTGRES_EPOCH_JDATE."""

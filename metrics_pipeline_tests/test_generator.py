@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from datetime import UTC, datetime, timedelta
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics_pipeline.metric import MetricName, Reading, decode, encode
+from metrics_pipeline.producer import generator as module
 from metrics_pipeline.producer.generator import Columns, Fleet, Generator
 from metrics_pipeline.settings import ProducerSettings
 
@@ -217,3 +219,10 @@ def test_it_is_fast_enough_to_feed_one_core() -> None:
         count = len(made.round(now))
         best = min(best, (time.process_time() - begun) / count)
     assert best < 10e-6
+
+
+def test_a_metric_without_a_formula_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    wind: Any = IntEnum("wind", {"WIND": 60})
+    monkeypatch.setattr(module, "_METRICS", (*MetricName, *wind))
+    with pytest.raises(NotImplementedError, match=r"measures WIND: add a formula to Fleet\.measure"):
+        generator().round(START + INTERVAL)

@@ -6,6 +6,7 @@ import json
 import re
 import struct
 from datetime import UTC, datetime, timedelta, timezone
+from enum import IntEnum
 from math import inf, nan
 from typing import Any
 from uuid import UUID
@@ -337,3 +338,16 @@ def test_published_schemas_refuse_what_the_decoder_refuses() -> None:
             continue
         accepted = jsonschema.Draft202012Validator(metric.json_schema_value()).is_valid(json.loads(value))
         assert accepted == (name in beyond_json_schema), name
+
+
+@pytest.mark.parametrize("code", [-1, 100, 32_768])
+def test_a_code_that_cannot_be_carried_is_refused_where_it_is_declared(code: int) -> None:
+    names: Any = IntEnum("names", {"WIND": code})
+    with pytest.raises(ValueError, match=rf"MetricName\.WIND = {code}: codes go from 0 to 99"):
+        metric._require_carried(names, {names.WIND: "m/s"})
+
+
+def test_a_metric_without_a_unit_is_refused_where_it_is_declared() -> None:
+    names: Any = IntEnum("names", {"WIND": 60})
+    with pytest.raises(ValueError, match="WIND has no unit"):
+        metric._require_carried(names, {})

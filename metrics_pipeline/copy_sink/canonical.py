@@ -75,6 +75,9 @@ def _calendar() -> tuple[Array, Array]:
     return before, length
 
 
+_MOST_TENS: Final = max(MetricName) // 10
+
+
 def _codes() -> Array:
     known = np.zeros(256, np.bool_)
     known[[int(name) for name in MetricName]] = True
@@ -294,7 +297,7 @@ def _rows(
         ones, tens = second - np.uint8(48), first - np.uint8(48)
         code = np.where(single, tens, tens * np.uint8(10) + ones)
         bad |= (
-            ~(single | ((third == ord(",")) & (tens - np.uint8(1) < 5) & (ones < 10)))
+            ~(single | ((third == ord(",")) & (tens - np.uint8(1) < _MOST_TENS) & (ones < 10)))
             | ~_KNOWN[code]
             | (single & (tens > 9))
         )

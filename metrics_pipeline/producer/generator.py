@@ -80,18 +80,26 @@ class Fleet:
         sun = np.maximum(0.0, np.sin((hour - 6) * (np.pi / 12)))  # up from 6:00 to 18:00
         people = np.where((hour > 8) & (hour < 18), np.sin((hour - 8) * (np.pi / 10)), 0.0)
         weather = np.sin(seconds * (2 * np.pi / (5 * _DAY)) + 0.2 * own[2])
-        values = np.stack(
-            [
-                19 + 4 * own[0] + (2 + 3 * own[1]) * warmth + 0.1 * noise[0],
-                np.clip(45 + 15 * own[3] - 10 * warmth - 5 * weather + 0.5 * noise[1], 0, 100),
-                1013 - 4 * own[4] + 8 * weather + 0.05 * noise[2],
-                np.maximum(400.0, 415 + 25 * own[5] + (200 + 500 * own[5]) * people + 4 * noise[3]),
-                np.maximum(0.0, sun * (200 + 800 * own[6]) * (1 + 0.02 * noise[4])),
-                np.clip(32 + 6 * own[7] + 22 * people + 2 * noise[5], 20, 120),
-            ]
-        )
+        wobble = dict(zip(_METRICS, noise, strict=True))
+        formulas = {
+            MetricName.TEMPERATURE: lambda noise: 19 + 4 * own[0] + (2 + 3 * own[1]) * warmth + 0.1 * noise,
+            MetricName.HUMIDITY: lambda noise: np.clip(
+                45 + 15 * own[3] - 10 * warmth - 5 * weather + 0.5 * noise, 0, 100
+            ),
+            MetricName.PRESSURE: lambda noise: 1013 - 4 * own[4] + 8 * weather + 0.05 * noise,
+            MetricName.CO2: lambda noise: np.maximum(
+                400.0, 415 + 25 * own[5] + (200 + 500 * own[5]) * people + 4 * noise
+            ),
+            MetricName.LIGHT: lambda noise: np.maximum(0.0, sun * (200 + 800 * own[6]) * (1 + 0.02 * noise)),
+            MetricName.SOUND: lambda noise: np.clip(32 + 6 * own[7] + 22 * people + 2 * noise, 20, 120),
+        }
+        if missing := [name.name for name in _METRICS if name not in formulas]:
+            raise NotImplementedError(
+                f"no simulated device measures {', '.join(missing)}: add a formula to Fleet.measure in "
+                "metrics_pipeline/producer/generator.py"
+            )
         # Plus zero, because rounding leaves -0.0, whose sign the JDBC sink loses.
-        return np.round(values, 2) + 0.0
+        return np.round(np.stack([formulas[name](wobble[name]) for name in _METRICS]), 2) + 0.0
 
 
 class Generator:
@@ -120,7 +128,7 @@ class Generator:
     def round(self, now: datetime) -> list[tuple[bytes, bytes]]:
         """The readings since the round before, oldest first.
 
-        None while the clock has not moved far enough to give each instant a microsecond of its own: ask again later.
+        An empty list while the clock has not moved far enough to give each instant a microsecond of its own: ask again later.
 
         Args:
             now: the time, aware; no reading lies after it.
