@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -103,6 +102,7 @@ def up(
     ] = None,
 ) -> None:
     """Start everything, provision it, and keep it running until Ctrl-C."""
+    from metrics_pipeline.local import background
     from metrics_pipeline.local.keeper import Keeper
     from metrics_pipeline.local.live import LiveTable
 
@@ -115,12 +115,12 @@ def up(
         options = [f"--brokers={brokers}"] if brokers is not None else []
         options += [f"--connect-workers={connect_workers}"] if connect_workers is not None else []
         options += ["--exporter" if exporter else "--no-exporter"] if exporter is not None else []
-        _detach(settings, [*options, *(["--free-ports"] if free_ports else [])])
+        background.start(settings, [*options, *(["--free-ports"] if free_ports else [])], _say)
         return
     with Keeper(settings, _say, free_ports=free_ports, chosen=chosen) as keeper:
         keeper.start()
         if keeper.stopping:
-            return
+            raise typer.Exit(keeper.exit_code)
         settings = keeper.settings
         sink = (
             f"Connect: {settings.connect_rest}" if settings.sink == "connect" else f"sink: {settings.sink_http}/health"
@@ -132,37 +132,6 @@ def up(
         with LiveTable(settings, out) as live:
             keeper.run(live.show)
     _say("Everything has stopped; nothing was lost. `metrics-pipeline up` goes on where it ended.")
-
-
-def _detach(settings: Settings, options: list[str]) -> None:
-    from metrics_pipeline.local.service import tail
-    from metrics_pipeline.local.state import StackState, take_lock
-
-    take_lock(settings.data_dir).close()
-    log = settings.data_dir / "logs" / "keeper.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "metrics_pipeline", "up", *options]
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    shown = 0
-    while True:
-        ended, ready = child.poll() is not None, StackState.read(settings.data_dir)
-        lines = tail(log, 200)
-        for line in lines[shown:]:
-            _say(line)
-        shown = len(lines)
-        if ended:
-            raise PipelineError(
-                f"the pipeline did not start: {lines[-1].removeprefix('error: ') if lines else 'no output'} (log: {log})"
-            )
-        if ready.ready and ready.keeper and ready.keeper.pid == child.pid:
-            _say(
-                f"Running in the background (pid {child.pid}, log {log}). `metrics-pipeline status` looks, `metrics-pipeline down` stops it."
-            )
-            return
-        time.sleep(0.3)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local import service as module
-from metrics_pipeline.local.service import ProcessId, Service, http_problem, identify, tail
+from metrics_pipeline.local.service import CancelledError, ProcessId, Service, http_problem, identify, tail
 from metrics_pipeline.web import WebServer
 
 READY = "print('ready', flush=True)\n"
@@ -148,6 +148,15 @@ def test_a_child_that_never_gets_healthy_is_reported_with_the_reason(make: Make)
     service.start()
     with pytest.raises(ServiceError, match=r"The part is not healthy 0 s after its start: not ready; log: "):
         service.wait_until_healthy()
+
+
+def test_a_start_that_nobody_wants_any_more_is_no_failure(make: Make) -> None:
+    """Ctrl-C was told as "not healthy 90 s after its start", after a second."""
+    service = make("import time; time.sleep(60)")
+    service.start()
+    with pytest.raises(CancelledError):
+        service.wait_until_healthy(lambda: True)
+    assert service.alive()
 
 
 def test_an_end_by_signal_is_noticed(make: Make) -> None:

@@ -13,7 +13,7 @@ from metrics_pipeline import postgres
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local import copy_sink
 from metrics_pipeline.local.budget import Budget
-from metrics_pipeline.local.service import Service
+from metrics_pipeline.local.service import CancelledError, Service
 from metrics_pipeline.local.stack import Stack, unused_ports
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sinks import active
@@ -131,3 +131,27 @@ def test_the_copy_sink_stands_in_connects_place(tmp_path: Path, monkeypatch: pyt
     made(tmp_path, "copy", "postgres", "broker", "sink").start(lambda _line: None)
     assert set(STARTED) == {"postgres", "broker", "databases", "sink", "provision"}
     assert STARTED[-1] == "provision"
+
+
+def test_a_start_that_is_cancelled_ends_quietly_and_says_nothing_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = made(tmp_path, "copy", "postgres", "broker", "sink")
+
+    def interrupted(service: FakeService, cancelled: object = None) -> None:
+        stack.cancelled.set()
+        raise CancelledError
+
+    monkeypatch.setattr(FakeService, "wait_until_healthy", interrupted)
+    said: list[str] = []
+    stack.start(said.append)
+    assert said == []
+    assert "provision" not in STARTED
+
+
+def test_provisioning_that_is_cancelled_is_ended_and_not_told_as_done(tmp_path: Path) -> None:
+    stack = made(tmp_path, "copy", "postgres")
+    (tmp_path / "dagster_home").mkdir()
+    stack.cancelled.set()
+    with pytest.raises(CancelledError):
+        stack._run([sys.executable, "-c", "import time; time.sleep(60)"], "provision", "provisioning")

@@ -343,8 +343,9 @@ def test_published_schemas_refuse_what_the_decoder_refuses() -> None:
 @pytest.mark.parametrize("code", [-1, 100, 32_768])
 def test_a_code_that_cannot_be_carried_is_refused_where_it_is_declared(code: int) -> None:
     names: Any = IntEnum("names", {"WIND": code})
+    units: Any = {names.WIND: "m/s"}
     with pytest.raises(ValueError, match=rf"MetricName\.WIND = {code}: codes go from 0 to 99"):
-        metric._require_carried(names, {names.WIND: "m/s"})
+        metric._require_carried(names, units)
 
 
 def test_a_metric_without_a_unit_is_refused_where_it_is_declared() -> None:

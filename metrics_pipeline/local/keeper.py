@@ -62,6 +62,7 @@ class Keeper:
         self._lock: IO[str] | None = None
         self._state = StackState()
         self._stop = threading.Event()
+        self._signal: signal.Signals | None = None
         self._attempts: dict[str, tuple[int, float, float]] = {}
         self._handlers: dict[signal.Signals, object] = {}
         self.stack: Stack | None = None
@@ -100,7 +101,8 @@ class Keeper:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if not self._stop.is_set():
-            self._report(f"{signal.Signals(number).name}: stopping everything in order")
+            self._signal = signal.Signals(number)
+            self._report(f"{self._signal.name}: stopping everything in order")
         self.request_stop()
 
     def request_stop(self) -> None:
@@ -114,8 +116,13 @@ class Keeper:
         """Whether an end was asked for."""
         return self._stop.is_set()
 
+    @property
+    def exit_code(self) -> int:
+        """Of a start that was interrupted: 128 and the signal's number, as shells have it; 130 for Ctrl-C."""
+        return 128 + (self._signal or signal.SIGINT)
+
     def start(self) -> None:
-        """Bring the stack up, taking over what a killed keeper left.
+        """Bring the stack up, taking over what a killed keeper left; returns early, quietly, when it is to stop.
 
         Raises:
             PipelineError: what failed; `__exit__` ends what was started.

@@ -26,6 +26,10 @@ LOG_LIMIT = 20 * 2**20
 LOGS_KEPT = 3
 
 
+class CancelledError(Exception):
+    """A start that nobody wants any more: no failure, and nothing to tell."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessId:
     """A process for good: a pid alone may have been given to another one since."""
@@ -153,10 +157,13 @@ class Service:
 
         Raises:
             ServiceError: the process ended or did not become healthy in time; with the end of its log.
+            CancelledError: nobody wants it any more.
         """
         deadline = time.monotonic() + self.start_seconds
         reason: str | None = "not checked yet"
-        while time.monotonic() < deadline and not cancelled():
+        while time.monotonic() < deadline:
+            if cancelled():
+                raise CancelledError
             if not self.alive():
                 raise ServiceError(
                     f"{self.title} ended while starting (exit code {self.exit_code()}): {self.last_words()}; full log: {self.log}"

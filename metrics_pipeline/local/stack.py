@@ -28,7 +28,7 @@ from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.local import broker, connect_worker, copy_sink, dagster, exporter, jars, postgres
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.environment import dagster_home, for_python
-from metrics_pipeline.local.service import Service, tail
+from metrics_pipeline.local.service import CancelledError, Service, tail
 from metrics_pipeline.settings import Settings, external_services
 from metrics_pipeline.sinks import active
 
@@ -89,7 +89,7 @@ class Stack:
         return tuple(s.name for s in self.services if s.name.partition("-")[0] == part) or (part,)
 
     def start(self, report: Report, *, provision: bool = True) -> None:
-        """Bring everything up, side by side where nothing needs the other.
+        """Bring everything up, side by side where nothing needs the other; ends quietly when `cancelled` is set meanwhile.
 
         Raises:
             PipelineError: what failed first; what was started stays up, for `stop`.
@@ -121,6 +121,8 @@ class Stack:
             began = time.monotonic()
             try:
                 line = node.run()
+            except CancelledError:
+                return
             except BaseException as error:
                 failure.append(error)
                 return
@@ -213,7 +215,7 @@ class Stack:
                 if self.cancelled.wait(0.1):
                     child.terminate()
                     child.wait()
-                    return
+                    raise CancelledError
         if child.returncode != 0:
             raise ServiceError(f"{what} failed: {reason_in(tail(path, 2000))}; full log: {path}")
 

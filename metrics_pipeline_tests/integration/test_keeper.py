@@ -135,6 +135,27 @@ def test_it_runs_and_verifies(pipeline: Pipeline) -> None:
     pipeline.verify()
 
 
+def test_ctrl_c_while_it_starts_ends_quietly() -> None:
+    """A person who thinks better of it is told of no failure."""
+    with own_pipeline() as place:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "metrics_pipeline", "up"],
+            env=place.environment,
+            cwd=place.data.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        first = next(line for line in process.stdout if " is up: " in line or " has started" in line)
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(60) == 130, first + rest
+        assert "error:" not in rest
+        assert "SIGINT: stopping everything in order" in rest
+        assert StackState.read(place.data).children == {}
+
+
 def test_a_second_keeper_is_refused(pipeline: Pipeline) -> None:
     second = pipeline.cli("up")
     assert second.returncode == 1
