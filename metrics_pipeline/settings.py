@@ -19,8 +19,11 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from metrics_pipeline.errors import SettingError
 
-ROOT = Path(__file__).resolve().parent.parent
-"""The checkout: `sql/` and `connect/` stand beside the package."""
+_PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = _PACKAGE.parent if (_PACKAGE.parent / "sql" / "migrations").is_dir() else None
+"""The checkout that this package is part of; None when it was installed from a wheel."""
+ROOT = CHECKOUT or _PACKAGE / "assets"
+"""Where `sql/`, `connect/`, `dagster_home/` and `compose/jmx` stand: in the checkout, or in the package that a wheel installed."""
 
 TOPIC = "metrics"
 DEAD_LETTER_TOPIC = "metrics.dlq"
@@ -326,8 +329,8 @@ class Settings(ProducerSettings):
 
     @property
     def data_dir(self) -> Path:
-        """The data folder, absolute; a relative setting counts from the checkout."""
-        return (ROOT / self.pipeline_data_dir).resolve()
+        """The data folder, absolute; a relative setting counts from the workplace."""
+        return (workplace() / self.pipeline_data_dir).resolve()
 
     @property
     def bootstrap_servers(self) -> str:
@@ -440,9 +443,14 @@ def producer_overrides(assignments: Sequence[str] | None, see: str = "docs/setti
     return overrides
 
 
+def workplace() -> Path:
+    """Where `.env` and the data stand unless a setting says otherwise: the checkout, or the folder one is in."""
+    return CHECKOUT or Path.cwd()
+
+
 def env_file() -> Path:
     """The file that holds what `up` generated and what the user set for good."""
-    return Path(os.environ.get("PIPELINE_ENV_FILE") or ROOT / ".env")
+    return Path(os.environ.get("PIPELINE_ENV_FILE") or workplace() / ".env")
 
 
 def _refuse_services_in(path: Path) -> None:

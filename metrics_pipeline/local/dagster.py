@@ -20,7 +20,7 @@ from urllib3 import Retry
 
 from metrics_pipeline.local.environment import dagster_home, for_python
 from metrics_pipeline.local.service import Service
-from metrics_pipeline.settings import ROOT, Settings
+from metrics_pipeline.settings import ROOT, Settings, workplace
 
 DEFINITIONS = "metrics_pipeline.definitions"
 LOCATION = "metrics_pipeline"
@@ -88,7 +88,7 @@ def services(settings: Settings) -> list[Service]:
 
 def code_command(settings: Settings, host: str) -> list[str]:
     """What serves the definitions by gRPC, on DAGSTER_CODE_PORT."""
-    command = ["dagster", "api", "grpc", "-m", DEFINITIONS, "-d", str(ROOT)]
+    command = ["dagster", "api", "grpc", "-m", DEFINITIONS, "-d", str(workplace())]
     command += ["-h", host, "-p", str(settings.dagster_code_port)]
     return [*command, "--location-name", LOCATION, "--log-level", "warning"]
 
