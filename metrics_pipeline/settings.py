@@ -275,7 +275,9 @@ class Settings(ProducerSettings):
     freshness_limit_seconds: Positive = _setting(
         60, "age of the newest row above which `freshness` fails while the producer runs", "monitoring"
     )
-    run_retention_hours: Positive = _setting(24, "hours that Dagster's runs and their logs are kept", "monitoring")
+    run_retention_hours: Positive = _setting(
+        24, "hours that Dagster's runs and their logs are kept, and the producers' runs at least", "monitoring"
+    )
 
     postgres_password: SecretStr = _setting(SecretStr(""), "of the superuser", "secrets")
     metrics_owner_password: SecretStr = _setting(

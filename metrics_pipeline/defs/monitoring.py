@@ -18,6 +18,7 @@ from metrics_pipeline.defs.provisioning import (
 )
 from metrics_pipeline.defs.resources import ACTIVE, OWNERS, Pipeline, plain_errors
 from metrics_pipeline.errors import PipelineError
+from metrics_pipeline.producer import ledger
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sinks import active
 
@@ -253,10 +254,18 @@ def purge_runs(context: dg.OpExecutionContext, pipeline: Pipeline) -> None:
     context.log.info(f"deleted {len(gone)} runs from before {before:%Y-%m-%d %H:%M} UTC")
 
 
+@dg.op
+def purge_ledger(context: dg.OpExecutionContext, pipeline: Pipeline) -> None:
+    """Delete producer runs of which the topic holds nothing any more, so that the ledger does not grow for ever."""
+    with plain_errors():
+        context.log.info(f"deleted {ledger.purge(pipeline.load())} rows of producer runs")
+
+
 @dg.job(executor_def=dg.in_process_executor)
 def housekeeping() -> None:
-    """Keep Dagster's history within RUN_RETENTION_HOURS, so that it does not fill the disk."""
+    """Keep Dagster's history and the producers' ledger within RUN_RETENTION_HOURS, so that they do not fill the disk."""
     purge_runs()
+    purge_ledger()
 
 
 @dg.schedule(

@@ -18,7 +18,7 @@ from uuid import UUID
 
 import psycopg
 
-from metrics_pipeline import postgres
+from metrics_pipeline import kafka, postgres
 from metrics_pipeline.errors import BusyError, PipelineError, ServiceError
 from metrics_pipeline.producer.deliveries import NO_PARTITION, Counts, Ranges, Tally
 from metrics_pipeline.settings import Settings
@@ -231,6 +231,24 @@ def holder(settings: Settings) -> Holder | None:
         except psycopg.Error as error:
             raise _failure("the holder of the producer's lock could not be read", error) from error
     return Holder(str(found[0]), found[2]) if found else None
+
+
+def purge(settings: Settings) -> int:
+    """Delete the runs that ended more than RUN_RETENTION_HOURS ago and of whose records the topic holds none any more.
+
+    Returns:
+        How many rows went.
+
+    Raises:
+        ServiceError: PostgreSQL or the broker cannot be used.
+    """
+    lows = {number: low for number, (low, _) in kafka.watermarks(settings).items()}
+    values = {"partitions": list(lows), "lows": list(lows.values()), "hours": settings.run_retention_hours}
+    with postgres.connect(settings, "metrics_producer", autocommit=True) as connection:
+        try:
+            return connection.execute(postgres.query("purge_producer_runs"), values).rowcount
+        except psycopg.Error as error:
+            raise _failure("the ledger could not be purged", error) from error
 
 
 def _failure(what: str, error: psycopg.Error) -> ServiceError:
