@@ -30,8 +30,8 @@ from metrics_pipeline.local.dagster import graphql
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.local.stack import build
 from metrics_pipeline.settings import ROOT, Settings
+from metrics_pipeline_tests.compose.test_dashboards import names_in
 from metrics_pipeline_tests.compose_files import ports, project
-from metrics_pipeline_tests.test_dashboards import names_in
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

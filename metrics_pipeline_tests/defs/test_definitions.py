@@ -35,7 +35,7 @@ metrics_topic:topic_as_configured               blocking
 JOBS = """
 check_provisioning  metrics_schema_schema_at_head metrics_sink_connector_connector_as_configured metrics_topic_topic_as_configured
 check_throughput    metrics_consumer_lag metrics_freshness metrics_rejects metrics_throughput
-housekeeping        purge_runs
+housekeeping        purge_ledger purge_runs
 produce_metrics     publish
 provision           metrics_schema metrics_schema_schema_at_head metrics_sink_connector metrics_sink_connector_connector_as_configured metrics_topic metrics_topic_topic_as_configured
 summaries           device_summary ingestion_rate
