@@ -54,9 +54,9 @@ class FakeSinkSession:
 
     def __init__(self, tables: FakeSinkTables, role: str) -> None:
         self._tables = tables
-        self._owner = role == "metrics_owner"
+        self._role = role
 
-    def execute(self, statement: str, values: dict[str, Any]) -> FakeResult:
+    def execute(self, statement: str, values: dict[str, Any] | None = None) -> FakeResult:
         tables = self._tables
         if statement == postgres.query("sink_position"):
             tables.asked()
@@ -65,12 +65,18 @@ class FakeSinkSession:
             assert values == {"topic": TOPIC}
             places: list[tuple[int | None, int | None]] = [*sorted(tables.offsets.items())]
             return FakeResult([(tables.active, tables.sessions, *place) for place in places or [(None, None)]])
-        assert self._owner, "only the owner may write these tables"
+        if statement == postgres.query("sink_activate_connect"):
+            assert self._role == "metrics_writer", "only the writer may call this"
+            tables.active = "connect"
+            return FakeResult([])
+        if statement == postgres.query("sink_hand_back"):
+            assert self._role in ("metrics_writer", "metrics_owner")
+            return FakeResult(sorted(tables.offsets.items()))
+        assert self._role == "metrics_owner", "only the owner may write these tables"
+        assert values is not None
         if statement == postgres.query("sink_activate"):
             tables.active = values["active"]
             return FakeResult([])
-        if statement == postgres.query("sink_hand_back"):
-            return FakeResult(sorted(tables.offsets.items()))
         assert statement == postgres.query("sink_take_over")
         moved = []
         for number, offset in zip(values["partitions"], values["offsets"], strict=True):

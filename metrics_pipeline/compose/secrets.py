@@ -40,12 +40,12 @@ class Share:
 
 SHARES: Final = {
     "postgres": Share(("postgres_password",)),
-    "connect": Share(("metrics_writer_password", "metrics_owner_password")),
+    "connect": Share(("metrics_writer_password",)),
     "pipeline": Share(tuple(Settings.group("secrets")), PIPELINE_UID, ("dagster",)),
     "pgadmin": Share(("pgadmin_password",), PGADMIN_UID, ("metrics_reader",)),
     "grafana": Share(("grafana_password",)),
 }
-"""By folder. Connect hands offsets over when the sinks change, which the owner of the tables does."""
+"""By folder."""
 
 
 def share_out(folder: Path) -> list[str]:

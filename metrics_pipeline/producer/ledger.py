@@ -244,7 +244,7 @@ def purge(settings: Settings) -> int:
     """
     lows = {number: low for number, (low, _) in kafka.watermarks(settings).items()}
     values = {"partitions": list(lows), "lows": list(lows.values()), "hours": settings.run_retention_hours}
-    with postgres.connect(settings, "metrics_producer", autocommit=True) as connection:
+    with postgres.connect(settings, "metrics_owner", autocommit=True) as connection:
         try:
             return connection.execute(postgres.query("purge_producer_runs"), values).rowcount
         except psycopg.Error as error:

@@ -18,7 +18,7 @@ import psycopg
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.change import Change
 from metrics_pipeline.errors import PipelineError, ServiceError
-from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings
+from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Role, Settings
 from metrics_pipeline.sinks import connector
 from metrics_pipeline.sinks.connector import PATIENCE_SECONDS, AbsentError
 
@@ -56,15 +56,19 @@ class Position:
     sessions: int = 0
 
 
-def position(settings: Settings) -> Position:
+def position(settings: Settings, role: Role = "metrics_reader") -> Position:
     """What the database says of the sinks; before the migrations, that the connector is active.
+
+    Args:
+        settings: where PostgreSQL is.
+        role: who asks; a container of Kafka Connect has the password of `metrics_writer` alone.
 
     Raises:
         ServiceError: PostgreSQL cannot be used.
     """
     with postgres.connect(
         settings,
-        "metrics_reader",
+        role,
         autocommit=True,
         connect_timeout=QUESTION_SECONDS,
         options=f"-c statement_timeout={QUESTION_SECONDS}s",
@@ -207,9 +211,9 @@ def hand_back(settings: Settings) -> list[str]:
     Raises:
         ServiceError: PostgreSQL or the broker cannot be used; nothing was changed in the database.
     """
-    with postgres.connect(settings, "metrics_owner") as connection:
+    with postgres.connect(settings, "metrics_writer") as connection:
         try:
-            connection.execute(postgres.query("sink_activate"), {"active": "connect"})
+            connection.execute(postgres.query("sink_activate_connect"))
             rows = connection.execute(postgres.query("sink_hand_back"), {"topic": TOPIC}).fetchall()
             moved = _commit_forward(settings, dict(rows))
         except psycopg.Error as error:
@@ -223,11 +227,13 @@ def hand_back(settings: Settings) -> list[str]:
 def hand_over(settings: Settings) -> list[str]:
     """Before Connect starts: a connector that was replaced by the COPY sink goes on where that one stands, if it can be done.
 
+    It needs the role `metrics_writer` alone, which the connector has, too.
+
     Returns:
         One line for each thing done.
     """
     try:
-        return hand_back(settings) if active(settings) == "copy" else []
+        return hand_back(settings) if position(settings, "metrics_writer").active == "copy" else []
     except PipelineError as error:
         # The connector then stores once more what is stored; provisioning makes it the active one.
         log.warning("the connector begins at its own offsets: %s", error)

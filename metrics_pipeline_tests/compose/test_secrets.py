@@ -42,7 +42,7 @@ def test_what_the_environment_sets_wins_and_stays(tmp_path: Path, monkeypatch: p
 def test_nobody_gets_more_than_he_needs(tmp_path: Path) -> None:
     secrets.share_out(tmp_path)
     assert set(share(tmp_path, "postgres")) == {"postgres_password"}
-    assert set(share(tmp_path, "connect")) == {"metrics_writer_password", "metrics_owner_password"}
+    assert set(share(tmp_path, "connect")) == {"metrics_writer_password"}
     assert set(share(tmp_path, "pgadmin")) == {"pgadmin_password", "pgpass"}
     assert set(share(tmp_path, "grafana")) == {"grafana_password"}
     assert [line.split(":")[3] for line in share(tmp_path, "pgadmin")["pgpass"].splitlines()] == ["metrics_reader"]

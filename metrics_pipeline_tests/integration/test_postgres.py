@@ -16,6 +16,7 @@ from pydantic import SecretStr
 
 from metrics_pipeline import postgres
 from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.producer import ledger
 from metrics_pipeline.settings import Role, Settings
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.databases import own_database
@@ -122,6 +123,7 @@ def test_the_writer_writes_readings_and_nothing_else(database: Settings) -> None
     )
     attempt(database, role, "CREATE TEMP TABLE stage (LIKE metrics INCLUDING DEFAULTS)")
     attempt(database, role, "SELECT * FROM metrics NATURAL JOIN (SELECT code AS metric_name FROM metric_names) AS n")
+    attempt(database, role, "SELECT activate_connect()")
     refused(database, role, READING.replace("tags)", "tags, created_at)").replace("'{site:a}')", "'{site:a}', now())"))
     for statement in (
         "DELETE FROM metrics",
@@ -135,6 +137,7 @@ def test_the_writer_writes_readings_and_nothing_else(database: Settings) -> None
         "SELECT refresh_created_at_index()",
         "SELECT log_inserts()",
         "ALTER TABLE metrics DISABLE TRIGGER metrics_2_log_change",
+        "UPDATE sink_state SET active = 'copy'",
     ):
         refused(database, role, statement)
 
@@ -400,3 +403,41 @@ def test_sql_that_cannot_be_run_is_one_line(database: Settings, statement: str, 
 def test_sql_that_takes_too_long_is_stopped(database: Settings) -> None:
     with pytest.raises(ServiceError, match=r"SQL stopped after 0\.2 s"):
         postgres.run_sql(database, "SELECT pg_sleep(30)", timeout_seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "hours_ago", "stays"),
+    [
+        pytest.param([(0, "{[10,100)}"), (1, "{[0,50)}")], 25, False, id="the-topic-holds-none-of-it"),
+        pytest.param([(0, "{}")], 25, False, id="nothing-was-acknowledged"),
+        pytest.param([(-1, "{}"), (0, "{[10,20)}")], 25, False, id="with-records-that-reached-no-partition"),
+        pytest.param([(0, "{[10,100)}"), (1, "{[0,50)}")], 23, True, id="too-young"),
+        pytest.param([(0, "{[10,100)}"), (1, "{[0,51)}")], 25, True, id="one-record-is-still-there"),
+        pytest.param([(0, "{[10,20),[90,101)}")], 25, True, id="the-last-of-several-ranges"),
+        pytest.param([(9, "{[0,1)}")], 25, True, id="of-a-partition-that-nobody-knows"),
+    ],
+)
+def test_the_ledger_is_purged_of_what_nothing_can_be_compared_with(
+    database: Settings, monkeypatch: pytest.MonkeyPatch, rows: list[tuple[int, str]], hours_ago: int, stays: bool
+) -> None:
+    monkeypatch.setattr("metrics_pipeline.producer.ledger.kafka.watermarks", lambda _: {0: (100, 200), 1: (50, 60)})
+    settings = database.model_copy(update={"run_retention_hours": 24})
+    with postgres.connect(database, "metrics_owner", autocommit=True) as conn:
+        conn.execute("DELETE FROM producer_runs")
+        for partition, offsets in rows:
+            conn.execute(
+                "INSERT INTO producer_runs (run_id, partition, source, state, started_at, updated_at, acknowledged, offsets) "
+                "SELECT %s, %s, 'mqtt', 'finished', t, t, 3, %s FROM (SELECT now() - %s * interval '1 hour' AS t) AS at",
+                [UUID(int=1), partition, offsets, hours_ago],
+            )
+    assert ledger.purge(settings) == (0 if stays else len(rows))
+    with postgres.connect(database, "metrics_owner", autocommit=True) as conn:
+        assert conn.execute("DELETE FROM producer_runs").rowcount == (len(rows) if stays else 0)
+
+
+def test_who_produces_is_asked_by_an_index(database: Settings) -> None:
+    """Every few seconds, by the time of the last sign of life."""
+    with postgres.connect(database, "metrics_owner") as conn:
+        conn.execute("SET LOCAL enable_seqscan = off")
+        plan = conn.execute("EXPLAIN " + postgres.query("status"), {"seconds": 5}).fetchall()
+    assert "producer_runs_updated_at_idx" in str(plan)

@@ -305,6 +305,7 @@ def test_before_connect_starts_an_active_copy_sink_hands_over_if_it_can(world: W
         "the connector begins at offset 70 of partition 0",
     ]
     assert (world.tables.active, world.commits) == ("connect", {0: 70, 1: 50})
+    assert set(world.tables.roles) == {"metrics_writer"}, "the container of Connect has no other password"
 
 
 # --- drift -------------------------------------------------------------------------------------------------------

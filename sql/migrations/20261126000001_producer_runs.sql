@@ -15,14 +15,10 @@ DROP INDEX producer_runs_started_at_idx;
 -- squawk-ignore require-concurrent-index-creation
 CREATE INDEX producer_runs_updated_at_idx ON producer_runs (updated_at);
 
-GRANT DELETE ON producer_runs TO metrics_producer;
-
 -- migrate:down
 
 SET LOCAL lock_timeout = '10s';
 SET LOCAL statement_timeout = '5min';
-
-REVOKE DELETE ON producer_runs FROM metrics_producer;
 
 -- squawk-ignore require-concurrent-index-deletion
 DROP INDEX producer_runs_updated_at_idx;
