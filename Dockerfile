@@ -1,4 +1,4 @@
-# Our image: the checkout with its locked packages (target `pipeline`), and the same with the locked jars (`connect`).
+# Our image: the wheel with its locked packages (target `pipeline`), and the same with the locked jars (`connect`).
 # Every download is compared with a hash that is committed: requirements/runtime.txt and connect/jars.lock.
 ARG PYTHON=python:3.13.9-slim-bookworm
 
@@ -9,9 +9,10 @@ RUN python -m venv /opt/venv
 COPY requirements/runtime.txt requirements/runtime.txt
 RUN /opt/venv/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements/runtime.txt
 COPY . .
-RUN /opt/venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e . \
- && /opt/venv/bin/python -m compileall -q metrics_pipeline \
- && chmod -R a+rX .
+# No second installation beside it: what runs is what `pip install` gives everybody.
+RUN /opt/venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /opt/wheel . \
+ && /opt/venv/bin/python -m pip install --quiet --no-deps --no-index /opt/wheel/metrics_pipeline-*.whl \
+ && chmod -R a+rX /opt/venv
 
 FROM build AS jars
 ENV PIPELINE_CACHE_DIR=/opt/jars
@@ -26,13 +27,13 @@ RUN groupadd --gid 10001 pipeline \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/metrics-pipeline --shell /usr/sbin/nologin pipeline \
  && install --directory --owner=10001 --group=10001 --mode=0755 /var/lib/metrics-pipeline
 COPY --from=build /opt/venv /opt/venv
-COPY --from=build /opt/metrics-pipeline /opt/metrics-pipeline
+COPY compose/workspace.yaml /opt/metrics-pipeline/compose/workspace.yaml
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     LISTEN_HOST=0.0.0.0 \
     PIPELINE_DATA_DIR=/var/lib/metrics-pipeline \
     DAGSTER_HOME=/var/lib/metrics-pipeline/dagster_home
-# Not the checkout: Dagster would look for an env file there.
+# Our own folder: Dagster looks for an env file where it runs.
 WORKDIR /var/lib/metrics-pipeline
 USER 10001:10001
 CMD ["metrics-pipeline", "--help"]

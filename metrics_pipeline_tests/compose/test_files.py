@@ -449,7 +449,7 @@ def test_the_image_holds_what_the_package_reads() -> None:
         assert (ROOT / entry).exists(), entry
         assert not entry.startswith((".env", ".local", ".git", "metrics_pipeline_tests"))
     copied = re.findall(r"^COPY (?!--from)(\S+) ", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    assert copied == ["requirements/runtime.txt", "."]
+    assert copied == ["requirements/runtime.txt", ".", "compose/workspace.yaml"]
 
 
 # Secrets
