@@ -67,12 +67,12 @@ class PipelineMetrics(Collector):
         self._answer_seconds = answer_seconds
         self._lock = threading.Lock()
         self._parts: dict[str, Callable[[], list[Metric]]] = {
-            "postgres": Database(settings),
-            "producer": Producer(settings),
-            "broker": Broker(settings),
-            "connect": Connect(settings),
-            "sink": Sink(settings),
-            "dagster": Dagster(settings),
+            "postgres": DatabaseSource(settings),
+            "producer": ProducerSource(settings),
+            "broker": BrokerSource(settings),
+            "connect": ConnectSource(settings),
+            "sink": SinkSource(settings),
+            "dagster": DagsterSource(settings),
         }
         self._pool = ThreadPoolExecutor(max_workers=len(self._parts), thread_name_prefix="exporter")
         self._asked: dict[str, Future[list[Metric]]] = {}
@@ -177,7 +177,7 @@ class _Reader:
         raise NotImplementedError
 
 
-class Database(_Reader):
+class DatabaseSource(_Reader):
     """PostgreSQL's own counters, the sizes of our tables, and how many readings there are."""
 
     def _figures(self, connection: postgres.Connection) -> list[Metric]:
@@ -218,7 +218,7 @@ class Database(_Reader):
         return found
 
 
-class Producer(_Reader):
+class ProducerSource(_Reader):
     """Whether a producer reports to its ledger. Its own figures are on its own port, while it runs."""
 
     def _figures(self, connection: postgres.Connection) -> list[Metric]:
@@ -243,7 +243,7 @@ class _Placed:
         return self._place
 
 
-class Broker(_Placed):
+class BrokerSource(_Placed):
     """The brokers there are, replicas that do not keep up, and the records that the active sink has still to store."""
 
     def __call__(self) -> list[Metric]:
@@ -273,7 +273,7 @@ class Broker(_Placed):
         return [*found, family]
 
 
-class Connect(_Placed):
+class ConnectSource(_Placed):
     """The connector's tasks, as long as it is the active sink."""
 
     def __call__(self) -> list[Metric]:
@@ -289,7 +289,7 @@ class Connect(_Placed):
         return [family]
 
 
-class Sink:
+class SinkSource:
     """Whether the active sink stores readings, whichever it is."""
 
     def __init__(self, settings: Settings) -> None:
@@ -302,7 +302,7 @@ class Sink:
         return []
 
 
-class Dagster:
+class DagsterSource:
     """The runs that Dagster keeps, and its daemons' signs of life, out of its own database."""
 
     def __init__(self, settings: Settings) -> None:

@@ -17,7 +17,7 @@ from metrics_pipeline.errors import RecordError, ServiceError, SettingError
 from metrics_pipeline.metric import decode
 from metrics_pipeline.producer.endpoints import Snapshot
 from metrics_pipeline.producer.publisher import Message
-from metrics_pipeline.producer.run import Report, run_producer
+from metrics_pipeline.producer.run import RunReport, run_producer
 from metrics_pipeline.settings import TOPIC, Settings
 
 PAGE: Final = 100
@@ -91,7 +91,7 @@ class Replayed:
 
     published: int = 0
     bad: dict[str, int] = field(default_factory=dict)
-    report: Report | None = None
+    report: RunReport | None = None
 
 
 def newest(settings: Settings, *, reason: str | None = None, limit: int = 20, every: bool = False) -> list[Reject]:

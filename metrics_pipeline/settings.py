@@ -39,6 +39,9 @@ SERVICE_URLS = {"postgres": "POSTGRES_URL", "kafka": "KAFKA_URL", "connect": "CO
 Role = Literal["metrics_owner", "metrics_writer", "metrics_summarizer", "metrics_reader", "metrics_producer"]
 """The database roles; the superuser (`POSTGRES_USER`) only makes them."""
 
+SinkKind = Literal["connect", "copy"]
+"""Who stores the readings: Kafka Connect's connector, or the COPY sink."""
+
 
 def _is_postgres_url(url: str) -> str:
     if url and urlsplit(url).scheme not in ("postgresql", "postgres"):
@@ -182,7 +185,7 @@ class Settings(ProducerSettings):
         repr=False,
     )
 
-    sink: Literal["connect", "copy"] = _setting(
+    sink: SinkKind = _setting(
         "connect", "who stores the readings: Kafka Connect's JDBC sink, or the native `copy` sink", "sink"
     )
     sink_workers: Positive = _setting(2, "processes of the COPY sink on this machine", "sink")

@@ -692,7 +692,7 @@ class Process:
         self.alive = True
         self.writers: list[Task] = []
         self.consumer: FakeConsumer | None = None
-        self.worker = worker_module.Worker(world.settings, name)
+        self.worker = worker_module.CopyWorker(world.settings, name)
         self.reader = Task(self, self.worker.run)
 
     @property

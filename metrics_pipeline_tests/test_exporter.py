@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from metrics_pipeline import exporter, kafka
 from metrics_pipeline.errors import BusyError, ServiceError
-from metrics_pipeline.exporter import Connect, Exporter, NotUsedError, PipelineMetrics, Sink
+from metrics_pipeline.exporter import ConnectSource, Exporter, NotUsedError, PipelineMetrics, SinkSource
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sinks import active, connector
@@ -174,14 +174,14 @@ def test_a_task_has_one_state(monkeypatch: pytest.MonkeyPatch) -> None:
     state = SinkState("RUNNING", (TaskState(0, "RUNNING"), TaskState(1, "FAILED", "x"), TaskState(2, "ODD")))
     monkeypatch.setattr(active, "position", lambda settings: active.Position("connect"))
     monkeypatch.setattr(connector, "sink_state", lambda settings: state)
-    (family,) = Connect(nowhere())()
+    (family,) = ConnectSource(nowhere())()
     shown = {(s.labels["task"], s.labels["state"]) for s in family.samples if s.value == 1}
     assert shown == {("0", "RUNNING"), ("1", "FAILED"), ("2", "ODD")}
     assert {s.value for s in family.samples} == {0, 1}
 
 
 def test_connect_is_no_part_while_the_copy_sink_is_active(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = Connect(nowhere())
+    part = ConnectSource(nowhere())
     monkeypatch.setattr(active, "position", lambda settings: active.Position("copy"))
     with pytest.raises(NotUsedError):
         part()
@@ -209,7 +209,7 @@ def test_lag_is_that_of_the_active_sink(monkeypatch: pytest.MonkeyPatch, place: 
     metadata = SimpleNamespace(brokers={1: None, 2: None}, topics={"metrics": SimpleNamespace(partitions=partitions)})
     client = SimpleNamespace(list_topics=lambda timeout: metadata)
     monkeypatch.setattr(exporter, "AdminClient", lambda config: client)
-    families = {family.name: family for family in exporter.Broker(nowhere())()}
+    families = {family.name: family for family in exporter.BrokerSource(nowhere())()}
     (lag,) = families["metrics_pipeline_lag"].samples
     assert (lag.labels, lag.value) == ({"group": group, "partition": "0"}, 7 if place.active == "connect" else 5)
     assert families["metrics_pipeline_brokers"].samples[0].value == 2
@@ -224,7 +224,7 @@ def test_the_broker_is_up_while_there_is_no_topic_yet(monkeypatch: pytest.Monkey
     monkeypatch.setattr(kafka, "consumer_lag", none)
     client = SimpleNamespace(list_topics=lambda timeout: SimpleNamespace(brokers={1: None}, topics={}))
     monkeypatch.setattr(exporter, "AdminClient", lambda config: client)
-    assert {family.name for family in exporter.Broker(nowhere())()} == {
+    assert {family.name for family in exporter.BrokerSource(nowhere())()} == {
         "metrics_pipeline_brokers",
         "metrics_pipeline_partitions_under_replicated",
     }
@@ -232,7 +232,7 @@ def test_the_broker_is_up_while_there_is_no_topic_yet(monkeypatch: pytest.Monkey
 
 def test_a_sink_that_stores_nothing_is_down_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(active, "sink_problem", lambda settings: None)
-    assert Sink(nowhere())() == []
+    assert SinkSource(nowhere())() == []
     monkeypatch.setattr(active, "sink_problem", lambda settings: "task 1 is FAILED")
     with pytest.raises(ServiceError, match="task 1 is FAILED"):
-        Sink(nowhere())()
+        SinkSource(nowhere())()

@@ -12,7 +12,7 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException
 
 from metrics_pipeline.errors import ServiceError
-from metrics_pipeline.producer.publisher import KafkaClient, client_config
+from metrics_pipeline.producer.publisher import KafkaClient, producer_config
 from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline_tests.fakes import FakePostgres, FakeTopic, offsets_of
 
@@ -26,7 +26,7 @@ def make(request: pytest.FixtureRequest) -> Make:
     def made(capacity: int = 100_000, answering: bool = True) -> KafkaClient:
         if request.param == "fake":
             return FakeTopic(capacity=capacity, answering=answering, latency=0.01).client({"error_cb": lambda _: None})
-        config = client_config(Settings(kafka_url="127.0.0.1:1")) | {
+        config = producer_config(Settings(kafka_url="127.0.0.1:1")) | {
             "queue.buffering.max.messages": capacity,
             # Longer than a test: nothing leaves the queue.
             **({} if answering else {"linger.ms": 60_000}),
@@ -112,7 +112,7 @@ def test_an_unreachable_broker_raises_and_tells_the_error_callback() -> None:
             client = FakeTopic(reachable=False).client({"error_cb": told.append})
         else:
             client = confluent_kafka.Producer(
-                client_config(Settings(kafka_url="127.0.0.1:1")) | {"error_cb": told.append}
+                producer_config(Settings(kafka_url="127.0.0.1:1")) | {"error_cb": told.append}
             )
         deadline = time.monotonic() + 5
         while not any("failed: " in error.str() for error in told) and time.monotonic() < deadline:

@@ -1,1 +1,1 @@
-"""Benchmarks: how fast each way from the topic into the table is, measured on the real parts and checked for correctness."""
+"""Benchmarks: how fast each path from the topic into the table is, measured on the real parts and checked for correctness."""

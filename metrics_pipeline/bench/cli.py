@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from metrics_pipeline.errors import SettingError
-from metrics_pipeline.settings import Settings, producer_overrides
+from metrics_pipeline.settings import Settings, SinkKind, producer_overrides
 
 if TYPE_CHECKING:  # the rest is loaded by the command that runs
     from metrics_pipeline.bench.readings import Told
@@ -31,13 +30,6 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 ALL_PATHS = "connect,connect-baseline,copy-1,copy-2,limit-1,limit-2"
 
 
-class Sink(StrEnum):
-    """Who stores."""
-
-    connect = "connect"
-    copy = "copy"
-
-
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 Chart = Annotated[
     Path | None, typer.Option("--chart", help="file of the chart; default: bench-NAME.svg in this folder")
@@ -51,7 +43,7 @@ Changed = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="another producer setting for this run; repeatable"),
 ]
-Stored = Annotated[Sink | None, typer.Option("--sink", help="default: SINK")]
+Stored = Annotated[SinkKind | None, typer.Option("--sink", help="default: SINK")]
 
 
 @bench.command()
@@ -100,7 +92,7 @@ def live(
     if rate != "max" and not (rate.isascii() and rate.isdecimal() and int(rate) > 0):
         raise SettingError(f"--rate {rate}: give a whole number of messages a second, or max")
     settings = Settings.load(**producer_overrides(changed))
-    stored_by = _sink(sink, settings)
+    stored_by = sink or settings.sink
     with _place(settings, here=here, yes=yes, connect=stored_by == "connect") as place, _progress() as told:
         wanted = None if rate == "max" else int(rate)
         document = measure(place, stored_by, wanted, seconds, producer_overrides(changed), told, _say)
@@ -142,14 +134,10 @@ def growth(
 
     overrides = producer_overrides(changed)
     settings = Settings.load(**overrides)
-    stored_by = _sink(sink, settings)
+    stored_by = sink or settings.sink
     with _place(settings, here=here, yes=yes, connect=stored_by == "connect") as place, _progress() as told:
         document = measure(place, stored_by, rows, steps, overrides, told, _say)
     _finish(document, chart, as_json=as_json)
-
-
-def _sink(asked: Sink | None, settings: Settings) -> Any:
-    return asked.value if asked else settings.sink
 
 
 def _place(settings: Settings, *, here: bool, yes: bool, connect: bool = False) -> AbstractContextManager[Any]:

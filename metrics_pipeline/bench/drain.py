@@ -1,4 +1,4 @@
-"""How fast each way drains the same records into an empty table, in rounds that take turns."""
+"""How fast each path drains the same records into an empty table, in rounds that take turns."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, Final
 from metrics_pipeline import postgres
 from metrics_pipeline.bench import paths, readings, surroundings, table
 from metrics_pipeline.bench.figures import Spread, ratio_of_medians, ratios
-from metrics_pipeline.bench.paths import Way
+from metrics_pipeline.bench.paths import DrainPath
 from metrics_pipeline.bench.place import Place
 from metrics_pipeline.bench.readings import Reference, Told
-from metrics_pipeline.bench.stopwatch import Timed, time_way
+from metrics_pipeline.bench.stopwatch import Timed, time_path
 from metrics_pipeline.bench.table import Checked
 from metrics_pipeline.errors import SettingError
-from metrics_pipeline.verification.topic_entries import Reader
+from metrics_pipeline.verification.topic_entries import TopicReader
 
 BASES: Final = ("limit-1", "limit-2", "connect", "connect-baseline")
 """What the others are divided by."""
@@ -24,15 +24,15 @@ BASES: Final = ("limit-1", "limit-2", "connect", "connect-baseline")
 BAD: Final = "-bad"
 """Ends the name of a path in the rounds with bad records among the good ones."""
 
-MakeWay = Callable[[Place, str, str, Reference], Way]
+MakePath = Callable[[Place, str, str, Reference], DrainPath]
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One way in one round.
+    """One path in one round.
 
     Attributes:
-        path: the way's name.
+        path: the path's name.
         round: from 1.
         timed: what it took.
         checked: how the table compared with the topic afterwards.
@@ -125,10 +125,10 @@ class Drain:
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:
-    """The ways of these names.
+    """The paths of these names.
 
     Raises:
-        SettingError: there is no such way, or one stands there twice.
+        SettingError: there is no such path, or one stands there twice.
     """
     for name in names:
         if not paths.is_known(name):
@@ -154,7 +154,7 @@ def drain(
     names: Sequence[str],
     told: Told,
     say: Callable[[str], None] = lambda _line: None,
-    make: MakeWay = paths.make,
+    make: MakePath = paths.make,
     bad_every: int = 0,
 ) -> Drain:
     """Fill the topic once, then let each path drain it into an empty table, `rounds` times.
@@ -169,7 +169,7 @@ def drain(
         names: of the paths.
         told: told how far it is.
         say: told each run's rate.
-        make: makes a way; replaced by tests.
+        make: makes a path; replaced by tests.
         bad_every: when not 0, the topic is then filled anew with one bad record in as many, and the COPY sink's paths
             drain that, too: no other path isolates a bad record.
 
@@ -210,7 +210,7 @@ def _take_turns(
     reference: Reference,
     told: Told,
     say: Callable[[str], None],
-    make: MakeWay,
+    make: MakePath,
     suffix: str = "",
 ) -> None:
     settings = place.settings
@@ -222,14 +222,14 @@ def _take_turns(
                 table.empty(connection)
                 table.activate(connection, "connect")
                 table.start_sink_at(connection, reference.low)
-                way = make(place, name, f"bench-{datetime.now(UTC):%H%M%S}-{name}-{number + 1}", reference)
-                target = sum(high for _, high in Reader(settings, way.topic).ends().values())
+                path = make(place, name, f"bench-{datetime.now(UTC):%H%M%S}-{name}-{number + 1}", reference)
+                target = sum(high for _, high in TopicReader(settings, path.topic).ends().values())
                 first = target - found.records
 
                 def show(passed: int, label: str = label, number: int = number, first: int = first) -> None:
                     told(f"round {number + 1} of {found.rounds}: {label}", max(0, passed - first), found.records)
 
-                timed = time_way(place, connection, way, target, show)
+                timed = time_path(place, connection, path, target, show)
                 told(f"comparing after {label}", 0, 0)
                 known = any(run.path == label for run in found.runs)
                 checked = table.check(settings, reference, full=not known)

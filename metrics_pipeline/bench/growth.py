@@ -10,14 +10,14 @@ from typing import Any, Final
 
 from metrics_pipeline import kafka, postgres, summaries
 from metrics_pipeline.bench import live, readings, surroundings, table
-from metrics_pipeline.bench.live import Sink, catch_up, end_of
-from metrics_pipeline.bench.paths import ConnectWay, CopyWay, Way
+from metrics_pipeline.bench.live import catch_up, end_of
+from metrics_pipeline.bench.paths import ConnectPath, CopyPath, DrainPath
 from metrics_pipeline.bench.place import Place
 from metrics_pipeline.bench.readings import Told
-from metrics_pipeline.bench.stopwatch import time_way
-from metrics_pipeline.settings import Settings
+from metrics_pipeline.bench.stopwatch import time_path
+from metrics_pipeline.settings import Settings, SinkKind
 
-RATE: Final[Mapping[Sink, int]] = {"connect": 10_000, "copy": 20_000}
+RATE: Final[Mapping[SinkKind, int]] = {"connect": 10_000, "copy": 20_000}
 """Messages a second while latency is measured: well below what the sink can store."""
 WATCH_SECONDS: Final = 15
 WARM_UP: Final = 2_000
@@ -60,7 +60,7 @@ def ends(settings: Settings, count: int, steps: int, now: datetime) -> list[date
 
 def growth(
     place: Place,
-    sink: Sink,
+    sink: SinkKind,
     rows: int,
     steps: int,
     changed: Mapping[str, Any],
@@ -89,8 +89,8 @@ def growth(
     stamp, chunk = datetime.now(UTC), rows // steps
     expected, found, problems = 0, [], []
 
-    def way() -> Way:
-        return CopyWay(place, settings.sink_workers) if sink == "copy" else ConnectWay.ours(place, connector)
+    def path() -> DrainPath:
+        return CopyPath(place, settings.sink_workers) if sink == "copy" else ConnectPath.ours(place, connector)
 
     connector = f"bench-{stamp:%H%M%S}-growth"
     with postgres.connect_admin(settings, settings.metrics_database) as connection:
@@ -107,10 +107,10 @@ def growth(
             def show(passed: int, name: str = name, target: int = target) -> None:
                 told(f"{name}: storing", max(0, chunk - (target - passed)), chunk)
 
-            timed = time_way(place, connection, way(), target, show)
+            timed = time_path(place, connection, path(), target, show)
             told(f"{name}: the summaries", 0, 0)
             tick, _ = _tick(settings)
-            watched = way()
+            watched = path()
             try:
                 watched.start()
                 _warm_up(place, watched)
@@ -150,11 +150,11 @@ def growth(
     }
 
 
-def _warm_up(place: Place, way: Way) -> None:
+def _warm_up(place: Place, path: DrainPath) -> None:
     """Wait until a sink that was just started stores what comes."""
     now = datetime.now(UTC)
     readings.fill(place.settings, readings.simulated(place.settings, WARM_UP, now), WARM_UP, lambda *_: None)
-    catch_up(way, end_of(place), lambda _: None)
+    catch_up(path, end_of(place), lambda _: None)
 
 
 def _tick(settings: Settings) -> tuple[float, int]:

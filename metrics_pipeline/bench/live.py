@@ -8,22 +8,21 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from math import sqrt
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench import cpu, load, readings, surroundings, table
 from metrics_pipeline.bench.figures import quantiles, slope
-from metrics_pipeline.bench.paths import ConnectWay, CopyWay, Way
+from metrics_pipeline.bench.paths import ConnectPath, CopyPath, DrainPath
 from metrics_pipeline.bench.place import Place
 from metrics_pipeline.bench.produce import FAST
 from metrics_pipeline.bench.readings import Told
 from metrics_pipeline.errors import ServiceError
-
-Sink = Literal["connect", "copy"]
+from metrics_pipeline.settings import SinkKind
 
 TRIAL_SECONDS: Final = 20
 """How long a rate is tried at most while the highest is searched."""
-FIRST_RATE: Final[Mapping[Sink, int]] = {"connect": 20_000, "copy": 100_000}
+FIRST_RATE: Final[Mapping[SinkKind, int]] = {"connect": 20_000, "copy": 100_000}
 STEP: Final = 1.4
 PRECISION: Final = 0.05
 LEAST_RATE: Final = 500
@@ -149,7 +148,7 @@ def highest(tries: Callable[[int], bool], first: int) -> int:
 
 
 @contextmanager
-def sinking(place: Place, sink: Sink) -> Iterator[tuple[Way, postgres.Connection]]:
+def sinking(place: Place, sink: SinkKind) -> Iterator[tuple[DrainPath, postgres.Connection]]:
     """The sink at work, having stored its first readings, and a superuser's connection to look at the table.
 
     Raises:
@@ -157,22 +156,22 @@ def sinking(place: Place, sink: Sink) -> Iterator[tuple[Way, postgres.Connection
     """
     settings = place.settings
     with postgres.connect_admin(settings, settings.metrics_database) as connection:
-        way: Way
+        path: DrainPath
         table.empty(connection)
         if sink == "copy":
             table.start_sink_at(connection, {n: high for n, (_, high) in kafka.watermarks(settings).items()})
-            way = CopyWay(place, settings.sink_workers)
+            path = CopyPath(place, settings.sink_workers)
         else:
             table.activate(connection, "connect")
-            way = ConnectWay.ours(place, f"bench-{datetime.now(UTC):%H%M%S}-live")
+            path = ConnectPath.ours(place, f"bench-{datetime.now(UTC):%H%M%S}-live")
         # A new group begins at the first record there is: the topic must be empty, or the COPY sink's place is set above.
         readings.fill(settings, readings.simulated(settings, WARM_UP, datetime.now(UTC)), WARM_UP, lambda *_: None)
         try:
-            way.start()
-            catch_up(way, end_of(place), lambda _: None)
-            yield way, connection
+            path.start()
+            catch_up(path, end_of(place), lambda _: None)
+            yield path, connection
         finally:
-            way.stop()
+            path.stop()
 
 
 def end_of(place: Place) -> int:
@@ -180,25 +179,25 @@ def end_of(place: Place) -> int:
     return sum(high for _, high in kafka.watermarks(place.settings).values())
 
 
-def catch_up(way: Way, target: int, told: Callable[[int], None], patience: float = 120.0) -> None:
-    """Wait until a way has passed all records.
+def catch_up(path: DrainPath, target: int, told: Callable[[int], None], patience: float = 120.0) -> None:
+    """Wait until a path has passed all records.
 
     Raises:
         ServiceError: it does not advance.
     """
     best, since = -1, time.monotonic()
-    while (passed := way.passed()) < target:
+    while (passed := path.passed()) < target:
         if passed > best:
             best, since = passed, time.monotonic()
         elif time.monotonic() - since > patience:
-            raise ServiceError(f"{way.name}: no progress for {patience:.0f} s, {target - passed:,} records left")
+            raise ServiceError(f"{path.name}: no progress for {patience:.0f} s, {target - passed:,} records left")
         told(target - passed)
-        time.sleep(way.interval)
+        time.sleep(path.interval)
 
 
 def run(
     place: Place,
-    way: Way,
+    path: DrainPath,
     connection: postgres.Connection,
     rate: int,
     seconds: int,
@@ -212,7 +211,7 @@ def run(
 
     Args:
         place: where it runs.
-        way: a sink at work that has nothing left to do.
+        path: a sink at work that has nothing left to do.
         connection: see `sinking`.
         rate: messages a second.
         seconds: how long.
@@ -238,7 +237,7 @@ def run(
         **paced(rate),
         "producer_run_seconds": seconds + int(SETTLE_SECONDS) + 1,
     }
-    meter = cpu.CpuMeter({**place.processes, **way.processes()})
+    meter = cpu.CpuMeter({**place.processes, **path.processes()})
     with load.running(place, overrides, watch=True) as producer:
         first = producer.wait_until_publishing()
         time.sleep(SETTLE_SECONDS)
@@ -248,7 +247,7 @@ def run(
             time.sleep(LOOK_SECONDS)
             if not producer.alive():
                 break
-            lag = end_of(place) - way.passed()
+            lag = end_of(place) - path.passed()
             closed, after, ended = table.clock(connection), meter.read(), time.monotonic()
             trial.looks.append(Look(ended - begun, max(0, lag)))
             told(f"{rate:,} messages/s, lag {max(0, lag):,}", min(seconds, int(ended - begun)), seconds)
@@ -257,7 +256,7 @@ def run(
                 producer.close()
         last = producer.wait()
         beats = [beat for beat in producer.beats if beat.at >= first.at + SETTLE_SECONDS and not beat.done]
-    catch_up(way, end_of(place), lambda left: told(f"{left:,} records to store", 0, 0))
+    catch_up(path, end_of(place), lambda left: told(f"{left:,} records to store", 0, 0))
     trial.seconds = ended - begun
     if len(beats) > 1 and trial.seconds:
         span, messages = beats[-1].at - beats[0].at, beats[-1].acknowledged - beats[0].acknowledged
@@ -288,7 +287,7 @@ def run(
 
 def live(
     place: Place,
-    sink: Sink,
+    sink: SinkKind,
     rate: int | None,
     seconds: int,
     changed: Mapping[str, Any],
@@ -315,10 +314,10 @@ def live(
     document = surroundings.describe(place)
     tried: list[Trial] = []
     measured: list[Trial] = []
-    with sinking(place, sink) as (way, connection):
+    with sinking(place, sink) as (path, connection):
 
         def at(each: int, how_long: int, *, final: bool) -> Trial:
-            trial = run(place, way, connection, each, how_long, told, changed=changed, compare=final)
+            trial = run(place, path, connection, each, how_long, told, changed=changed, compare=final)
             (measured if final else tried).append(trial)
             say(line(trial))
             return trial

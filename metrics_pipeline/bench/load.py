@@ -1,6 +1,6 @@
 """A producer run as a process of its own, which tells each second how far it is, as lines of JSON.
 
-It is the real producer: the same loop, ledger and delivery reports. Only the keys whose way into the table is watched are
+It is the real producer: the same loop, ledger and delivery reports. Only the keys whose path into the table is watched are
 sampled more often, because a benchmark lasts a minute and not a day.
 """
 
@@ -24,7 +24,7 @@ from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.local.service import tail
 from metrics_pipeline.producer.endpoints import Snapshot
 from metrics_pipeline.producer.latency import LatencyProbe
-from metrics_pipeline.producer.run import Producer, Report
+from metrics_pipeline.producer.run import Producer, RunReport
 from metrics_pipeline.settings import Settings
 
 SAMPLE_SECONDS: Final = 0.05
@@ -72,7 +72,7 @@ class _DeafProbe(LatencyProbe):
         del key, acknowledged_at
 
 
-def produce(settings: Settings, say: Callable[[Beat], None], *, watch: bool) -> Report:
+def produce(settings: Settings, say: Callable[[Beat], None], *, watch: bool) -> RunReport:
     """Run the producer in this process, until its time is up or SIGTERM comes.
 
     Args:

@@ -1,4 +1,4 @@
-"""The ways from the topic into the table, each with the same few handles: begin, how far, end."""
+"""The paths from the topic into the table, each with the same few handles: begin, how far, end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench import table
 from metrics_pipeline.bench.place import Place
-from metrics_pipeline.bench.readings import BASELINE_TOPIC, Batch, Reference
+from metrics_pipeline.bench.readings import BASELINE_TOPIC, EncodedRows, Reference
 from metrics_pipeline.copy_sink.store import COPY
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local.service import tail
@@ -36,8 +36,8 @@ LOOK_SECONDS: Final = 5.0
 STOP_SECONDS: Final = 60.0
 
 
-class Way(ABC):
-    """One way into the table.
+class DrainPath(ABC):
+    """One path into the table.
 
     Attributes:
         name: as the report calls it.
@@ -66,11 +66,11 @@ class Way(ABC):
         """End it; nothing is written any more when this returns. May be called twice."""
 
     def processes(self) -> Mapping[str, psutil.Process]:
-        """Processes of its own, which no other way has."""
+        """Processes of its own, which no other path has."""
         return {}
 
 
-class ConnectWay(Way):
+class ConnectPath(DrainPath):
     """A connector with a consumer group of its own, which begins at the first record of its topic."""
 
     def __init__(self, place: Place, name: str, config: Mapping[str, str], topic: str, connector: str) -> None:
@@ -97,7 +97,7 @@ class ConnectWay(Way):
         self._closed = False
 
     @classmethod
-    def ours(cls, place: Place, connector: str) -> ConnectWay:
+    def ours(cls, place: Place, connector: str) -> ConnectPath:
         """Our connector as its file stands."""
         return cls(place, "connect", connector_config(), TOPIC, connector)
 
@@ -129,7 +129,7 @@ class ConnectWay(Way):
         _await_silence(self._place, "metrics-sink")
 
 
-class BaselineWay(ConnectWay):
+class BaselinePath(ConnectPath):
     """The usual configuration of that connector, with the schema in each message.
 
     On a temporary stack it has the table without the trigger that tells the summaries of each inserting statement: it
@@ -137,7 +137,7 @@ class BaselineWay(ConnectWay):
     """
 
     def __init__(self, place: Place, connector: str) -> None:
-        """Prepare; see `ConnectWay`."""
+        """Prepare; see `ConnectPath`."""
         config: dict[str, str] = json.loads(BASELINE_FILE.read_text("utf-8"))
         super().__init__(place, "connect-baseline", config, BASELINE_TOPIC, connector)
 
@@ -159,7 +159,7 @@ class BaselineWay(ConnectWay):
                 connection.execute(f"ALTER TABLE metrics {how} TRIGGER metrics_5_log_inserts".encode())
 
 
-class CopyWay(Way):
+class CopyPath(DrainPath):
     """The native COPY sink, in processes of its own, which goes on at `sink_offsets`."""
 
     interval = 0.1
@@ -222,7 +222,7 @@ class CopyWay(Way):
         return (tail(self._log, 1) or ["it said nothing"])[-1][:300]
 
 
-class LimitWay(Way):
+class LimitPath(DrainPath):
     """Rows that were encoded beforehand, over one or more connections: what PostgreSQL can take.
 
     Each connection has its own partitions, as a sink's workers have, and commits after as many rows as they do.
@@ -269,7 +269,7 @@ class LimitWay(Way):
             if thread.ident:
                 thread.join()
 
-    def _copy(self, number: int, batches: Sequence[Batch]) -> None:
+    def _copy(self, number: int, batches: Sequence[EncodedRows]) -> None:
         try:
             settings = self._place.settings
             with postgres.connect(settings, "metrics_writer", application_name=LIMIT_NAME) as connection:
@@ -318,17 +318,17 @@ _KNOWN: Final = re.compile(r"connect|connect-baseline|(copy|limit)-[1-9][0-9]?")
 
 
 def is_known(name: str) -> bool:
-    """Whether there is a way of that name."""
+    """Whether there is a path of that name."""
     return _KNOWN.fullmatch(name) is not None
 
 
-def make(place: Place, name: str, connector: str, reference: Reference) -> Way:
-    """The way of a known name; `connector` is what a connector would be called."""
+def make(place: Place, name: str, connector: str, reference: Reference) -> DrainPath:
+    """The path of a known name; `connector` is what a connector would be called."""
     kind, _, number = name.rpartition("-")
     if name == "connect":
-        return ConnectWay.ours(place, connector)
+        return ConnectPath.ours(place, connector)
     if name == "connect-baseline":
-        return BaselineWay(place, connector)
+        return BaselinePath(place, connector)
     if kind == "copy":
-        return CopyWay(place, int(number))
-    return LimitWay(place, int(number), reference)
+        return CopyPath(place, int(number))
+    return LimitPath(place, int(number), reference)

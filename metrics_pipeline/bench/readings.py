@@ -23,10 +23,10 @@ from metrics_pipeline.copy_sink import copy_format
 from metrics_pipeline.errors import RecordError, ServiceError
 from metrics_pipeline.metric import connect_schema_key, connect_schema_value
 from metrics_pipeline.producer.generator import Generator
-from metrics_pipeline.producer.publisher import client_config
+from metrics_pipeline.producer.publisher import producer_config
 from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline.verification.spill import RECORD, Rows, Spill, buckets_for
-from metrics_pipeline.verification.topic_entries import Decoder, Reader
+from metrics_pipeline.verification.topic_entries import TopicDecoder, TopicReader
 
 BASELINE_TOPIC: Final = "bench-baseline"
 """The same readings, each message with its schema inside."""
@@ -96,7 +96,7 @@ def fill(settings: Settings, rounds: Iterable[list[Pair]], count: int, told: Tol
     """
     topics = [TOPIC, BASELINE_TOPIC] if baseline else [TOPIC]
     before = {topic: _held(settings, topic) for topic in topics}
-    producer = Producer(client_config(settings) | {"linger.ms": 50, "queue.buffering.max.messages": 200_000})
+    producer = Producer(producer_config(settings) | {"linger.ms": 50, "queue.buffering.max.messages": 200_000})
     done = 0
     try:
         for readings in rounds:
@@ -134,7 +134,7 @@ def _hand_over(producer: Producer, topic: str, readings: list[Pair]) -> None:
 
 
 def _held(settings: Settings, topic: str) -> int:
-    return sum(high - low for low, high in Reader(settings, topic).ends().values())
+    return sum(high - low for low, high in TopicReader(settings, topic).ends().values())
 
 
 def make_baseline_topic(settings: Settings) -> None:
@@ -148,7 +148,7 @@ def make_baseline_topic(settings: Settings) -> None:
 
 def drop_baseline_topic(settings: Settings) -> None:
     """Delete the baseline's topic if there is one."""
-    if Reader(settings, BASELINE_TOPIC).ends():
+    if TopicReader(settings, BASELINE_TOPIC).ends():
         _settle(settings, lambda admin: admin.delete_topics([BASELINE_TOPIC]), there=False)
 
 
@@ -209,7 +209,7 @@ def _words(entries: Rows) -> Iterator[Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class EncodedRows:
     """Rows of one partition, encoded for binary COPY, in the file of a `Reference`."""
 
     partition: int
@@ -238,7 +238,7 @@ class Reference:
     count: int = 0
     bad: int = 0
     checksum: int = 0
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[EncodedRows] = field(default_factory=list)
     _file: Any = None
 
     def __enter__(self) -> Self:
@@ -250,7 +250,7 @@ class Reference:
         self.records.close()
         self._file.close()
 
-    def data(self, batch: Batch) -> bytes:
+    def data(self, batch: EncodedRows) -> bytes:
         """What COPY takes for a batch. May be called from several threads."""
         return os.pread(self._file.fileno(), batch.size, batch.start)
 
@@ -260,7 +260,7 @@ class Reference:
         start = self.batches[-1].start + self.batches[-1].size if self.batches else 0
         self._file.write(data)
         self._file.flush()
-        self.batches.append(Batch(partition, start, len(data), len(messages)))
+        self.batches.append(EncodedRows(partition, start, len(data), len(messages)))
 
 
 def read_reference(
@@ -291,9 +291,9 @@ def read_reference(
     total = sum(ends.values()) - sum(low.values())
     reference = Reference(Spill(folder, RECORD, buckets_for(total)), low, ends)
     reference._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, SLF001  # closed with the reference
-    decoder = Decoder()
+    decoder = TopicDecoder()
     waiting: dict[int, list[Any]] = {partition: [] for partition in marks}
-    for messages in Reader(settings, TOPIC).read(low, ends):
+    for messages in TopicReader(settings, TOPIC).read(low, ends):
         entries = decoder.entries(messages)
         reference.bad += len(messages) - len(entries)
         if reference.bad > bad:
@@ -320,7 +320,7 @@ def encoded(messages: Sequence[Any]) -> bytes:
     Raises:
         RecordError: one is not of the wire format.
     """
-    batch = sinking.Decoder().decode(messages, {})
+    batch = sinking.BatchDecoder().decode(messages, {})
     for reject in batch.rejects:
         raise RecordError(reject.reason, reject.detail)
-    return b"".join(copy_format.encode(batch.columns, batch.tags))
+    return b"".join(copy_format.copy_rows(batch.columns, batch.tags))

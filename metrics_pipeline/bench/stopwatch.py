@@ -1,7 +1,7 @@
-"""The clock of a measurement, the same for every way into the table.
+"""The clock of a measurement, the same for every path into the table.
 
 It runs from the first commit to the last one, and counts the rows of the transactions that began after the first commit:
-what was under way then, and the start of processes and tasks before it, neither costs a way time nor is a gift to it. All of
+what was under way then, and the start of processes and tasks before it, neither costs a path time nor is a gift to it. All of
 this is read from the table afterwards (`created_at` is the begin of a row's transaction), so nothing is polled for it.
 
 Where that leaves less than half of the rows, because there are too few for more than a batch or two of each worker, or where
@@ -20,7 +20,7 @@ from typing import Final
 
 from metrics_pipeline import postgres
 from metrics_pipeline.bench import cpu, table
-from metrics_pipeline.bench.paths import Way
+from metrics_pipeline.bench.paths import DrainPath
 from metrics_pipeline.bench.place import Place
 from metrics_pipeline.bench.table import Stored
 from metrics_pipeline.errors import ServiceError
@@ -32,7 +32,7 @@ GLANCE_SECONDS: Final = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """What a way took.
+    """What a path took.
 
     Attributes:
         rows: that were stored.
@@ -83,19 +83,19 @@ class Timed:
         )
 
 
-def time_way(
+def time_path(
     place: Place,
     connection: postgres.Connection,
-    way: Way,
+    path: DrainPath,
     target: int,
     told: Callable[[int], None],
 ) -> Timed:
-    """Let a way store what the topic holds beyond what the table does, and end it.
+    """Let a path store what the topic holds beyond what the table does, and end it.
 
     Args:
         place: where it runs.
         connection: of the superuser, autocommit, to the database of the readings.
-        way: not started yet.
+        path: not started yet.
         target: the sum of the offsets that it is to reach.
         told: told how far it is, as a sum of offsets.
 
@@ -105,38 +105,38 @@ def time_way(
     try:
         since = table.clock(connection)
         size = table.pages(connection)
-        way.start()
-        meter = cpu.CpuMeter({**place.processes, **way.processes()})
-        _await_first_page(connection, way, size)
+        path.start()
+        meter = cpu.CpuMeter({**place.processes, **path.processes()})
+        _await_first_page(connection, path, size)
         before = meter.read()
-        _await_target(way, target, told)
+        _await_target(path, target, told)
         seen, after = table.clock(connection), meter.read()
     finally:
-        way.stop()
+        path.stop()
     stored = table.stored(connection, since)
     return Timed.of(stored, seen, cpu.per_row(before, after, stored.rows))
 
 
-def _await_first_page(connection: postgres.Connection, way: Way, size: int) -> None:
+def _await_first_page(connection: postgres.Connection, path: DrainPath, size: int) -> None:
     begin = look = time.monotonic()
     while table.pages(connection) == size:
         now = time.monotonic()
         if now - begin > START_SECONDS:
-            raise ServiceError(f"{way.name}: nothing was stored within {START_SECONDS:.0f} s")
+            raise ServiceError(f"{path.name}: nothing was stored within {START_SECONDS:.0f} s")
         if now - look > 1:
             look = now
-            way.passed()  # raises when it has failed
+            path.passed()  # raises when it has failed
         time.sleep(GLANCE_SECONDS)
 
 
-def _await_target(way: Way, target: int, told: Callable[[int], None]) -> None:
+def _await_target(path: DrainPath, target: int, told: Callable[[int], None]) -> None:
     best, since = -1, time.monotonic()
-    while (passed := way.passed()) < target:
+    while (passed := path.passed()) < target:
         told(passed)
         now = time.monotonic()
         if passed > best:
             best, since = passed, now
         elif now - since > STALL_SECONDS:
-            raise ServiceError(f"{way.name}: no progress for {STALL_SECONDS:.0f} s, {target - passed:,} records left")
-        time.sleep(way.interval)
+            raise ServiceError(f"{path.name}: no progress for {STALL_SECONDS:.0f} s, {target - passed:,} records left")
+        time.sleep(path.interval)
     told(passed)

@@ -8,12 +8,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from metrics_pipeline import postgres
 from metrics_pipeline.bench.readings import Reference, checksum
 from metrics_pipeline.errors import ServiceError
-from metrics_pipeline.settings import TOPIC, Settings
+from metrics_pipeline.settings import TOPIC, Settings, SinkKind
 from metrics_pipeline.verification.comparison import Bounds, Comparison
 from metrics_pipeline.verification.spill import ROW, Spill
 from metrics_pipeline.verification.table_entries import read_rows, take_snapshot
@@ -94,7 +94,7 @@ def start_sink_at(connection: postgres.Connection, offsets: Mapping[int, int]) -
             )
 
 
-def activate(connection: postgres.Connection, sink: Literal["connect", "copy"]) -> None:
+def activate(connection: postgres.Connection, sink: SinkKind) -> None:
     """Say which sink stores."""
     connection.execute(postgres.query("sink_activate"), {"active": sink})
 

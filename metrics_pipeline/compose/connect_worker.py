@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
+class WorkerCommand:
     """What is executed in place of this process."""
 
     command: list[str]
@@ -41,7 +41,7 @@ def fetch(settings: Settings) -> None:
     jars.unpack_debezium(paths["debezium"][0], jars.cache_dir(settings) / "plugins")
 
 
-def worker(settings: Settings, *, jmx_port: int = JMX_PORT) -> Worker:
+def worker(settings: Settings, *, jmx_port: int = JMX_PORT) -> WorkerCommand:
     """Write the worker's file and say what to execute; every jar is compared with the lock once more.
 
     Raises:
@@ -51,7 +51,7 @@ def worker(settings: Settings, *, jmx_port: int = JMX_PORT) -> Worker:
     plugin = jars.unpack_debezium(paths["debezium"][0], jars.cache_dir(settings) / "plugins")
     file = settings.data_dir / "config" / "worker.properties"
     connect_worker.write_worker_file(file, plugin)
-    return Worker(
+    return WorkerCommand(
         connect_worker.command(
             file,
             settings.connect_memory_gb * GIB // 2,

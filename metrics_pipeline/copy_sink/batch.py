@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from metrics_pipeline.copy_sink.canonical import EMPTY, Columns, parse
+from metrics_pipeline.copy_sink.canonical import EMPTY, ReadingColumns, parse
 from metrics_pipeline.copy_sink.tags import TagTable
 from metrics_pipeline.errors import RecordError
 from metrics_pipeline.metric import EPOCH, decode
@@ -24,7 +24,7 @@ DETAIL: Final = 500
 _MICROSECOND: Final = timedelta(microseconds=1)
 
 
-class Message(Protocol):
+class ConsumedMessage(Protocol):
     """What is used of `confluent_kafka.Message`."""
 
     def key(self) -> bytes | None: ...  # noqa: D102
@@ -51,7 +51,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Reject:
+class BatchReject:
     """A record that is not stored.
 
     Attributes:
@@ -79,10 +79,10 @@ class Batch:
     """
 
     chunks: dict[int, Chunk]
-    messages: Sequence[Message]
-    columns: Columns
+    messages: Sequence[ConsumedMessage]
+    columns: ReadingColumns
     tags: Sequence[bytes]
-    rejects: list[Reject]
+    rejects: list[BatchReject]
     tombstones: int
 
     def without(self, partitions: Iterable[int]) -> Batch:
@@ -104,13 +104,13 @@ class Batch:
         )
 
 
-class Decoder:
+class BatchDecoder:
     """Turns messages into columns: canonical ones by `canonical.parse`, all others one by one by `metric.decode`."""
 
     def __init__(self) -> None:
         self._tags = TagTable()
 
-    def decode(self, messages: Sequence[Message], chunks: dict[int, Chunk]) -> Batch:
+    def decode(self, messages: Sequence[ConsumedMessage], chunks: dict[int, Chunk]) -> Batch:
         """Decode all; nothing is dropped: each message is a row, a reject or a tombstone."""
         self._tags.forget()
         keys: list[Any] = [message.key() for message in messages]
@@ -128,18 +128,18 @@ class Decoder:
             for at in np.flatnonzero(odd).tolist():
                 keys[at] = values[at] = b""
         columns, others = self._canonical(keys, values, key_lengths, lengths)
-        rejects: list[Reject] = []
+        rejects: list[BatchReject] = []
         tombstones = 0
         if len(others):
             slow, rejects, tombstones = self._strict(messages, others)
             if len(slow):
-                columns = Columns.joined([columns, slow])
+                columns = ReadingColumns.joined([columns, slow])
                 columns = columns.take(np.argsort(columns.source, kind="stable"))
         return Batch(chunks, messages, columns, self._tags.encoded, rejects, tombstones)
 
     def _canonical(
         self, keys: list[bytes], values: list[bytes], key_lengths: npt.NDArray[Any], lengths: npt.NDArray[Any]
-    ) -> tuple[Columns, npt.NDArray[Any]]:
+    ) -> tuple[ReadingColumns, npt.NDArray[Any]]:
         """Blocks that stay in the processor's cache: twice as fast as all at once."""
         parts, others = [], []
         for begin in range(0, len(values), BLOCK):
@@ -148,9 +148,13 @@ class Decoder:
             found.source += begin
             parts.append(found)
             others.append(rest + begin)
-        return Columns.joined(parts) if parts else EMPTY, np.concatenate(others) if others else np.empty(0, np.int64)
+        return ReadingColumns.joined(parts) if parts else EMPTY, np.concatenate(others) if others else np.empty(
+            0, np.int64
+        )
 
-    def _strict(self, messages: Sequence[Message], which: npt.NDArray[Any]) -> tuple[Columns, list[Reject], int]:
+    def _strict(
+        self, messages: Sequence[ConsumedMessage], which: npt.NDArray[Any]
+    ) -> tuple[ReadingColumns, list[BatchReject], int]:
         good, readings, rejects, tombstones = [], [], [], 0
         for at in which.tolist():
             message = messages[at]
@@ -161,10 +165,10 @@ class Decoder:
                 if error.reason == "tombstone":
                     tombstones += 1
                 else:
-                    rejects.append(Reject(at, error.reason, clean(error.detail)))
+                    rejects.append(BatchReject(at, error.reason, clean(error.detail)))
         if not good:
             return EMPTY, rejects, tombstones
-        columns = Columns(
+        columns = ReadingColumns(
             np.array(good, np.int64),
             np.frombuffer(b"".join(reading.device_id.bytes for reading in readings), np.uint8).reshape(-1, 16),
             np.array([(reading.published_at - EPOCH) // _MICROSECOND for reading in readings], np.int64),

@@ -150,7 +150,7 @@ _SHAPES: Final = {length: _shape(length) for length in _TIME_SHAPES}
 
 
 @dataclass
-class Columns:
+class ReadingColumns:
     """Readings by columns, all of the same length.
 
     Attributes:
@@ -172,9 +172,9 @@ class Columns:
     def __len__(self) -> int:
         return len(self.source)
 
-    def take(self, which: Array) -> Columns:
+    def take(self, which: Array) -> ReadingColumns:
         """The readings at these positions, or where this mask is true."""
-        return Columns(
+        return ReadingColumns(
             self.source[which],
             self.device_id[which],
             self.published_at[which],
@@ -184,11 +184,11 @@ class Columns:
         )
 
     @staticmethod
-    def joined(parts: Sequence[Columns]) -> Columns:
+    def joined(parts: Sequence[ReadingColumns]) -> ReadingColumns:
         """Several after one another."""
         if len(parts) == 1:
             return parts[0]
-        return Columns(
+        return ReadingColumns(
             np.concatenate([part.source for part in parts]),
             np.concatenate([part.device_id for part in parts]),
             np.concatenate([part.published_at for part in parts]),
@@ -198,7 +198,7 @@ class Columns:
         )
 
 
-EMPTY: Final = Columns(
+EMPTY: Final = ReadingColumns(
     np.empty(0, np.int64),
     np.empty((0, 16), np.uint8),
     np.empty(0, np.int64),
@@ -210,7 +210,7 @@ EMPTY: Final = Columns(
 
 def parse(
     keys: Sequence[bytes], values: Sequence[bytes], key_lengths: Array, lengths: Array, tags: TagTable
-) -> tuple[Columns, Array]:
+) -> tuple[ReadingColumns, Array]:
     """Take apart the canonical ones among some records.
 
     Args:
@@ -257,7 +257,7 @@ def parse(
         else:
             continue
         parts.append(found if good.all() else found.take(good))
-    columns = Columns.joined(parts) if parts else EMPTY
+    columns = ReadingColumns.joined(parts) if parts else EMPTY
     if len(parts) > 1:
         columns = columns.take(np.argsort(columns.source, kind="stable"))
     return columns, np.sort(np.concatenate(refused))
@@ -273,7 +273,7 @@ def _rows(
     key_lengths: Array,
     values: Sequence[bytes],
     tags: TagTable,
-) -> tuple[Columns, Array]:
+) -> tuple[ReadingColumns, Array]:
     """The columns of values whose time has this shape, and which of them are canonical; the others' entries mean nothing."""
     with np.errstate(over="ignore"):
         words = heads.view(_WORD)[:, : len(shape.template)]
@@ -318,7 +318,7 @@ def _rows(
         tails = map(bytes.__getitem__, values, map(slice, (at + 8 - starts).tolist(), repeat(None)))
         tag = np.fromiter(map(tags.numbers.__getitem__, tails), np.int64, len(values))
         bad |= tag < 0
-    columns = Columns(np.empty(0, np.int64), device_id, published_at, code.astype(np.int16), value, tag)
+    columns = ReadingColumns(np.empty(0, np.int64), device_id, published_at, code.astype(np.int16), value, tag)
     return columns, ~bad
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from metrics_pipeline.copy_sink.canonical import Columns
+from metrics_pipeline.copy_sink.canonical import ReadingColumns
 
 BEGIN: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 """Signature, flags and the length of the header's extension (PostgreSQL's documentation of COPY, Binary Format)."""
@@ -24,7 +24,7 @@ def _layout(tag_bytes: int) -> np.dtype[Any]:
     return np.dtype([*fields, ("tags_size", ">i4"), ("tags", f"V{tag_bytes}")])
 
 
-def encode(columns: Columns, encoded_tags: Sequence[bytes]) -> Iterator[bytes]:
+def copy_rows(columns: ReadingColumns, encoded_tags: Sequence[bytes]) -> Iterator[bytes]:
     """The data of a binary COPY into device_id, published_at, metric_name, value, tags: header, rows, end.
 
     Rows come grouped by the length of their tags, because numpy writes rows of one width at a time.
@@ -47,7 +47,7 @@ def encode(columns: Columns, encoded_tags: Sequence[bytes]) -> Iterator[bytes]:
     yield END
 
 
-def _rows(columns: Columns, which: npt.NDArray[Any] | slice, size: int, tags: npt.NDArray[Any]) -> bytes:
+def _rows(columns: ReadingColumns, which: npt.NDArray[Any] | slice, size: int, tags: npt.NDArray[Any]) -> bytes:
     rows = np.empty(len(tags), _layout(size))
     rows["fields"] = len(_FIELDS) + 1
     for name, _ in _FIELDS:

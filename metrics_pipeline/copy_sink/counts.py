@@ -12,7 +12,7 @@ LATENCY_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 
 
 @dataclass
-class Counts:
+class WorkerCounts:
     """Totals since the worker began.
 
     Attributes:
@@ -44,7 +44,7 @@ class Counts:
         self.latency[bisect_left(LATENCY_BUCKETS, seconds)] += 1
         self.latency_sum += seconds
 
-    def add(self, other: Counts) -> None:
+    def add(self, other: WorkerCounts) -> None:
         """Add another worker's, or a former worker's, totals."""
         for name in ("polled", "rows", "tombstones", "fenced", "lost_to_retention", "latency_sum"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -54,7 +54,7 @@ class Counts:
 
 
 @dataclass
-class Report:
+class WorkerReport:
     """A worker at one moment.
 
     Attributes:
@@ -67,7 +67,7 @@ class Report:
 
     state: str = "starting"
     reason: str = ""
-    counts: Counts = field(default_factory=Counts)
+    counts: WorkerCounts = field(default_factory=WorkerCounts)
     lag: dict[int, int] = field(default_factory=dict)
     waiting_seconds: float = 0.0
 

@@ -15,8 +15,8 @@ from psycopg.pq import TransactionStatus
 
 from metrics_pipeline import postgres
 from metrics_pipeline.copy_sink import copy_format
-from metrics_pipeline.copy_sink.batch import Batch, Reject, clean
-from metrics_pipeline.copy_sink.canonical import Columns
+from metrics_pipeline.copy_sink.batch import Batch, BatchReject, clean
+from metrics_pipeline.copy_sink.canonical import ReadingColumns
 from metrics_pipeline.copy_sink.failpoint import Failpoints
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.settings import TOPIC, Settings
@@ -74,7 +74,7 @@ class Written:
 
     rows: int
     path: Path
-    rejects: list[Reject]
+    rejects: list[BatchReject]
 
 
 class Store:
@@ -244,14 +244,16 @@ class Store:
         if moved != len(chunks):
             raise FencedError(batch.chunks)
 
-    def _copy(self, session: postgres.Connection, statement: str, columns: Columns, tags: Sequence[bytes]) -> None:
+    def _copy(
+        self, session: postgres.Connection, statement: str, columns: ReadingColumns, tags: Sequence[bytes]
+    ) -> None:
         with session.cursor() as cursor, cursor.copy(statement.encode()) as copy:
-            for piece in copy_format.encode(columns, tags):
+            for piece in copy_format.copy_rows(columns, tags):
                 for at in range(0, len(piece), PIECE):
                     copy.write(piece[at : at + PIECE])
                 self._failpoints.reach("copying")
 
-    def _upsert(self, session: postgres.Connection, batch: Batch) -> list[Reject] | None:
+    def _upsert(self, session: postgres.Connection, batch: Batch) -> list[BatchReject] | None:
         """Store over what is there; None when the database took all of it, else what it refused."""
         session.execute(_INCOMING.encode())
         columns = latest(batch.columns)
@@ -270,13 +272,15 @@ class Store:
             return refused
         return None
 
-    def _stage(self, session: postgres.Connection, columns: Columns, tags: Sequence[bytes]) -> None:
+    def _stage(self, session: postgres.Connection, columns: ReadingColumns, tags: Sequence[bytes]) -> None:
         self._copy(session, _COPY_INCOMING, columns, tags)
         session.execute(postgres.query("sink_upsert").encode())
 
-    def _bisect(self, session: postgres.Connection, columns: Columns, tags: Sequence[bytes]) -> list[Reject]:
+    def _bisect(
+        self, session: postgres.Connection, columns: ReadingColumns, tags: Sequence[bytes]
+    ) -> list[BatchReject]:
         """Store halves, and their halves, until only the refused readings are left."""
-        refused: list[Reject] = []
+        refused: list[BatchReject] = []
         waiting = [columns]
         while waiting:
             part = waiting.pop()
@@ -287,13 +291,13 @@ class Store:
             except REFUSED as error:
                 if len(part) == 1:
                     detail = clean(postgres.one_line(error))
-                    refused.append(Reject(int(part.source[0]), "refused_by_database", detail))
+                    refused.append(BatchReject(int(part.source[0]), "refused_by_database", detail))
                 else:
                     half = len(part) // 2
                     waiting += [part.take(np.arange(half, len(part))), part.take(np.arange(half))]
         return refused
 
-    def _reject(self, session: postgres.Connection, batch: Batch, rejects: list[Reject]) -> None:
+    def _reject(self, session: postgres.Connection, batch: Batch, rejects: list[BatchReject]) -> None:
         if not rejects:
             return
         entries = []
@@ -311,7 +315,7 @@ class Store:
             log.warning("ended %s session(s) of stalled workers that held a lock", found[0])
 
 
-def latest(columns: Columns) -> Columns:
+def latest(columns: ReadingColumns) -> ReadingColumns:
     """Of readings with equal keys only the last, in order of key."""
     if not len(columns):
         return columns

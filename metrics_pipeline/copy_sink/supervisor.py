@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from metrics_pipeline.copy_sink.counts import LATENCY_BUCKETS, Counts, Report
+from metrics_pipeline.copy_sink.counts import LATENCY_BUCKETS, WorkerCounts, WorkerReport
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.web import WebServer
 
@@ -56,7 +56,7 @@ class Slot:
     name: str
     process: BaseProcess | None = None
     pipe: Connection | None = None
-    report: Report = field(default_factory=Report)
+    report: WorkerReport = field(default_factory=WorkerReport)
     began: float = 0.0
     failures: int = 0
     due: float = 0.0
@@ -77,7 +77,7 @@ class Supervisor:
         # Spawned, not forked: librdkafka and libpq do not survive a fork.
         self._context = get_context("spawn")
         self._slots = [Slot(f"{os.getpid()}/{number}") for number in range(1, workers + 1)]
-        self._former = Counts()
+        self._former = WorkerCounts()
         self._restarts = 0
         self._lock = threading.Lock()
         registry = CollectorRegistry()
@@ -114,9 +114,9 @@ class Supervisor:
         finally:
             self._server.stop()
 
-    def report(self) -> tuple[Counts, list[Slot]]:
+    def report(self) -> tuple[WorkerCounts, list[Slot]]:
         """Totals of all workers there ever were, and the present ones."""
-        total = Counts()
+        total = WorkerCounts()
         with self._lock:
             total.add(self._former)
             for slot in self._slots:
@@ -163,7 +163,7 @@ class Supervisor:
     def _retire(self, slot: Slot) -> None:
         with self._lock:
             self._former.add(slot.report.counts)
-            slot.report = Report()
+            slot.report = WorkerReport()
         if slot.pipe is not None:
             slot.pipe.close()
         slot.process = slot.pipe = None
@@ -251,7 +251,7 @@ class _Metrics(Collector):
         yield workers
 
 
-def _counters(total: Counts, restarts: int) -> Iterator[Metric]:
+def _counters(total: WorkerCounts, restarts: int) -> Iterator[Metric]:
     for name, text, value in (
         ("polled", "Messages consumed, those delivered again included", total.polled),
         ("rows", "Readings stored", total.rows),
@@ -294,9 +294,9 @@ def work(name: str, pipe: Connection) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # The writer needs the interpreter often and briefly; by default it would wait 5 ms for the reader each time.
     sys.setswitchinterval(0.0005)
-    from metrics_pipeline.copy_sink.worker import Worker
+    from metrics_pipeline.copy_sink.worker import CopyWorker
 
-    worker = Worker(Settings.load(), name)
+    worker = CopyWorker(Settings.load(), name)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     ended = threading.Event()
 

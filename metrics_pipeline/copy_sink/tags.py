@@ -41,7 +41,7 @@ class TagTable:
         number = self._known.get(key)
         if number is None:
             number = self._known[key] = len(self.encoded)
-            self.encoded.append(encode(tags))
+            self.encoded.append(encode_tags(tags))
         return number
 
     def forget(self) -> None:
@@ -71,7 +71,7 @@ class _Numbers(dict[bytes, int]):
         return number
 
 
-def encode(tags: list[str]) -> bytes:
+def encode_tags(tags: list[str]) -> bytes:
     """A one-dimensional text[] in PostgreSQL's binary format (array_send); an empty one has no dimensions."""
     if not tags:
         return struct.pack(">iii", 0, 0, _TEXT_OID)

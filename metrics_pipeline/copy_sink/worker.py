@@ -22,8 +22,8 @@ import psycopg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from metrics_pipeline import kafka
-from metrics_pipeline.copy_sink.batch import Batch, Chunk, Decoder
-from metrics_pipeline.copy_sink.counts import Report
+from metrics_pipeline.copy_sink.batch import Batch, BatchDecoder, Chunk
+from metrics_pipeline.copy_sink.counts import WorkerReport
 from metrics_pipeline.copy_sink.failpoint import Failpoints
 from metrics_pipeline.copy_sink.store import FencedError, StandbyError, Store, Written, kind_of, reason_of
 from metrics_pipeline.errors import PipelineError, ServiceError
@@ -52,7 +52,7 @@ SAMPLES: Final = 16
 
 
 @dataclass(slots=True)
-class Place:
+class PartitionPlace:
     """Where a partition is consumed.
 
     Attributes:
@@ -90,11 +90,11 @@ def consumer_config(settings: Settings) -> dict[str, Any]:
     }
 
 
-class Places:
+class Partitions:
     """The partitions of this worker, shared by reader and writer."""
 
     def __init__(self) -> None:
-        self._places: dict[int, Place] = {}
+        self._places: dict[int, PartitionPlace] = {}
         self._epoch = 0
         self._lock = threading.Lock()
 
@@ -103,7 +103,7 @@ class Places:
         with self._lock:
             for number in partitions:
                 self._epoch += 1
-                self._places[number] = Place(self._epoch)
+                self._places[number] = PartitionPlace(self._epoch)
 
     def lose(self, partitions: Iterable[int]) -> None:
         """These are ours no more: what was consumed of them and not written is forgotten."""
@@ -134,11 +134,11 @@ class Places:
             place.next, place.fresh = offset, fresh
             return True
 
-    def get(self, number: int) -> Place | None:
+    def get(self, number: int) -> PartitionPlace | None:
         """A copy of a place; None when the partition is not ours."""
         with self._lock:
             place = self._places.get(number)
-            return Place(place.epoch, place.next, place.fresh) if place else None
+            return PartitionPlace(place.epoch, place.next, place.fresh) if place else None
 
     def stale(self, batch: Batch) -> list[int]:
         """Partitions of a batch that were lost or forgotten after it was consumed."""
@@ -150,12 +150,12 @@ class Places:
             ]
 
 
-class Reader:
+class BatchReader:
     """Messages into batches: what belongs to a place and where it moves it."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: Partitions) -> None:
         self._places = places
-        self._decoder = Decoder()
+        self._decoder = BatchDecoder()
 
     def batch(self, messages: Sequence[Any]) -> Batch | None:
         """Decode what continues where the places stand, and move them; None when nothing does."""
@@ -194,7 +194,7 @@ class Writer:
     """Batches into the store, tried again until they are in it, or have turned out to be somebody else's."""
 
     def __init__(
-        self, store: Store, places: Places, report: Report, *, sleep: Callable[[float], object] = time.sleep
+        self, store: Store, places: Partitions, report: WorkerReport, *, sleep: Callable[[float], object] = time.sleep
     ) -> None:
         self._store = store
         self._places = places
@@ -300,7 +300,7 @@ class Writer:
                 counts.observe(max(0.0, now - milliseconds / 1000))
 
 
-class Worker:
+class CopyWorker:
     """A consumer of the group with a reader's loop and a writer's thread.
 
     Args:
@@ -311,13 +311,13 @@ class Worker:
     def __init__(self, settings: Settings, name: str) -> None:
         self._settings = settings
         self._failpoints = Failpoints()
-        self.report = Report()
+        self.report = WorkerReport()
         self._name = name
         self._store = Store(settings, name, self._failpoints)
         # The reader's own session: it must not wait for a transaction of the writer.
         self._places_store = Store(settings, f"{name} places")
-        self._places = Places()
-        self._reader = Reader(self._places)
+        self._places = Partitions()
+        self._reader = BatchReader(self._places)
         self._writer = Writer(self._store, self._places, self.report, sleep=self._sleep)
         self._queue: Queue[Batch] = Queue(maxsize=1)
         self._still: dict[int, tuple[int, float]] = {}

@@ -16,7 +16,7 @@ from metrics_pipeline.defs.resources import Pipeline, active_runs, plain_errors
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.producer import guards, ledger
 from metrics_pipeline.producer.endpoints import Snapshot
-from metrics_pipeline.producer.run import Producer, Report
+from metrics_pipeline.producer.run import Producer, RunReport
 from metrics_pipeline.settings import ProducerSettings, Settings
 from metrics_pipeline.sinks import active, repair
 
@@ -109,7 +109,7 @@ class Watch:
                 # A run that the command line started has no code server that could send it a signal.
                 raise dg.DagsterExecutionInterruptedError
 
-    def end(self, report: Report) -> None:
+    def end(self, report: RunReport) -> None:
         """Observe how the run ended, unless it published nothing."""
         if not report.acknowledged + report.failed + report.unknown:
             return

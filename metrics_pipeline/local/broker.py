@@ -31,7 +31,7 @@ PORTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class BrokerNode:
     """One broker.
 
     Attributes:
@@ -51,12 +51,12 @@ class Node:
     file: Path
 
 
-def nodes(settings: Settings) -> list[Node]:
+def nodes(settings: Settings) -> list[BrokerNode]:
     """The brokers that these settings ask for."""
     alone = settings.kafka_brokers == 1
     home, config = settings.data_dir, settings.data_dir / "config"
     return [
-        Node(
+        BrokerNode(
             number,
             name,
             port,
@@ -68,7 +68,7 @@ def nodes(settings: Settings) -> list[Node]:
     ]
 
 
-def properties(settings: Settings, node: Node) -> dict[str, str]:
+def properties(settings: Settings, node: BrokerNode) -> dict[str, str]:
     """A broker's configuration."""
     replicas = settings.kafka_brokers
     insync = min(replicas, 2)
@@ -148,7 +148,9 @@ def services(settings: Settings, budget: Budget, jars: Sequence[Path]) -> list[S
     return [_service(settings, budget, jars, node, identity) for node in nodes(settings)]
 
 
-def _service(settings: Settings, budget: Budget, jars: Sequence[Path], node: Node, identity: threading.Lock) -> Service:
+def _service(
+    settings: Settings, budget: Budget, jars: Sequence[Path], node: BrokerNode, identity: threading.Lock
+) -> Service:
     environment = java.environment(jars)
     alone = settings.kafka_brokers == 1
 

@@ -25,14 +25,14 @@ def service(settings: Settings) -> Service:
         command=command,
         environment=for_python(settings),
         log=settings.data_dir / "logs" / "sink.log",
-        check=lambda: sink_problem(settings),
+        check=lambda: copy_sink_problem(settings),
         needs=("databases", "broker"),
         cwd=settings.data_dir,
         stop_seconds=45,
     )
 
 
-def sink_problem(settings: Settings) -> str | None:
+def copy_sink_problem(settings: Settings) -> str | None:
     """None when the COPY sink of this machine answers that it is well, else why not."""
     place = urlsplit(settings.sink_http).netloc
     try:

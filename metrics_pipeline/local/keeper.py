@@ -21,7 +21,7 @@ import psutil
 from metrics_pipeline.errors import BusyError, InstallError
 from metrics_pipeline.local import broker, environment, ports
 from metrics_pipeline.local.service import Service, identify
-from metrics_pipeline.local.stack import Report, Stack, build, ports_in_use
+from metrics_pipeline.local.stack import ShowLine, Stack, build, ports_in_use
 from metrics_pipeline.local.state import StackState, take_lock
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sinks.repair import SinkRepair, record
@@ -41,7 +41,7 @@ class Keeper:
     def __init__(
         self,
         settings: Settings,
-        report: Report,
+        report: ShowLine,
         *,
         free_ports: bool = False,
         chosen: Mapping[str, str] | None = None,
@@ -271,7 +271,7 @@ def require_disk(settings: Settings, folder: Path) -> None:
         )
 
 
-def stop_running(settings: Settings, report: Report) -> bool:
+def stop_running(settings: Settings, report: ShowLine) -> bool:
     """End a stack that runs in the background, or what a killed keeper left; whether there was anything to end.
 
     Raises:

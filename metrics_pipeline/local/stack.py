@@ -34,7 +34,7 @@ from metrics_pipeline.sinks import active
 
 log = logging.getLogger(__name__)
 
-Report = Callable[[str], None]
+ShowLine = Callable[[str], None]
 
 PORTS: dict[str, tuple[str, ...]] = {
     "postgres": ("postgres_port",),
@@ -51,7 +51,7 @@ RUN_END_SECONDS = 45
 
 
 @dataclass(slots=True)
-class Node:
+class StartStep:
     """A step of the start: a service to bring up, or something to do once others are up."""
 
     name: str
@@ -88,32 +88,32 @@ class Stack:
         """Names of the services of one part (`broker-2` is one of `broker`), or the part's when somebody else runs it."""
         return tuple(s.name for s in self.services if s.name.partition("-")[0] == part) or (part,)
 
-    def start(self, report: Report, *, provision: bool = True) -> None:
+    def start(self, report: ShowLine, *, provision: bool = True) -> None:
         """Bring everything up, side by side where nothing needs the other; ends quietly when `cancelled` is set meanwhile.
 
         Raises:
             PipelineError: what failed first; what was started stays up, for `stop`.
         """
-        nodes = [Node(service.name, service.needs, self._starter(service)) for service in self.services]
+        nodes = [StartStep(service.name, service.needs, self._starter(service)) for service in self.services]
         nodes += [
-            Node(name, (), self._outsider(name))
+            StartStep(name, (), self._outsider(name))
             for name in ("postgres", "broker", "connect")
             if not self.has(name) and (name != "connect" or "connect" in self.external)
         ]
-        nodes.append(Node("databases", ("postgres",), self._databases))
+        nodes.append(StartStep("databases", ("postgres",), self._databases))
         if self.has("connect"):
-            nodes.append(Node("handover", ("databases", *self._names("broker")), self._hand_over))
+            nodes.append(StartStep("handover", ("databases", *self._names("broker")), self._hand_over))
             for node in nodes:
                 if node.name.startswith("connect"):
                     node.needs += ("handover",)
         if provision:
             needs = ("databases", *self._names("broker"), *self._names("connect"), *self._names("sink"))
             needs = tuple(node.name for node in nodes if node.name in needs)
-            nodes.append(Node("provision", needs, self._provision))
+            nodes.append(StartStep("provision", needs, self._provision))
         done = {node.name: threading.Event() for node in nodes}
         failure: list[BaseException] = []
 
-        def work(node: Node) -> None:
+        def work(node: StartStep) -> None:
             for need in node.needs:
                 while not done[need].wait(0.1):
                     if failure or self.cancelled.is_set():
@@ -135,7 +135,7 @@ class Stack:
         if failure:
             raise failure[0]
 
-    def stop(self, report: Report) -> None:
+    def stop(self, report: ShowLine) -> None:
         """End all services in reverse order, the producer's run first, so that it flushes while the broker is there."""
         if self.has("webserver") and self.service("webserver").alive():
             # Without the daemon nothing launches the next run.
@@ -219,7 +219,7 @@ class Stack:
         if child.returncode != 0:
             raise ServiceError(f"{what} failed: {reason_in(tail(path, 2000))}; full log: {path}")
 
-    def _end_runs(self, report: Report) -> None:
+    def _end_runs(self, report: ShowLine) -> None:
         deadline = time.monotonic() + RUN_END_SECONDS
         told = False
         while time.monotonic() < deadline and self.service("webserver").alive():

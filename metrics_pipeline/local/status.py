@@ -16,10 +16,10 @@ import requests
 from metrics_pipeline import postgres, summaries
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.local import broker
-from metrics_pipeline.local.copy_sink import sink_problem
+from metrics_pipeline.local.copy_sink import copy_sink_problem
 from metrics_pipeline.local.dagster import code_problem, daemon_problem, web_problem
 from metrics_pipeline.local.service import http_problem
-from metrics_pipeline.settings import Settings
+from metrics_pipeline.settings import Settings, SinkKind
 from metrics_pipeline.sinks import active
 from metrics_pipeline.sinks.connector import sink_state
 
@@ -40,7 +40,7 @@ class Sampler:
         self._settings = settings
         self._inserted: deque[tuple[float, int]] = deque()
         self._connection: psycopg.Connection[Any] | None = None
-        self._active: active.Kind = settings.sink
+        self._active: SinkKind = settings.sink
         self._lag = active.LagMeter(settings)
         self._pool = ThreadPoolExecutor(max_workers=6, thread_name_prefix="status")
 
@@ -148,7 +148,7 @@ class Sampler:
         answer = _absent("sink") | {"state": "not running", "url": self._settings.sink_http}
         if self._active != "copy":
             return answer
-        problem = sink_problem(self._settings)
+        problem = copy_sink_problem(self._settings)
         try:
             published = requests.get(f"{self._settings.sink_http}/status", timeout=3).json()
         except (requests.ConnectionError, requests.Timeout):

@@ -63,7 +63,7 @@ class DeliveredMessage(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class DeliveryCounts:
     """What became of the messages of one partition.
 
     Attributes:
@@ -79,7 +79,7 @@ class Counts:
     ranges: Ranges = field(default_factory=list)
 
 
-Tally = Mapping[int, Counts]
+Tally = Mapping[int, DeliveryCounts]
 """Counts by partition; `NO_PARTITION` holds messages that never got one."""
 
 
@@ -94,9 +94,9 @@ class _Partition:
         self.start = self.end = 0
         self.failed = self.unknown = 0
 
-    def counts(self) -> Counts:
+    def counts(self) -> DeliveryCounts:
         start, end = self.start, self.end
-        return Counts(
+        return DeliveryCounts(
             acknowledged=self.acknowledged_before + end - start,
             failed=self.failed,
             unknown=self.unknown,
@@ -168,7 +168,7 @@ class Deliveries:
             self.reported += left
             self._count(None, unknown=left)
 
-    def tally(self) -> dict[int, Counts]:
+    def tally(self) -> dict[int, DeliveryCounts]:
         """The counts of each partition, consistent in itself."""
         with self._lock:
             return {number: place.counts() for number, place in sorted(self._partitions.items())}

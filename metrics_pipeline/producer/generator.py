@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from metrics_pipeline.metric import MetricName
 from metrics_pipeline.settings import ProducerSettings
 
-Columns = NDArray[np.float64]
+Floats = NDArray[np.float64]
 
 _NAMESPACE: Final = UUID("5d0e5a2c-6b0f-5d0a-9c1e-1f6f8f6f3c55")
 _METRICS: Final = tuple(MetricName)
@@ -63,7 +63,7 @@ class Fleet:
     def __len__(self) -> int:
         return len(self.devices)
 
-    def measure(self, devices: NDArray[np.int64], seconds: Columns, noise: Columns) -> Columns:
+    def measure(self, devices: NDArray[np.int64], seconds: Floats, noise: Floats) -> Floats:
         """What devices measure.
 
         Args:

@@ -20,7 +20,7 @@ import psycopg
 
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.errors import BusyError, PipelineError, ServiceError
-from metrics_pipeline.producer.deliveries import NO_PARTITION, Counts, Ranges, Tally
+from metrics_pipeline.producer.deliveries import NO_PARTITION, DeliveryCounts, Ranges, Tally
 from metrics_pipeline.settings import Settings
 
 Source = Literal["simulated", "replay"]
@@ -105,7 +105,7 @@ class RunLedger:
                 "offsets": multirange(counts.ranges[self._written.get(number, 0) :]),
                 "started_at": self._started_at,
             }
-            for number, counts in {NO_PARTITION: Counts(), **tally}.items()
+            for number, counts in {NO_PARTITION: DeliveryCounts(), **tally}.items()
         ]
         try:
             with connection.transaction():

@@ -42,7 +42,7 @@ class KafkaClient(Protocol):
     def close(self) -> Any: ...  # noqa: D102
 
 
-def client_config(settings: Settings) -> dict[str, Any]:
+def producer_config(settings: Settings) -> dict[str, Any]:
     """What librdkafka is told for a producer of ours."""
     outstanding = settings.producer_queue_concurrency * settings.kafka_batch_size
     return kafka.client_config(settings) | {
@@ -138,7 +138,7 @@ class Publisher:
         """
         self._begun = self._owed_since = self._acknowledged_at = time.monotonic()
         self._run_until = self._begun + self._run_seconds
-        self._client = self._make_client(client_config(self._settings) | {"error_cb": self._on_error})
+        self._client = self._make_client(producer_config(self._settings) | {"error_cb": self._on_error})
         try:
             self._await_topic()
             self.state = "running"

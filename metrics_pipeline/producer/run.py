@@ -36,7 +36,7 @@ LEDGER_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class RunReport:
     """How a run ended. Every message taken from the source is acknowledged, failed or unknown.
 
     Attributes:
@@ -130,7 +130,7 @@ class Producer:
         simulation = kind == "simulated"
         self.stop = stop or threading.Event()
         self.run_id = run_id or uuid4()
-        self.report = Report(self.run_id, kind, "failed")
+        self.report = RunReport(self.run_id, kind, "failed")
         """How the run ended: complete once `run` returned or raised."""
         self._settings = settings
         self._kind: Source = kind
@@ -164,7 +164,7 @@ class Producer:
         self._interrupt: BaseException | None = None
         self._error: BaseException | None = None
 
-    def run(self) -> Report:
+    def run(self) -> RunReport:
         """Publish until the end, and say what became of every message.
 
         Raises:
@@ -259,7 +259,7 @@ class Producer:
             self._error = self._error or error
             self._ledger.close()
         counts = self._deliveries.tally()
-        self.report = Report(
+        self.report = RunReport(
             run_id=self.run_id,
             source=self._kind,
             state=state,
@@ -285,7 +285,7 @@ def _start_undisturbed(thread: threading.Thread) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
-def run_producer(settings: Settings, source: Iterable[list[Message]] | None = None, **options: Any) -> Report:
+def run_producer(settings: Settings, source: Iterable[list[Message]] | None = None, **options: Any) -> RunReport:
     """Run a `Producer` to its end, guarded by the sink's lag; takes the same options.
 
     Raises:

@@ -63,7 +63,7 @@ def parse_mapping(texts: Iterable[str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Places:
+class LinePlaces:
     """Where in a line its cells are; -1 where there is none.
 
     Attributes:
@@ -86,7 +86,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Columns:
+class FileColumns:
     """The columns that matter in one file, by name; `find` makes it."""
 
     time: str
@@ -96,7 +96,7 @@ class Columns:
     mapping: Mapping[str, int]
 
     @classmethod
-    def find(cls, columns: Sequence[str], options: ReplayOptions, where: str, *, uniform: bool = True) -> Columns:
+    def find(cls, columns: Sequence[str], options: ReplayOptions, where: str, *, uniform: bool = True) -> FileColumns:
         """Decide what each column means.
 
         Args:
@@ -151,7 +151,7 @@ class Columns:
             )
         return result
 
-    def places(self, columns: Sequence[str], *, uniform: bool = True) -> Places:
+    def places(self, columns: Sequence[str], *, uniform: bool = True) -> LinePlaces:
         """Where the cells stand in lines with these columns, which may differ from line to line in NDJSON.
 
         Args:
@@ -184,7 +184,7 @@ class Columns:
                 metrics[code] = (at, name, code)
                 used.add(at)
         ignored = tuple(name for at, name in enumerate(columns) if at not in used and name)
-        return Places(time, device, tags, metric, value, tuple(metrics.values()), ignored)
+        return LinePlaces(time, device, tags, metric, value, tuple(metrics.values()), ignored)
 
     @staticmethod
     def _place(column: str, columns: Sequence[str]) -> int:

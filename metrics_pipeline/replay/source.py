@@ -19,7 +19,7 @@ import numpy as np
 from metrics_pipeline.errors import PipelineError, RecordError, SettingError
 from metrics_pipeline.metric import Reading, check, encode
 from metrics_pipeline.replay.cells import Clock, device_id, number, tags
-from metrics_pipeline.replay.columns import Columns, Places, ReplayOptions, metric_code, parse_mapping
+from metrics_pipeline.replay.columns import FileColumns, LinePlaces, ReplayOptions, metric_code, parse_mapping
 from metrics_pipeline.replay.files import BadLine, DataFile, Line, open_file
 
 __all__ = ["Replay", "ReplayOptions", "ReplayReport", "open_replay", "parse_mapping", "replay_source"]
@@ -106,7 +106,7 @@ class Replay:
         self._batch_size = batch_size
         self._clock = Clock(options.tz, options.repeated)
         self._files = [
-            (file, Columns.find(file.columns, options, str(file.path), uniform=file.uniform)) for file in files
+            (file, FileColumns.find(file.columns, options, str(file.path), uniform=file.uniform)) for file in files
         ]
         self._devices: dict[str, UUID] = {}
         self._device: UUID | None = None
@@ -161,7 +161,7 @@ class Replay:
         try:
             for file, columns in self._files:
                 self.report.files.append(str(file.path))
-                known: dict[tuple[str, ...], Places] = {}
+                known: dict[tuple[str, ...], LinePlaces] = {}
                 for line in file.lines():
                     self.report.lines += 1
                     try:
@@ -184,7 +184,7 @@ class Replay:
             self.report.zoneless = self._clock.zoneless
             self._count_repeated()
 
-    def _of_line(self, line: Line, places: Places, columns: Columns) -> list[Reading]:
+    def _of_line(self, line: Line, places: LinePlaces, columns: FileColumns) -> list[Reading]:
         cells, column = line.cells, columns.time
         labels: list[str] = []
         try:
@@ -237,7 +237,7 @@ class Replay:
         if len(self.report.bad_listed) < BAD_LINES_LISTED:
             self.report.bad_listed.append(f"{place}: {error.reason}: {error.detail}")
 
-    def _note_ignored(self, places: Places) -> None:
+    def _note_ignored(self, places: LinePlaces) -> None:
         self.report.ignored += [name for name in places.ignored if name not in self.report.ignored]
 
     def _remember(self, readings: list[Reading]) -> None:

@@ -11,18 +11,16 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
 import psycopg
 
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.change import Change
 from metrics_pipeline.errors import PipelineError, ServiceError
-from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Role, Settings
+from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Role, Settings, SinkKind
 from metrics_pipeline.sinks import connector
 from metrics_pipeline.sinks.connector import PATIENCE_SECONDS, AbsentError
-
-Kind = Literal["connect", "copy"]
 
 WORKERS_SECONDS: Final = 60.0
 """How long provisioning waits for a process of the COPY sink."""
@@ -36,7 +34,7 @@ NO_WORKER: Final = (
     "no process of the COPY sink is connected to PostgreSQL: start one with `metrics-pipeline sink`, "
     "or everything with `SINK=copy metrics-pipeline up`"
 )
-_NAMES: Final[dict[Kind, str]] = {"connect": "Kafka Connect", "copy": "the COPY sink"}
+_NAMES: Final[dict[SinkKind, str]] = {"connect": "Kafka Connect", "copy": "the COPY sink"}
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ class Position:
         sessions: how many connections the COPY sink's processes have, also while they stand by.
     """
 
-    active: Kind = "connect"
+    active: SinkKind = "connect"
     offsets: Mapping[int, int] = field(default_factory=dict)
     sessions: int = 0
 
@@ -85,7 +83,7 @@ def position(settings: Settings, role: Role = "metrics_reader") -> Position:
     return Position(rows[0][0], offsets, rows[0][1]) if rows else Position()
 
 
-def active(settings: Settings) -> Kind:
+def kind(settings: Settings) -> SinkKind:
     """Which sink stores the readings.
 
     Raises:
@@ -255,7 +253,7 @@ def _commit_forward(settings: Settings, wanted: Mapping[int, int]) -> dict[int, 
 
 def _ensure_connect(settings: Settings, patience: float) -> Change:
     details = []
-    if active(settings) == "copy":
+    if kind(settings) == "copy":
         client = connector.client(settings, patience)
         client.version()
         if client.state(CONNECTOR).connector in ("MISSING", "STOPPED"):
@@ -352,7 +350,7 @@ def _take_over(settings: Settings, commits: Mapping[int, int], *, back: bool) ->
     return dict(sorted(rows))
 
 
-def _activate(settings: Settings, kind: Kind) -> None:
+def _activate(settings: Settings, kind: SinkKind) -> None:
     with postgres.connect(settings, "metrics_owner") as connection:
         try:
             connection.execute(postgres.query("sink_activate"), {"active": kind})

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from metrics_pipeline import kafka
 from metrics_pipeline.errors import PipelineError, ServiceError
-from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings
+from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings, SinkKind
 from metrics_pipeline.sinks import active as sinks
 from metrics_pipeline.sinks import connector
 from metrics_pipeline.sinks.connector import ConnectClient, SinkState
@@ -39,7 +39,7 @@ RECORD_BYTES = 2**20
 _VARYING = re.compile(r"\d+|'[^']*'|\([^)]*\)")
 
 
-class Place(BaseModel):
+class LastOffset(BaseModel):
     """Where a partition stood, since when, and how many restarts did not move it."""
 
     offset: int
@@ -52,12 +52,12 @@ class RepairState(BaseModel):
 
     restarts: int = 0
     not_before: float = 0.0
-    places: dict[int, Place] = {}
+    places: dict[int, LastOffset] = {}
     running_since: float = 0.0
     gave_up: str = ""
     gave_up_at: dict[int, int] = {}
     signature: str = ""
-    active: sinks.Kind | None = None
+    active: SinkKind | None = None
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class SinkRepair:
         state.places = {
             number: before[number]
             if number in before and before[number].offset == offset
-            else Place(offset=offset, since=now)
+            else LastOffset(offset=offset, since=now)
             for number, offset in offsets.committed.items()
         }
         for number, place in state.places.items():
@@ -338,5 +338,5 @@ def _parse(state: str | None) -> RepairState:
         return RepairState()
 
 
-def _places(numbers: list[int], places: Mapping[int, Place]) -> str:
+def _places(numbers: list[int], places: Mapping[int, LastOffset]) -> str:
     return f"topic {TOPIC}, " + ", ".join(f"partition {number}, offset {places[number].offset}" for number in numbers)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-Ranges = Sequence[tuple[int, int]]
+OffsetRanges = Sequence[tuple[int, int]]
 """Ranges of offsets, each with its end excluded."""
 
 
@@ -24,10 +24,10 @@ class Claim:
     run_id: str
     partition: int
     acknowledged: int
-    ranges: Ranges
+    ranges: OffsetRanges
 
 
-def anomalies(claims: Iterable[Claim], ends: Mapping[int, int], holes: Mapping[int, Ranges]) -> list[str]:
+def anomalies(claims: Iterable[Claim], ends: Mapping[int, int], holes: Mapping[int, OffsetRanges]) -> list[str]:
     """Every sign that an acknowledged record is not in the topic, one line each.
 
     Args:

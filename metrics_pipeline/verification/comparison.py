@@ -49,7 +49,7 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Finding:
+class KeyFinding:
     """One key that is not as it should be; what does not exist is None.
 
     Attributes:
@@ -73,7 +73,7 @@ class Finding:
 
 
 @dataclass
-class Counts:
+class ComparisonCounts:
     """What the comparison found.
 
     Attributes:
@@ -105,8 +105,8 @@ class Comparison:
     """
 
     def __init__(self, bounds: Bounds, folder: Path, examples: int = 10) -> None:
-        self.counts = Counts()
-        self.findings: list[Finding] = []
+        self.counts = ComparisonCounts()
+        self.findings: list[KeyFinding] = []
         self._bounds = bounds
         self._examples = examples
         self._partitions = max(bounds.end, default=-1) + 1
@@ -186,7 +186,7 @@ class Comparison:
             self._unmatched.append(waiting)
             self._note_insertions(records, rows, row_of[groups])
 
-    def finish(self) -> Counts:
+    def finish(self) -> ComparisonCounts:
         """Decide on the rows without a record, once all buckets are compared.
 
         Where retention has deleted records, a row may stem from one of them. The rows of a partition were inserted in
@@ -220,7 +220,7 @@ class Comparison:
         for entry in unmatched[:room]:
             (home,) = partitions_of(entry["key"].reshape(1), self._partitions)
             self.findings.append(
-                Finding("unexpected", **_named(entry["key"]), partition=int(home), row_value=_double(entry["value"]))
+                KeyFinding("unexpected", **_named(entry["key"]), partition=int(home), row_value=_double(entry["value"]))
             )
 
     def _room(self, kind: str) -> int:
@@ -240,7 +240,7 @@ class Comparison:
             record = records[candidates[np.flatnonzero(group == number)[0]]]
             row = rows[row_of[number]] if row_of[number] >= 0 else None
             self.findings.append(
-                Finding(
+                KeyFinding(
                     kind,
                     **_named(record["key"]),
                     partition=int(record["partition"]),

@@ -41,7 +41,7 @@ _int32: Final = struct.Struct(">i").pack
 
 
 @dataclass
-class Reader:
+class TopicReader:
     """Reads partitions of a topic between offsets, outside any consumer group.
 
     Attributes:
@@ -103,7 +103,7 @@ class Reader:
 
     def one(self, partition: int, offset: int) -> Message | None:
         """The record at one offset; None when it is gone."""
-        for batch in Reader(self.settings, self.topic).read({partition: offset}, {partition: offset + 1}):
+        for batch in TopicReader(self.settings, self.topic).read({partition: offset}, {partition: offset + 1}):
             return batch[0]
         return None
 
@@ -157,7 +157,7 @@ class Reader:
 
 
 @dataclass
-class Decoder:
+class TopicDecoder:
     """Turns messages into `spill.RECORD` entries and counts what is none.
 
     Attributes:
@@ -214,7 +214,7 @@ class Decoder:
 
 def dead_letters(settings: Settings) -> dict[int, npt.NDArray[np.int64]]:
     """Offsets of the topic that stand among the dead letters, per partition."""
-    reader = Reader(settings, DEAD_LETTER_TOPIC)
+    reader = TopicReader(settings, DEAD_LETTER_TOPIC)
     ends = reader.ends()
     found: dict[int, array[int]] = {}
     for messages in reader.read(

@@ -25,10 +25,10 @@ from metrics_pipeline.metric import MetricName, decode
 from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline.sinks import active
 from metrics_pipeline.verification.claims import Claim, anomalies, unclaimed
-from metrics_pipeline.verification.comparison import Bounds, Comparison, Counts, Finding
+from metrics_pipeline.verification.comparison import Bounds, Comparison, ComparisonCounts, KeyFinding
 from metrics_pipeline.verification.spill import RECORD, ROW, Spill, buckets_for
 from metrics_pipeline.verification.table_entries import read_rows, reading, take_snapshot
-from metrics_pipeline.verification.topic_entries import Decoder, Reader, dead_letters, rejected, together
+from metrics_pipeline.verification.topic_entries import TopicDecoder, TopicReader, dead_letters, rejected, together
 
 EXAMPLES = 10
 """Keys named of each kind of finding."""
@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What `verify` found.
 
     Attributes:
@@ -59,7 +59,7 @@ class Report:
 
     records: int = 0
     rows: int = 0
-    counts: Counts = field(default_factory=Counts)
+    counts: ComparisonCounts = field(default_factory=ComparisonCounts)
     tombstones: int = 0
     undecodable: dict[str, int] = field(default_factory=dict)
     unaccounted: int = 0
@@ -106,7 +106,7 @@ class Report:
 
 def verify(
     settings: Settings, *, timeout: float = 120.0, strict: bool = False, progress: Progress | None = None
-) -> Report:
+) -> VerifyReport:
     """Compare the topic with the table.
 
     Args:
@@ -146,7 +146,7 @@ def verify(
             refused = rejected(connection, begun[0] if begun else datetime.min.replace(tzinfo=UTC))
 
         records = spills.enter_context(Spill(folder, RECORD, buckets))
-        reader, decoder, read = Reader(settings, TOPIC), Decoder(), 0
+        reader, decoder, read = TopicReader(settings, TOPIC), TopicDecoder(), 0
         for messages in reader.read(low, stop):
             records.append(decoder.entries(messages))
             read += len(messages)
@@ -162,7 +162,7 @@ def verify(
         counts = comparison.finish()
 
     missing = unaccounted(decoder.undecodable, bounds, together(dead, refused.every))
-    return Report(
+    return VerifyReport(
         records=read,
         rows=rows.count,
         counts=counts,
@@ -225,7 +225,7 @@ def _wait_for_sink(settings: Settings, ends: Mapping[int, int], timeout: float, 
             best, since = done, time.monotonic()
         elif time.monotonic() - since > timeout:
             raise ServiceError(
-                f"the sink ({active.active(settings)}) has not advanced for {timeout:.0f} s and is {sum(behind.values()):,} records "
+                f"the sink ({active.kind(settings)}) has not advanced for {timeout:.0f} s and is {sum(behind.values()):,} records "
                 "behind: see `metrics-pipeline status`, then verify again"
             )
         time.sleep(0.5)
@@ -244,7 +244,7 @@ def _folder(settings: Settings, needed: int) -> Path:
     return folder
 
 
-def _line(finding: Finding, settings: Settings) -> str:
+def _line(finding: KeyFinding, settings: Settings) -> str:
     """One finding for people: the key, where its record is, and both values."""
     name = MetricName(finding.metric_name).name.lower()
     text = (
@@ -257,7 +257,7 @@ def _line(finding: Finding, settings: Settings) -> str:
         text += ": no record"
     text += ", no row" if finding.row_value is None else f", row {finding.row_value!r}"
     if finding.tags_differ and finding.offset is not None:
-        message = Reader(settings, TOPIC).one(finding.partition, finding.offset)
+        message = TopicReader(settings, TOPIC).one(finding.partition, finding.offset)
         key = (finding.device_id, finding.published_at, finding.metric_name)
         with postgres.connect(settings, "metrics_reader") as connection:
             row = connection.execute(postgres.query("verify_tags").encode(), key).fetchone()
@@ -266,7 +266,7 @@ def _line(finding: Finding, settings: Settings) -> str:
     return text
 
 
-def _reason(reader: Reader, partition: int, offset: int) -> str:
+def _reason(reader: TopicReader, partition: int, offset: int) -> str:
     message = reader.one(partition, offset)
     try:
         reason = "no longer retained" if message is None else str(decode(message.key(), message.value()))

@@ -26,9 +26,9 @@ from metrics_pipeline import kafka
 from metrics_pipeline.bench.readings import simulated
 from metrics_pipeline.copy_sink.failpoint import PLACES
 from metrics_pipeline.metric import Reading, encode
-from metrics_pipeline.producer.publisher import client_config
+from metrics_pipeline.producer.publisher import producer_config
 from metrics_pipeline.settings import TOPIC, Settings
-from metrics_pipeline.verification.verify import Report, verify
+from metrics_pipeline.verification.verify import VerifyReport, verify
 from metrics_pipeline_tests.chaos import sink as chaos_sink
 from metrics_pipeline_tests.chaos.processes import SINK, Load, Sink, VoidError, until
 from metrics_pipeline_tests.chaos.proxy import Proxy
@@ -55,7 +55,7 @@ class Outcome:
 
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    report: Report = field(default_factory=Report)
+    report: VerifyReport = field(default_factory=VerifyReport)
 
     def require(self, condition: object, problem: str) -> None:
         """Note a problem unless the condition holds."""
@@ -421,7 +421,7 @@ def _peak(pid: int) -> int:
 
 def _fill(settings: Settings, records: int, big: int) -> int:
     """Publish readings with big messages among them, half of those in one go; how many messages."""
-    config = client_config(settings) | {
+    config = producer_config(settings) | {
         "linger.ms": 50,
         "queue.buffering.max.messages": 200_000,
         "queue.buffering.max.kbytes": 128 << 10,

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from metrics_pipeline import metric
 from metrics_pipeline.copy_sink import canonical, tags
-from metrics_pipeline.copy_sink.batch import LONGEST, Batch, Decoder
-from metrics_pipeline.copy_sink.canonical import Columns
+from metrics_pipeline.copy_sink.batch import LONGEST, Batch, BatchDecoder
+from metrics_pipeline.copy_sink.canonical import ReadingColumns
 from metrics_pipeline.copy_sink.tags import TagTable
 from metrics_pipeline.errors import RecordError
 from metrics_pipeline.metric import EPOCH, MetricName, Reading
@@ -43,11 +43,11 @@ def strictly(key: bytes | None, value: bytes | None) -> Stored | str:
         (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds,
         reading.metric_name,
         struct.pack(">d", reading.value),
-        tags.encode(reading.tags),
+        tags.encode_tags(reading.tags),
     )
 
 
-def stored(columns: Columns, encoded: Sequence[bytes]) -> dict[int, Stored]:
+def stored(columns: ReadingColumns, encoded: Sequence[bytes]) -> dict[int, Stored]:
     """Columns back into readings, by position in the batch."""
     rows = zip(
         columns.source.tolist(),
@@ -64,8 +64,8 @@ def stored(columns: Columns, encoded: Sequence[bytes]) -> dict[int, Stored]:
     }
 
 
-def decoded(wires: Sequence[Wire], decoder: Decoder | None = None) -> Batch:
-    return (decoder or Decoder()).decode([FakeMessage(0, at, *wire) for at, wire in enumerate(wires)], {})
+def decoded(wires: Sequence[Wire], decoder: BatchDecoder | None = None) -> Batch:
+    return (decoder or BatchDecoder()).decode([FakeMessage(0, at, *wire) for at, wire in enumerate(wires)], {})
 
 
 def agree(wires: Sequence[Wire]) -> Batch:
@@ -483,7 +483,7 @@ def test_only_tombstones_and_nulls() -> None:
 
 def test_forgetting_tags_does_not_disturb_batches_made_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tags, "LARGEST", 20)
-    decoder, chance, made = Decoder(), random.Random(5), []
+    decoder, chance, made = BatchDecoder(), random.Random(5), []
     for number in range(12):
         wires: list[Wire] = [
             (compact(KEY), compact({**VALUE, "tags": [f"t{number}", f"u{chance.randrange(1000)}"]})) for _ in range(10)
@@ -515,7 +515,7 @@ def test_without_partitions_everything_of_the_others_stays(records: list[tuple[i
     key, value = GOOD[0]
     payload: dict[str, bytes | None] = {"good": value, "bad": b"{", "tombstone": None}
     messages = [FakeMessage(number, at, key, payload[kind]) for at, (number, kind) in enumerate(records)]
-    batch: Any = Decoder().decode(messages, dict.fromkeys(range(4)))  # type: ignore[arg-type]  # no chunk is looked into
+    batch: Any = BatchDecoder().decode(messages, dict.fromkeys(range(4)))  # type: ignore[arg-type]  # no chunk is looked into
     gone: set[int] = set()
     for _ in range(data.draw(st.integers(1, 3))):
         gone |= (dropped := data.draw(st.sets(st.integers(0, 3), max_size=3)))

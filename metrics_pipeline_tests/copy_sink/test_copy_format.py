@@ -15,8 +15,8 @@ from psycopg.adapt import PyFormat, Transformer
 from psycopg.types.numeric import Float8, Int2
 
 from metrics_pipeline.copy_sink import copy_format, tags
-from metrics_pipeline.copy_sink.batch import Decoder
-from metrics_pipeline.copy_sink.canonical import EMPTY, Columns
+from metrics_pipeline.copy_sink.batch import BatchDecoder
+from metrics_pipeline.copy_sink.canonical import EMPTY, ReadingColumns
 from metrics_pipeline.copy_sink.store import latest
 from metrics_pipeline.metric import EPOCH, MetricName, Reading, check_tags, encode
 from metrics_pipeline_tests.fake_sink import FakeMessage, copied
@@ -25,8 +25,8 @@ from metrics_pipeline_tests.test_metric import readings, tags_strategy
 Row = tuple[bytes, ...]
 
 
-def columns_of(made: Sequence[Reading]) -> tuple[Columns, Sequence[bytes]]:
-    batch = Decoder().decode([FakeMessage(0, at, *encode(reading)) for at, reading in enumerate(made)], {})
+def columns_of(made: Sequence[Reading]) -> tuple[ReadingColumns, Sequence[bytes]]:
+    batch = BatchDecoder().decode([FakeMessage(0, at, *encode(reading)) for at, reading in enumerate(made)], {})
     assert len(batch.columns) == len(made)
     return batch.columns, batch.tags
 
@@ -54,7 +54,7 @@ def test_the_bytes_are_those_of_psycopg(made: list[Reading]) -> None:
         by_psycopg(reading) if reading.tags else (*by_psycopg(reading)[:4], struct.pack(">iii", 0, 0, 25))
         for reading in made
     ]
-    assert sorted(copied(b"".join(copy_format.encode(*columns_of(made))))) == sorted(expected)
+    assert sorted(copied(b"".join(copy_format.copy_rows(*columns_of(made))))) == sorted(expected)
 
 
 @settings(deadline=None, max_examples=60)
@@ -64,20 +64,20 @@ def test_any_mix_of_tag_lengths_is_taken_apart_again(labels: list[list[str]]) ->
     columns, encoded = columns_of(made)
     chosen = columns.take(np.arange(len(columns))[::2])
     for part, those in ((columns, made), (chosen, made[::2])):
-        data = b"".join(copy_format.encode(part, encoded))
+        data = b"".join(copy_format.copy_rows(part, encoded))
         assert sorted(row[0] + row[4] for row in copied(data)) == [
-            r.device_id.bytes + tags.encode(r.tags) for r in those
+            r.device_id.bytes + tags.encode_tags(r.tags) for r in those
         ]
 
 
 def test_no_rows_are_a_header_and_an_end() -> None:
-    assert b"".join(copy_format.encode(EMPTY, [])) == copy_format.BEGIN + copy_format.END
+    assert b"".join(copy_format.copy_rows(EMPTY, [])) == copy_format.BEGIN + copy_format.END
     assert b"PGCOPY\n\xff\r\n\x00" + struct.pack(">ii", 0, 0) == copy_format.BEGIN
 
 
 def test_one_row_byte_for_byte() -> None:
     reading = Reading(UUID(int=1), EPOCH - timedelta(microseconds=1), 50, -0.0, ["é", ""])
-    (_, row, _) = copy_format.encode(*columns_of([reading]))
+    (_, row, _) = copy_format.copy_rows(*columns_of([reading]))
     assert row == (
         struct.pack(">h", 5)
         + struct.pack(">i", 16)
@@ -100,7 +100,7 @@ def test_one_row_byte_for_byte() -> None:
 @settings(deadline=None, max_examples=60)
 def test_tags_are_encoded_as_psycopg_does(labels: list[str]) -> None:
     check_tags(labels)
-    encoded = tags.encode(labels)
+    encoded = tags.encode_tags(labels)
     if labels:
         (field,) = Transformer().dump_sequence([labels], [PyFormat.BINARY])
         assert field is not None

@@ -18,7 +18,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from metrics_pipeline.copy_sink import supervisor
-from metrics_pipeline.copy_sink.counts import LATENCY_BUCKETS, Counts, Report
+from metrics_pipeline.copy_sink.counts import LATENCY_BUCKETS, WorkerCounts, WorkerReport
 from metrics_pipeline.copy_sink.failpoint import PLACES, Failpoints
 from metrics_pipeline.copy_sink.supervisor import Supervisor
 from metrics_pipeline.errors import BusyError, SettingError
@@ -28,7 +28,7 @@ from metrics_pipeline.settings import Settings
 def busy(name: str, pipe: Connection) -> None:
     """A worker that has stored 100 rows and waits to be told to stop."""
     del name
-    report = Report("running", "", Counts(polled=110, rows=100, tombstones=3), {4: 7})
+    report = WorkerReport("running", "", WorkerCounts(polled=110, rows=100, tombstones=3), {4: 7})
     report.counts.rejected["bad_value"] += 7
     report.counts.batches["copy"] += 2
     report.counts.observe(0.02)
@@ -44,7 +44,7 @@ def busy(name: str, pipe: Connection) -> None:
 def stuck(name: str, pipe: Connection) -> None:
     """A worker that cannot write."""
     del name
-    pipe.send(Report("waiting", "PostgreSQL is away", waiting_seconds=99.0))
+    pipe.send(WorkerReport("waiting", "PostgreSQL is away", waiting_seconds=99.0))
     try:
         pipe.recv()
     except EOFError:
@@ -147,7 +147,7 @@ def test_a_taken_port_is_named() -> None:
 
 
 def test_counts_add_up_and_travel() -> None:
-    one, two = Counts(rows=3, latency_sum=1.0), Counts(rows=4, fenced=1)
+    one, two = WorkerCounts(rows=3, latency_sum=1.0), WorkerCounts(rows=4, fenced=1)
     one.observe(LATENCY_BUCKETS[-1] + 1)
     two.retries["40P01"] += 2
     one.add(pickle.loads(pickle.dumps(two)))

@@ -23,9 +23,9 @@ from hypothesis.stateful import (
 
 from metrics_pipeline import postgres
 from metrics_pipeline.copy_sink import tags
-from metrics_pipeline.copy_sink.batch import Batch, Reject
+from metrics_pipeline.copy_sink.batch import Batch, BatchReject
 from metrics_pipeline.copy_sink.store import StandbyError, Store
-from metrics_pipeline.copy_sink.worker import Places
+from metrics_pipeline.copy_sink.worker import Partitions
 from metrics_pipeline.metric import EPOCH, Reading, decode, encode
 from metrics_pipeline_tests.fake_sink import REFUSED, FakeMessage, FakeSession, Process, Task, World
 
@@ -320,7 +320,7 @@ class SinkMachine(RuleBasedStateMachine):
     def _key(self, number: int, offset: int) -> tuple[bytes, bytes] | None:
         if self.kinds[number, offset] not in ("good", "odd"):
             return None
-        return self._name(number, offset), struct.pack(">d", float(offset)) + tags.encode([str(offset)])
+        return self._name(number, offset), struct.pack(">d", float(offset)) + tags.encode_tags([str(offset)])
 
     # --- Helpers ---
 
@@ -476,7 +476,7 @@ class WithoutComparison(Store):
 class OffsetsLast(Store):
     """Commits the readings, and the offsets afterwards."""
 
-    def _reject(self, session: postgres.Connection, batch: Batch, rejects: list[Reject]) -> None:
+    def _reject(self, session: postgres.Connection, batch: Batch, rejects: list[BatchReject]) -> None:
         super()._reject(session, batch, rejects)
         changes = cast("FakeSession", session).changes
         offsets, changes.offsets = changes.offsets, {}
@@ -513,7 +513,7 @@ def test_a_wrong_store_is_caught(store: type[Store]) -> None:
 
 def test_a_worker_without_epochs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor comparison: either of the two is enough alone."""
-    monkeypatch.setattr(Places, "stale", lambda _self, _batch: [])
+    monkeypatch.setattr(Partitions, "stale", lambda _self, _batch: [])
     machine = type("BrokenMachine", (SinkMachine,), {"store": WithoutComparison})
     with pytest.raises(AssertionError):
         run_state_machine_as_test(machine, settings=settings(PROFILE, max_examples=400))

@@ -24,7 +24,7 @@ from metrics_pipeline.producer import ledger
 from metrics_pipeline.producer.endpoints import Snapshot
 from metrics_pipeline.producer.latency import Latency
 from metrics_pipeline.producer.ledger import Holder
-from metrics_pipeline.producer.run import Report
+from metrics_pipeline.producer.run import RunReport
 from metrics_pipeline.settings import CONNECTOR, Settings
 from metrics_pipeline.sinks import active, connector, repair
 from metrics_pipeline.sinks.active import NO_WORKER, Position
@@ -56,15 +56,15 @@ class FakeProducer:
         self.settings = settings
         self.run_id = run_id
         self.on_progress = on_progress
-        self.report = Report(run_id, "simulated", "failed")
+        self.report = RunReport(run_id, "simulated", "failed")
         self.made.append(self)
 
-    def run(self) -> Report:
+    def run(self) -> RunReport:
         try:
             type(self).script(self)
         finally:
             figures: dict[str, Any] = {"state": "finished", "seconds": 2.0, "acknowledged": 100} | self.ending
-            self.report = Report(self.run_id, "simulated", **figures)
+            self.report = RunReport(self.run_id, "simulated", **figures)
         return self.report
 
     def progress(self, seconds: float = production.OBSERVE_SECONDS) -> None:

@@ -19,7 +19,7 @@ from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench import paths, place, readings
 from metrics_pipeline.bench.drain import drain
 from metrics_pipeline.bench.live import live
-from metrics_pipeline.bench.paths import LimitWay, Way
+from metrics_pipeline.bench.paths import DrainPath, LimitPath
 from metrics_pipeline.bench.place import Place
 from metrics_pipeline.bench.produce import produce
 from metrics_pipeline.bench.readings import Reference
@@ -109,7 +109,7 @@ def test_an_interrupted_benchmark_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not home.exists()
 
 
-class Tampering(LimitWay):
+class Tampering(LimitPath):
     """Stores everything, and then changes, removes or adds one row."""
 
     statement = b""
@@ -141,10 +141,10 @@ ONE = "WHERE ctid = (SELECT min(ctid) FROM metrics)"
     ],
 )
 def test_a_tampered_table_is_not_correct(bench: Place, statement: str, finding: str) -> None:
-    def make(where: Place, name: str, _: str, reference: Reference) -> Way:
-        way = Tampering(where, 1, reference)
-        way.name, way.statement = name, statement.encode()
-        return way
+    def make(where: Place, name: str, _: str, reference: Reference) -> DrainPath:
+        path = Tampering(where, 1, reference)
+        path.name, path.statement = name, statement.encode()
+        return path
 
     readings.empty_topic(bench.settings)
     found = drain(bench, 5_000, 1, ["limit-1"], *QUIET, make=make)
@@ -153,9 +153,9 @@ def test_a_tampered_table_is_not_correct(bench: Place, statement: str, finding: 
 
 
 def test_a_checksum_alone_sees_it_in_later_rounds(bench: Place) -> None:
-    ways: list[Way] = []
+    ways: list[DrainPath] = []
 
-    def make(where: Place, name: str, connector: str, reference: Reference) -> Way:
+    def make(where: Place, name: str, connector: str, reference: Reference) -> DrainPath:
         if ways:
             tampering = Tampering(where, 1, reference)
             tampering.name, tampering.statement = name, f"DELETE FROM metrics {ONE}".encode()

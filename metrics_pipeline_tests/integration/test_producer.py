@@ -21,7 +21,7 @@ from metrics_pipeline import kafka, postgres
 from metrics_pipeline.errors import BusyError, ServiceError
 from metrics_pipeline.producer import latency, publisher
 from metrics_pipeline.producer.ledger import LOCK_KEY
-from metrics_pipeline.producer.run import Producer, Report, simulated
+from metrics_pipeline.producer.run import Producer, RunReport, simulated
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.fakes import until
@@ -72,7 +72,7 @@ def claims(row: dict[str, Any]) -> list[tuple[int, int]]:
     return [(piece.lower, piece.upper) for piece in row["offsets"]]
 
 
-def check(stack: RunningStack, report: Report) -> None:
+def check(stack: RunningStack, report: RunReport) -> None:
     """The ledger says what the report says, and every claim lies in the topic."""
     rows = ledger_rows(stack, report.run_id)
     for what in ("acknowledged", "failed", "unknown"):

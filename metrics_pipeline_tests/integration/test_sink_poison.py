@@ -23,7 +23,7 @@ from metrics_pipeline import kafka
 from metrics_pipeline.metric import MAX_TAGS, Reading, decode, encode
 from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline.sinks import active, connector
-from metrics_pipeline.verification.verify import Report, verify
+from metrics_pipeline.verification.verify import VerifyReport, verify
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.integration.test_sinks import problems, running, until
 from metrics_pipeline_tests.test_metric import KEY, REFUSED, VALUE, compact, without
@@ -65,7 +65,7 @@ class OneWorker:
 
     stack: RunningStack
     settings: Settings
-    before: Report
+    before: VerifyReport
     seen: set[Place] = field(default_factory=set)
 
     def status(self) -> dict[str, Any]:

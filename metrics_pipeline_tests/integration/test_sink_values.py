@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 
 from metrics_pipeline import postgres
-from metrics_pipeline.copy_sink.batch import Chunk, Decoder
+from metrics_pipeline.copy_sink.batch import BatchDecoder, Chunk
 from metrics_pipeline.copy_sink.store import FencedError, StandbyError, Store
 from metrics_pipeline.metric import Reading, decode, encode
 from metrics_pipeline.settings import TOPIC
@@ -139,7 +139,7 @@ def test_a_batch_that_waited_for_the_change_of_sinks_is_not_written(stack: Runni
             owner.execute(postgres.query("sink_activate"), {"active": "copy"})
         store.begin(0, 0)
         message = FakeMessage(0, 0, *encode(Reading(uuid4(), START, 10, 1.0, [])))
-        batch = Decoder().decode([message], {0: Chunk(0, 1, 0, 1)})
+        batch = BatchDecoder().decode([message], {0: Chunk(0, 1, 0, 1)})
         with postgres.connect(settings, "metrics_owner") as owner:
             owner.execute(postgres.query("sink_activate"), {"active": "connect"})
             owner.execute(postgres.query("sink_hand_back"), {"topic": TOPIC})

@@ -27,7 +27,7 @@ from metrics_pipeline.metric import Reading
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
 from metrics_pipeline.sinks import active, connector, repair
 from metrics_pipeline.sinks.connector import ConnectClient
-from metrics_pipeline.verification.verify import Report, verify
+from metrics_pipeline.verification.verify import VerifyReport, verify
 from metrics_pipeline_tests.conftest import RunningStack
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -105,7 +105,7 @@ def provision(stack: RunningStack, sink: str) -> str:
     return done.stdout + done.stderr
 
 
-def problems(report: Report) -> tuple[int, int, int, int, int]:
+def problems(report: VerifyReport) -> tuple[int, int, int, int, int]:
     counts = report.counts
     return counts.lost, counts.unexpected, counts.different, report.unaccounted, len(report.anomalies)
 
@@ -134,7 +134,7 @@ def test_one_sink_takes_over_from_the_other_under_load(stack: RunningStack, work
         former = 0
         for sink in ("copy", "connect", "copy", "connect"):
             provision(stack, sink)
-            assert active.active(settings) == sink
+            assert active.kind(settings) == sink
             assert active.sink_drift(settings.model_copy(update={"sink": sink})) == []
             reached = sum(active.offsets(settings).values())
             assert reached >= former, "what the other sink had stored is stored again"

@@ -24,15 +24,15 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.metric import EPOCH, Reading, encode
-from metrics_pipeline.producer.run import Report as RunReport
+from metrics_pipeline.producer.run import RunReport as RunReport
 from metrics_pipeline.producer.run import run_producer
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
-from metrics_pipeline.verification.claims import Ranges
+from metrics_pipeline.verification.claims import OffsetRanges
 from metrics_pipeline.verification.partitioner import partition
 from metrics_pipeline.verification.spill import KEY, ROW
 from metrics_pipeline.verification.table_entries import read_rows, take_snapshot
-from metrics_pipeline.verification.topic_entries import Reader, tags_digest
-from metrics_pipeline.verification.verify import Report, verify
+from metrics_pipeline.verification.topic_entries import TopicReader, tags_digest
+from metrics_pipeline.verification.verify import VerifyReport, verify
 from metrics_pipeline_tests.conftest import RunningStack
 
 pytestmark = pytest.mark.integration
@@ -65,13 +65,13 @@ def stored(stack: RunningStack) -> list[Reading]:
 
 
 @pytest.fixture
-def before(stack: RunningStack, stored: list[Reading]) -> Report:
+def before(stack: RunningStack, stored: list[Reading]) -> VerifyReport:
     """What verify says before the test."""
     del stored
     return verify(stack.settings)
 
 
-def problems(report: Report) -> tuple[int, int, int, int, int]:
+def problems(report: VerifyReport) -> tuple[int, int, int, int, int]:
     counts = report.counts
     return counts.lost, counts.unexpected, counts.different, report.unaccounted, len(report.anomalies)
 
@@ -91,7 +91,7 @@ def named(reading: Reading) -> str:
     return f"device_id {reading.device_id}, published_at {published_at}, metric_name {reading.metric_name} "
 
 
-def test_nothing_is_wrong_with_what_was_just_produced(stack: RunningStack, before: Report) -> None:
+def test_nothing_is_wrong_with_what_was_just_produced(stack: RunningStack, before: VerifyReport) -> None:
     published = readings(uuid.uuid4(), 5000)
     run = publish(stack, published)
     after = verify(stack.settings)
@@ -115,7 +115,7 @@ def test_keys_stand_where_the_partitioner_says(stack: RunningStack) -> None:
     stops = {number: ranges[-1][1] for number, ranges in run.offsets.items()}
     placed = {
         message.key(): message.partition()
-        for batch in Reader(stack.settings, TOPIC).read(starts, stops)
+        for batch in TopicReader(stack.settings, TOPIC).read(starts, stops)
         for message in batch
         if message.key() in keys
     }
@@ -123,7 +123,7 @@ def test_keys_stand_where_the_partitioner_says(stack: RunningStack) -> None:
     assert placed == {key: partition(key, partitions) for key in keys}
 
 
-def test_a_deleted_row_is_lost(stack: RunningStack, stored: list[Reading], before: Report) -> None:
+def test_a_deleted_row_is_lost(stack: RunningStack, stored: list[Reading], before: VerifyReport) -> None:
     victim = stored[0]
     with stack.admin() as connection:
         where = "WHERE (device_id, published_at, metric_name) = (%s, %s, %s)"
@@ -144,7 +144,7 @@ def test_a_deleted_row_is_lost(stack: RunningStack, stored: list[Reading], befor
     assert problems(verify(stack.settings)) == problems(before)
 
 
-def test_a_changed_value_is_different(stack: RunningStack, stored: list[Reading], before: Report) -> None:
+def test_a_changed_value_is_different(stack: RunningStack, stored: list[Reading], before: VerifyReport) -> None:
     victim = stored[-1]
     change = "UPDATE metrics SET value = %s WHERE (device_id, published_at, metric_name) = (%s, %s, %s)"
     with stack.admin() as connection:
@@ -161,7 +161,7 @@ def test_a_changed_value_is_different(stack: RunningStack, stored: list[Reading]
     assert problems(verify(stack.settings)) == problems(before)
 
 
-def test_changed_tags_are_different(stack: RunningStack, stored: list[Reading], before: Report) -> None:
+def test_changed_tags_are_different(stack: RunningStack, stored: list[Reading], before: VerifyReport) -> None:
     victim = stored[0]
     change = "UPDATE metrics SET tags = %s WHERE (device_id, published_at, metric_name) = (%s, %s, %s)"
     with stack.admin() as connection:
@@ -177,7 +177,7 @@ def test_changed_tags_are_different(stack: RunningStack, stored: list[Reading], 
     assert problems(verify(stack.settings)) == problems(before)
 
 
-def test_a_stray_row_is_unexpected(stack: RunningStack, before: Report) -> None:
+def test_a_stray_row_is_unexpected(stack: RunningStack, before: VerifyReport) -> None:
     stray = Reading(uuid.uuid4(), START, 30, 1.5, [])
     with stack.admin() as connection:
         connection.execute("INSERT INTO metrics VALUES (%s, %s, %s, 1.5, '{}')", key_of(stray))
@@ -193,7 +193,7 @@ def test_a_stray_row_is_unexpected(stack: RunningStack, before: Report) -> None:
     assert problems(verify(stack.settings)) == problems(before)
 
 
-def test_an_upsert_of_a_newer_record_is_as_good(stack: RunningStack, before: Report) -> None:
+def test_an_upsert_of_a_newer_record_is_as_good(stack: RunningStack, before: VerifyReport) -> None:
     published = readings(uuid.uuid4())
     publish(stack, published)
     changed = [Reading(it.device_id, it.published_at, it.metric_name, it.value + 1, ["new"]) for it in published]
@@ -239,10 +239,10 @@ def test_the_table_is_read_as_it_was_when_the_snapshot_was_taken(stack: RunningS
     ids=["beyond the end", "miscounted", "claimed twice"],
 )
 def test_a_ledger_that_contradicts_the_topic_is_reported(
-    stack: RunningStack, before: Report, acknowledged: int, ranges: Any, reason: str
+    stack: RunningStack, before: VerifyReport, acknowledged: int, ranges: Any, reason: str
 ) -> None:
     run_id = uuid.uuid4()
-    claimed: Ranges = ranges(kafka.watermarks(stack.settings)[0][1])
+    claimed: OffsetRanges = ranges(kafka.watermarks(stack.settings)[0][1])
     with stack.admin() as connection:
         connection.execute(
             "INSERT INTO producer_runs VALUES (%s, 0, 'replay', 'finished', %s, 0, 0, %s::int8multirange, now(), now())",
@@ -257,7 +257,7 @@ def test_a_ledger_that_contradicts_the_topic_is_reported(
     assert problems(verify(stack.settings)) == problems(before)
 
 
-def test_it_works_while_producer_and_sink_run(stack: RunningStack, before: Report) -> None:
+def test_it_works_while_producer_and_sink_run(stack: RunningStack, before: VerifyReport) -> None:
     ends = sum(high for _, high in kafka.watermarks(stack.settings).values())
     stop = threading.Event()
     device = uuid.uuid4()
@@ -291,7 +291,7 @@ def test_it_works_while_producer_and_sink_run(stack: RunningStack, before: Repor
 
 
 def test_a_broken_record_is_accounted_for_by_its_dead_letter(
-    stack: RunningStack, stored: list[Reading], before: Report
+    stack: RunningStack, stored: list[Reading], before: VerifyReport
 ) -> None:
     key, _ = encode(stored[0])
     client = confluent_kafka.Producer(kafka.client_config(stack.settings))
@@ -305,7 +305,7 @@ def test_a_broken_record_is_accounted_for_by_its_dead_letter(
     assert after.unclaimed == before.unclaimed + 2
 
 
-def test_the_sign_of_zero_counts_only_when_asked(stack: RunningStack, before: Report) -> None:
+def test_the_sign_of_zero_counts_only_when_asked(stack: RunningStack, before: VerifyReport) -> None:
     publish(stack, [Reading(uuid.uuid4(), START, 0, -0.0, [])])
     after = verify(stack.settings)
     assert problems(after) == problems(before)
@@ -351,7 +351,7 @@ def delete_before(settings: Settings, topic: str, offset: int) -> None:
 
 
 def test_the_reader_reads_exactly_what_it_is_asked_for(topic: tuple[Settings, str]) -> None:
-    reader = Reader(*topic)
+    reader = TopicReader(*topic)
     assert reader.ends() == {0: (0, 100), 1: (0, 0)}
     batches = reader.read({0: 10, 1: 0}, {0: 90, 1: 0})
     assert [(it.offset(), it.value()) for batch in batches for it in batch] == [
@@ -365,7 +365,7 @@ def test_the_reader_reads_exactly_what_it_is_asked_for(topic: tuple[Settings, st
 
 
 def test_the_reader_sees_what_retention_deletes_meanwhile(topic: tuple[Settings, str]) -> None:
-    reader = Reader(*topic)
+    reader = TopicReader(*topic)
     delete_before(*topic, 30)
     assert reader.ends()[0] == (30, 100)
     # As if those had been deleted between a look at the ends and the reading.
@@ -377,11 +377,11 @@ def test_the_reader_sees_what_retention_deletes_meanwhile(topic: tuple[Settings,
 
 
 def test_the_reader_ends_when_everything_is_deleted(topic: tuple[Settings, str]) -> None:
-    reader = Reader(*topic)
+    reader = TopicReader(*topic)
     delete_before(*topic, 100)
     assert [*reader.read({0: 0, 1: 0}, {0: 100, 1: 0})] == []
     assert reader.low == {0: 100, 1: 0}
 
 
 def test_the_reader_knows_a_topic_that_is_not_there(stack: RunningStack) -> None:
-    assert Reader(stack.settings, "no-such-topic").ends() == {}
+    assert TopicReader(stack.settings, "no-such-topic").ends() == {}

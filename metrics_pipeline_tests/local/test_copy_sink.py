@@ -32,12 +32,12 @@ def answering() -> Iterator[tuple[Settings, list[tuple[int, bytes]]]]:
 def test_it_is_healthy_when_it_says_so(answering: tuple[Settings, list[tuple[int, bytes]]]) -> None:
     settings, answers = answering
     place = f"127.0.0.1:{settings.sink_port}"
-    assert copy_sink.sink_problem(settings) is None
+    assert copy_sink.copy_sink_problem(settings) is None
     answers.append((503, json.dumps({"reason": "worker 1/2 cannot write for 31 s"}).encode()))
-    assert copy_sink.sink_problem(settings) == f"{place} answers 503: worker 1/2 cannot write for 31 s"
+    assert copy_sink.copy_sink_problem(settings) == f"{place} answers 503: worker 1/2 cannot write for 31 s"
     answers.append((500, b"<html>"))
-    assert copy_sink.sink_problem(settings) == f"{place} answers 500"
-    assert copy_sink.sink_problem(Settings(sink_port=1)) == "no answer on 127.0.0.1:1 (ConnectionError)"
+    assert copy_sink.copy_sink_problem(settings) == f"{place} answers 500"
+    assert copy_sink.copy_sink_problem(Settings(sink_port=1)) == "no answer on 127.0.0.1:1 (ConnectionError)"
 
 
 def test_no_secret_stands_in_its_command() -> None:
@@ -95,7 +95,7 @@ def _nothing_real(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_offsets_are_handed_over_before_any_worker_of_connect_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(active, "active", lambda _settings: "copy")
+    monkeypatch.setattr(active, "position", lambda *_: active.Position("copy"))
 
     def hand_back(_settings: Settings) -> list[str]:
         STARTED.append("handed back")
@@ -111,23 +111,23 @@ def test_offsets_are_handed_over_before_any_worker_of_connect_starts(
 
 
 def test_nothing_is_handed_over_by_the_connector_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(active, "active", lambda _settings: "connect")
+    monkeypatch.setattr(active, "position", lambda *_: active.Position("connect"))
     monkeypatch.setattr(active, "hand_back", lambda _settings: pytest.fail("there is nothing to hand over"))
     made(tmp_path, "connect", "postgres", "broker", "connect").start(lambda _line: None)
     assert STARTED[-1] == "provision"
 
 
 def test_the_stack_starts_when_nothing_can_be_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(_settings: Settings) -> str:
+    def away(*_: object) -> active.Position:
         raise ServiceError("PostgreSQL at fake cannot be reached")
 
-    monkeypatch.setattr(active, "active", away)
+    monkeypatch.setattr(active, "position", away)
     made(tmp_path, "connect", "postgres", "broker", "connect").start(lambda _line: None)
     assert STARTED[-1] == "provision"
 
 
 def test_the_copy_sink_stands_in_connects_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(active, "active", lambda _settings: pytest.fail("there is no Connect to hand over to"))
+    monkeypatch.setattr(active, "position", lambda *_: pytest.fail("there is no Connect to hand over to"))
     made(tmp_path, "copy", "postgres", "broker", "sink").start(lambda _line: None)
     assert set(STARTED) == {"postgres", "broker", "databases", "sink", "provision"}
     assert STARTED[-1] == "provision"

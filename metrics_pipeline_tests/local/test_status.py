@@ -16,8 +16,7 @@ from rich.console import Console
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local import broker, live
 from metrics_pipeline.local.status import Sample, Sampler, is_healthy
-from metrics_pipeline.settings import Settings
-from metrics_pipeline.sinks import active
+from metrics_pipeline.settings import Settings, SinkKind
 from metrics_pipeline.sinks.connector import sink_state
 from metrics_pipeline_tests.fake_http import Request, listening
 
@@ -42,11 +41,11 @@ class Parts:
     status: int = 200
     asked: list[str] = field(default_factory=list)
 
-    def settings(self, kind: active.Kind) -> Settings:
+    def settings(self, kind: SinkKind) -> Settings:
         ports: dict[str, Any] = dict.fromkeys(("sink_port", "producer_port", "connect_port", "dagster_port"), self.port)
         return Settings(sink=kind, postgres_port=NOBODY, dagster_code_port=NOBODY, **ports)
 
-    def sample(self, kind: active.Kind) -> Sample:
+    def sample(self, kind: SinkKind) -> Sample:
         with closing(Sampler(self.settings(kind))) as sampler:
             return sampler.sample()
 
@@ -76,7 +75,7 @@ def shown(sample: Sample) -> str:
 
 
 @pytest.mark.parametrize("kind", ["connect", "copy"])
-def test_with_nobody_there_every_part_says_so(parts: Parts, kind: active.Kind) -> None:
+def test_with_nobody_there_every_part_says_so(parts: Parts, kind: SinkKind) -> None:
     """The keeper's line was a KeyError here, which took the whole stack down."""
     parts.port = NOBODY
     sample = parts.sample(kind)
@@ -91,7 +90,7 @@ def test_with_nobody_there_every_part_says_so(parts: Parts, kind: active.Kind) -
 @pytest.mark.parametrize("status", [200, 500])
 @pytest.mark.parametrize("answer", ODD_ANSWERS)
 def test_an_unexpected_answer_is_shown_as_the_part_s_problem(
-    parts: Parts, kind: active.Kind, answer: bytes, status: int
+    parts: Parts, kind: SinkKind, answer: bytes, status: int
 ) -> None:
     parts.answer, parts.status = answer, status
     sample = parts.sample(kind)

@@ -9,7 +9,7 @@ from confluent_kafka import KafkaError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metrics_pipeline.producer.deliveries import NO_PARTITION, Counts, Deliveries, Ranges, merged
+from metrics_pipeline.producer.deliveries import NO_PARTITION, Deliveries, DeliveryCounts, Ranges, merged
 from metrics_pipeline_tests.fakes import FakeMessage
 
 
@@ -29,13 +29,15 @@ def numbers(ranges: Ranges) -> Iterator[int]:
 
 def test_consecutive_offsets_are_one_range() -> None:
     deliveries = reported((0, 5, None), (0, 6, None), (1, 0, None), (0, 7, None))
-    assert deliveries.tally() == {0: Counts(3, ranges=[(5, 8)]), 1: Counts(1, ranges=[(0, 1)])}
+    assert deliveries.tally() == {0: DeliveryCounts(3, ranges=[(5, 8)]), 1: DeliveryCounts(1, ranges=[(0, 1)])}
     assert deliveries.acknowledged == 4
     assert deliveries.in_flight == 0
 
 
 def test_a_gap_of_another_producer_begins_a_new_range() -> None:
-    assert reported((0, 5, None), (0, 6, None), (0, 9, None)).tally() == {0: Counts(3, ranges=[(5, 7), (9, 10)])}
+    assert reported((0, 5, None), (0, 6, None), (0, 9, None)).tally() == {
+        0: DeliveryCounts(3, ranges=[(5, 7), (9, 10)])
+    }
 
 
 @given(st.dictionaries(st.integers(0, 5), st.lists(st.integers(0, 50), max_size=60), max_size=4))
@@ -78,7 +80,7 @@ def test_all_ranges_but_the_last_are_final() -> None:
 )
 def test_errors(code: int, what: str) -> None:
     deliveries = reported((2, None, code))
-    assert deliveries.tally() == {2: Counts(failed=int(what == "failed"), unknown=int(what == "unknown"))}
+    assert deliveries.tally() == {2: DeliveryCounts(failed=int(what == "failed"), unknown=int(what == "unknown"))}
     assert deliveries.first_error is not None
     assert deliveries.first_error.startswith(KafkaError(code).name())
 
@@ -88,12 +90,12 @@ def test_a_queued_message_may_have_been_sent_before_a_connection_broke() -> None
     deliveries.connection_was_lost = True
     deliveries.handed_over = 1
     deliveries.report(KafkaError(KafkaError._PURGE_QUEUE), FakeMessage(b"k", 0, None))
-    assert deliveries.tally() == {0: Counts(unknown=1)}
+    assert deliveries.tally() == {0: DeliveryCounts(unknown=1)}
 
 
 def test_an_acknowledgement_without_an_offset_is_unknown() -> None:
     """What librdkafka reports after DUPLICATE_SEQUENCE_NUMBER; a claim needs a place where it can be checked."""
-    assert reported((0, None, None)).tally() == {0: Counts(unknown=1)}
+    assert reported((0, None, None)).tally() == {0: DeliveryCounts(unknown=1)}
 
 
 def test_messages_without_a_partition_are_counted_apart() -> None:
@@ -101,7 +103,7 @@ def test_messages_without_a_partition_are_counted_apart() -> None:
     deliveries.refuse(3, KafkaError(KafkaError.MSG_SIZE_TOO_LARGE))
     deliveries.handed_over += 2
     deliveries.abandon()
-    assert deliveries.tally() == {NO_PARTITION: Counts(failed=4, unknown=2)}
+    assert deliveries.tally() == {NO_PARTITION: DeliveryCounts(failed=4, unknown=2)}
     assert deliveries.in_flight == 0
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from metrics_pipeline.metric import MetricName, Reading, decode, encode
 from metrics_pipeline.producer import generator as module
-from metrics_pipeline.producer.generator import Columns, Fleet, Generator
+from metrics_pipeline.producer.generator import Fleet, Floats, Generator
 from metrics_pipeline.settings import ProducerSettings
 
 START = datetime(2026, 11, 22, 16, 0, 0, 0, UTC)
@@ -159,7 +159,7 @@ def test_every_device_measures_everything_and_keeps_its_tags() -> None:
     assert all(tag.startswith(("site:", "floor:")) for device in Fleet(50, 1).devices for tag in device.tags)
 
 
-def day(fleet: Fleet, place: int, noise: float = 0.0) -> Columns:
+def day(fleet: Fleet, place: int, noise: float = 0.0) -> Floats:
     """One day of a device, a value a minute: shape (metrics, minutes)."""
     midnight = datetime(2026, 11, 22, tzinfo=UTC).timestamp()
     minutes = np.arange(24 * 60, dtype=np.float64)
@@ -189,7 +189,7 @@ def test_values_look_like_their_metric(place: int) -> None:
 @pytest.mark.parametrize("extreme", [-50.0, 50.0])
 def test_limits_hold_however_strong_the_noise(extreme: float) -> None:
     fleet = Fleet(50, 1)
-    at: Columns = np.arange(50, dtype=np.float64) * 1800 + START.timestamp()
+    at: Floats = np.arange(50, dtype=np.float64) * 1800 + START.timestamp()
     _, humidity, _, co2, light, sound = fleet.measure(np.arange(50), at, np.full((6, 50), extreme))
     assert 0 <= humidity.min() <= humidity.max() <= 100
     assert co2.min() >= 400

@@ -9,7 +9,7 @@ import pytest
 
 from metrics_pipeline.errors import BusyError, ServiceError
 from metrics_pipeline.producer import ledger
-from metrics_pipeline.producer.deliveries import NO_PARTITION, Counts
+from metrics_pipeline.producer.deliveries import NO_PARTITION, DeliveryCounts
 from metrics_pipeline.producer.ledger import RunLedger, Source, multirange
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.fakes import FakePostgres, FakeSession, until
@@ -42,12 +42,12 @@ def test_a_run_is_there_from_its_start(server: FakePostgres) -> None:
 
 
 def test_it_is_kept_up_to_date_and_finished(server: FakePostgres) -> None:
-    tally = {0: Counts(2, ranges=[(0, 2)])}
+    tally = {0: DeliveryCounts(2, ranges=[(0, 2)])}
     book = made(server)
     book.open()
     book.start(lambda: tally)
     assert until(lambda: (RUN, 0) in server.rows)
-    tally = {0: Counts(5, 1, 2, ranges=[(0, 3), (7, 9)]), NO_PARTITION: Counts(failed=4)}
+    tally = {0: DeliveryCounts(5, 1, 2, ranges=[(0, 3), (7, 9)]), NO_PARTITION: DeliveryCounts(failed=4)}
     assert book.finish(tally, "finished", 5) is None
     row = server.rows[RUN, 0]
     assert (row["state"], row["acknowledged"], row["failed"], row["unknown"]) == ("finished", 5, 1, 2)
@@ -69,20 +69,20 @@ def test_a_final_range_is_sent_once(server: FakePostgres, monkeypatch: pytest.Mo
     book = made(server)
     book.open()
     for ranges in ([(0, 2)], [(0, 3), (5, 6)], [(0, 3), (5, 8), (9, 10)]):
-        book.write({0: Counts(ranges=ranges)}, "running")
+        book.write({0: DeliveryCounts(ranges=ranges)}, "running")
     assert sent == ["{[0,2)}", "{[0,3),[5,6)}", "{[5,8),[9,10)}"]
     assert server.rows[RUN, 0]["offsets"] == {0, 1, 2, 5, 6, 7, 9}
 
 
 def test_an_outage_costs_nothing_but_time(server: FakePostgres) -> None:
-    tally = {0: Counts(1, ranges=[(0, 1)])}
+    tally = {0: DeliveryCounts(1, ranges=[(0, 1)])}
     book = made(server)
     book.open()
     book.start(lambda: tally)
     assert until(lambda: (RUN, 0) in server.rows)
     server.restart()
     server.down = True
-    tally = {0: Counts(3, ranges=[(0, 1), (4, 5), (8, 9)])}
+    tally = {0: DeliveryCounts(3, ranges=[(0, 1), (4, 5), (8, 9)])}
     time.sleep(0.1)
     assert server.rows[RUN, 0]["acknowledged"] == 1
     server.down = False
@@ -97,7 +97,9 @@ def test_the_last_write_waits_for_postgres_within_its_bound(server: FakePostgres
     book.open()
     book.start(dict)
     server.down = True
-    assert book.finish({0: Counts(1, ranges=[(0, 1)])}, "finished", 0.3) == "PostgreSQL at fake cannot be reached"
+    assert (
+        book.finish({0: DeliveryCounts(1, ranges=[(0, 1)])}, "finished", 0.3) == "PostgreSQL at fake cannot be reached"
+    )
     assert (RUN, 0) not in server.rows
 
 
@@ -147,7 +149,7 @@ def test_losing_the_lock_to_another_run_is_seen_and_the_counts_are_written_all_t
     server.holder = "somebody else"
     assert until(lambda: book.usurped)
     assert isinstance(book.usurped, BusyError)
-    assert book.finish({0: Counts(1, ranges=[(0, 1)])}, "failed", 5) is None
+    assert book.finish({0: DeliveryCounts(1, ranges=[(0, 1)])}, "failed", 5) is None
     assert server.rows[RUN, 0]["acknowledged"] == 1
     assert server.holder == "somebody else"
 

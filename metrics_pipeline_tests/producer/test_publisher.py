@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from metrics_pipeline.errors import RecordError, ServiceError
 from metrics_pipeline.producer import publisher
 from metrics_pipeline.producer.deliveries import Deliveries
-from metrics_pipeline.producer.publisher import Message, Publisher, client_config
+from metrics_pipeline.producer.publisher import Message, Publisher, producer_config
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.fakes import FakeTopic, until
 
@@ -179,7 +179,7 @@ def test_client_settings_follow_ours() -> None:
 
 
 def test_the_promise_rests_on_these_client_settings() -> None:
-    config = client_config(Settings())
+    config = producer_config(Settings())
     assert config["enable.idempotence"] is True
     assert config["acks"] == "all"
     assert config["partitioner"] == "murmur2_random"

@@ -29,7 +29,7 @@ from metrics_pipeline.producer.endpoints import Snapshot
 from metrics_pipeline.producer.latency import LatencyProbe
 from metrics_pipeline.producer.ledger import RunLedger, Source
 from metrics_pipeline.producer.publisher import Message
-from metrics_pipeline.producer.run import Producer, Report, run_producer
+from metrics_pipeline.producer.run import Producer, RunReport, run_producer
 from metrics_pipeline.settings import ProducerSettings, Settings
 from metrics_pipeline_tests.fakes import FakePostgres, FakeTopic, until
 
@@ -104,7 +104,7 @@ class World:
     def rows(self, run_id: UUID) -> dict[int, dict[str, Any]]:
         return {number: row for (run, number), row in self.server.rows.items() if run == run_id}
 
-    def check(self, report: Report) -> None:
+    def check(self, report: RunReport) -> None:
         """The report, the ledger and the topic say the same, whatever happened."""
         rows = self.rows(report.run_id)
         for what in ("acknowledged", "failed", "unknown"):

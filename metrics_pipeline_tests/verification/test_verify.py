@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from metrics_pipeline.errors import InstallError
 from metrics_pipeline.metric import EPOCH, Reading, encode
 from metrics_pipeline.verification.claims import Claim, anomalies, unclaimed
-from metrics_pipeline.verification.comparison import Bounds, Comparison, Counts, Finding
+from metrics_pipeline.verification.comparison import Bounds, Comparison, ComparisonCounts, KeyFinding
 from metrics_pipeline.verification.partitioner import murmur2, partition, partitions_of
 from metrics_pipeline.verification.spill import KEY, RECORD, ROW, Rows, Spill, bucket_of, buckets_for
-from metrics_pipeline.verification.topic_entries import Decoder, tags_digest, together
-from metrics_pipeline.verification.verify import Report, unaccounted
+from metrics_pipeline.verification.topic_entries import TopicDecoder, tags_digest, together
+from metrics_pipeline.verification.verify import VerifyReport, unaccounted
 
 DEVICES = [uuid.UUID(int=number << 64 | 7) for number in range(4)]
 START = datetime(2026, 11, 22, 16, tzinfo=UTC)
@@ -84,7 +84,7 @@ def entries(things: Iterable[Record | Row], dtype: np.dtype[Any]) -> Rows:
 
 def compare(
     folder: Path, records: Iterable[Record], rows: Iterable[Row], bounds: Bounds, buckets: int = 4
-) -> tuple[Counts, list[Finding]]:
+) -> tuple[ComparisonCounts, list[KeyFinding]]:
     with (
         Spill(folder, RECORD, buckets, chunk=3) as left,
         Spill(folder, ROW, buckets, chunk=2) as right,
@@ -107,72 +107,74 @@ A, B = Key(0), Key(1)
 
 # --- The cases one by one ----------------------------------------------------------------------------------------
 
-CASES: dict[str, tuple[list[Record], list[Row], Bounds, Counts]] = {
-    "equal": ([Record(A, 1.5, 0, 0)], [Row(A, 1.5)], whole(), Counts(compared=1)),
-    "nothing at all": ([], [], whole(), Counts()),
-    "lost": ([Record(A, 1.5, 0, 0), Record(B, 1.0, 0, 1)], [Row(B, 1.0)], whole(), Counts(compared=1, lost=1)),
-    "unexpected": ([Record(A, 1.5, 0, 0)], [Row(A, 1.5), Row(B, 1.0)], whole(), Counts(compared=1, unexpected=1)),
-    "another value": ([Record(A, 1.5, 0, 0)], [Row(A, 1.25)], whole(), Counts(compared=1, different=1)),
-    "the last bit": ([Record(A, 0.1, 0, 0)], [Row(A, 0.1 + 2**-56)], whole(), Counts(compared=1, different=1)),
-    "other tags": ([Record(A, 1.5, 0, 0)], [Row(A, 1.5, ("b",))], whole(), Counts(compared=1, different=1)),
+CASES: dict[str, tuple[list[Record], list[Row], Bounds, ComparisonCounts]] = {
+    "equal": ([Record(A, 1.5, 0, 0)], [Row(A, 1.5)], whole(), ComparisonCounts(compared=1)),
+    "nothing at all": ([], [], whole(), ComparisonCounts()),
+    "lost": ([Record(A, 1.5, 0, 0), Record(B, 1.0, 0, 1)], [Row(B, 1.0)], whole(), ComparisonCounts(compared=1, lost=1)),
+    "unexpected": ([Record(A, 1.5, 0, 0)], [Row(A, 1.5), Row(B, 1.0)], whole(), ComparisonCounts(compared=1, unexpected=1)),
+    "another value": ([Record(A, 1.5, 0, 0)], [Row(A, 1.25)], whole(), ComparisonCounts(compared=1, different=1)),
+    "the last bit": ([Record(A, 0.1, 0, 0)], [Row(A, 0.1 + 2**-56)], whole(), ComparisonCounts(compared=1, different=1)),
+    "other tags": ([Record(A, 1.5, 0, 0)], [Row(A, 1.5, ("b",))], whole(), ComparisonCounts(compared=1, different=1)),
     "tags in another order": (
-        [Record(A, 1.5, 0, 0, ("a", "b"))], [Row(A, 1.5, ("b", "a"))], whole(), Counts(compared=1, different=1)
+        [Record(A, 1.5, 0, 0, ("a", "b"))], [Row(A, 1.5, ("b", "a"))], whole(), ComparisonCounts(compared=1, different=1)
     ),
-    "no tags": ([Record(A, 1.5, 0, 0, ())], [Row(A, 1.5, ())], whole(), Counts(compared=1)),
+    "no tags": ([Record(A, 1.5, 0, 0, ())], [Row(A, 1.5, ())], whole(), ComparisonCounts(compared=1)),
     "the last offset wins": (
-        [Record(A, 1.0, 0, 0), Record(A, 2.0, 0, 1)], [Row(A, 2.0)], whole(), Counts(compared=1)
+        [Record(A, 1.0, 0, 0), Record(A, 2.0, 0, 1)], [Row(A, 2.0)], whole(), ComparisonCounts(compared=1)
     ),
     "an earlier offset won": (
-        [Record(A, 1.0, 0, 0), Record(A, 2.0, 0, 1)], [Row(A, 1.0)], whole(), Counts(compared=1, different=1)
+        [Record(A, 1.0, 0, 0), Record(A, 2.0, 0, 1)], [Row(A, 1.0)], whole(), ComparisonCounts(compared=1, different=1)
     ),
     "one key in two partitions": (
-        [Record(A, 1.0, 0, 5), Record(A, 2.0, 1, 1)], [Row(A, 1.0)], whole(), Counts(compared=1)
+        [Record(A, 1.0, 0, 5), Record(A, 2.0, 1, 1)], [Row(A, 1.0)], whole(), ComparisonCounts(compared=1)
     ),
-    "not yet written": ([Record(A, 1.0, 0, 100)], [], whole(), Counts()),
-    "written early": ([Record(A, 1.0, 0, 100)], [Row(A, 1.0)], whole(), Counts(compared=1)),
+    "not yet written": ([Record(A, 1.0, 0, 100)], [], whole(), ComparisonCounts()),
+    "written early": ([Record(A, 1.0, 0, 100)], [Row(A, 1.0)], whole(), ComparisonCounts(compared=1)),
     "old value, newer record on its way": (
-        [Record(A, 1.0, 0, 0), Record(A, 2.0, 0, 100)], [Row(A, 1.0)], whole(), Counts(compared=1)
+        [Record(A, 1.0, 0, 0), Record(A, 2.0, 0, 100)], [Row(A, 1.0)], whole(), ComparisonCounts(compared=1)
     ),
     "newer value already there": (
         [Record(A, 1.0, 0, 0), Record(A, 2.0, 0, 100), Record(A, 3.0, 0, 101)],
-        [Row(A, 2.0)], whole(), Counts(compared=1),
+        [Row(A, 2.0)], whole(), ComparisonCounts(compared=1),
     ),
     "neither the old nor the newer value": (
-        [Record(A, 1.0, 0, 0), Record(A, 2.0, 0, 100)], [Row(A, 3.0)], whole(), Counts(compared=1, different=1)
+        [Record(A, 1.0, 0, 0), Record(A, 2.0, 0, 100)], [Row(A, 3.0)], whole(), ComparisonCounts(compared=1, different=1)
     ),
     "only a newer record, another value": (
-        [Record(A, 2.0, 0, 100)], [Row(A, 3.0)], whole(), Counts(compared=1, different=1)
+        [Record(A, 2.0, 0, 100)], [Row(A, 3.0)], whole(), ComparisonCounts(compared=1, different=1)
     ),
-    "sign of zero lost": ([Record(A, -0.0, 0, 0)], [Row(A, 0.0)], whole(), Counts(compared=1, signless_zero=1)),
-    "sign of zero kept": ([Record(A, -0.0, 0, 0)], [Row(A, -0.0)], whole(), Counts(compared=1)),
-    "sign of a number lost": ([Record(A, -5e-324, 0, 0)], [Row(A, 5e-324)], whole(), Counts(compared=1, different=1)),
+    "sign of zero lost": ([Record(A, -0.0, 0, 0)], [Row(A, 0.0)], whole(), ComparisonCounts(compared=1, signless_zero=1)),
+    "sign of zero kept": ([Record(A, -0.0, 0, 0)], [Row(A, -0.0)], whole(), ComparisonCounts(compared=1)),
+    "sign of a number lost": ([Record(A, -5e-324, 0, 0)], [Row(A, 5e-324)], whole(), ComparisonCounts(compared=1, different=1)),
     "sign of zero lost and other tags": (
-        [Record(A, -0.0, 0, 0)], [Row(A, 0.0, ())], whole(), Counts(compared=1, different=1)
+        [Record(A, -0.0, 0, 0)], [Row(A, 0.0, ())], whole(), ComparisonCounts(compared=1, different=1)
     ),
     "among the dead letters": (
-        [Record(A, 1.0, 0, 3)], [], replace(whole(), rejected={0: np.array([1, 3])}), Counts(rejected=1)
+        [Record(A, 1.0, 0, 3)], [], replace(whole(), rejected={0: np.array([1, 3])}), ComparisonCounts(rejected=1)
     ),
     "a dead letter after a stored one": (
         [Record(A, 1.0, 0, 0), Record(A, 2.0, 0, 3)],
-        [Row(A, 1.0)], replace(whole(), rejected={0: np.array([3])}), Counts(compared=1, rejected=1),
+        [Row(A, 1.0)], replace(whole(), rejected={0: np.array([3])}), ComparisonCounts(compared=1, rejected=1),
     ),
     "a dead letter of another partition": (
-        [Record(A, 1.0, 0, 3)], [], replace(whole(), rejected={1: np.array([3])}), Counts(lost=1)
+        [Record(A, 1.0, 0, 3)], [], replace(whole(), rejected={1: np.array([3])}), ComparisonCounts(lost=1)
     ),
     "deleted meanwhile": (
-        [Record(A, 1.0, 0, 9)], [Row(A, 1.0, created=5)], replace(whole(), low={0: 10, 1: 0}), Counts(unverifiable=1)
+        [Record(A, 1.0, 0, 9)], [Row(A, 1.0, created=5)], replace(whole(), low={0: 10, 1: 0}), ComparisonCounts(unverifiable=1)
     ),
     "a newer record of a key whose older one is deleted": (
-        [Record(A, 2.0, 0, 100)], [Row(A, 1.0)], replace(whole(), low={0: 10, 1: 0}), Counts(compared=1, unverifiable=1)
+        [Record(A, 2.0, 0, 100)], [Row(A, 1.0)], replace(whole(), low={0: 10, 1: 0}), ComparisonCounts(compared=1, unverifiable=1)
     ),
     "different though some are deleted": (
-        [Record(A, 2.0, 0, 99)], [Row(A, 1.0)], replace(whole(), low={0: 10, 1: 0}), Counts(compared=1, different=1)
+        [Record(A, 2.0, 0, 99)], [Row(A, 1.0)], replace(whole(), low={0: 10, 1: 0}), ComparisonCounts(compared=1, different=1)
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("records", "rows", "bounds", "counts"), CASES.values(), ids=CASES.keys())
-def test_cases(tmp_path: Path, records: list[Record], rows: list[Row], bounds: Bounds, counts: Counts) -> None:
+def test_cases(
+    tmp_path: Path, records: list[Record], rows: list[Row], bounds: Bounds, counts: ComparisonCounts
+) -> None:
     assert compare(tmp_path, records, rows, bounds)[0] == counts
 
 
@@ -186,9 +188,13 @@ def test_findings_name_key_place_and_both_values(tmp_path: Path) -> None:
         buckets=1,
     )
     lost, different, unexpected = sorted(findings, key=lambda it: ["lost", "different", "unexpected"].index(it.kind))
-    assert lost == Finding("lost", DEVICES[0], "2026-11-22T16:00:00Z", 10, 0, 4, 1.5, None)
-    assert different == Finding("different", DEVICES[1], "2026-11-22T16:00:00Z", 10, 1, 7, 2.0, 2.5, tags_differ=True)
-    assert unexpected == Finding("unexpected", DEVICES[2], "2026-11-22T16:00:00.000001Z", 0, c.home(2), None, None, 9.0)
+    assert lost == KeyFinding("lost", DEVICES[0], "2026-11-22T16:00:00Z", 10, 0, 4, 1.5, None)
+    assert different == KeyFinding(
+        "different", DEVICES[1], "2026-11-22T16:00:00Z", 10, 1, 7, 2.0, 2.5, tags_differ=True
+    )
+    assert unexpected == KeyFinding(
+        "unexpected", DEVICES[2], "2026-11-22T16:00:00.000001Z", 0, c.home(2), None, None, 9.0
+    )
 
 
 def test_ten_of_each_kind_are_named(tmp_path: Path) -> None:
@@ -223,7 +229,7 @@ def test_rows_older_than_the_first_insertion_retained_cannot_be_verified(tmp_pat
         Row(other, 5.0, created=9999),  # nothing is retained in its partition that could tell
     ]
     counts, findings = compare(tmp_path, records, rows, Bounds({0: 10, 1: 0}, {0: 100, 1: 0}))
-    assert counts == Counts(compared=3, unexpected=1, unverifiable=2)
+    assert counts == ComparisonCounts(compared=3, unexpected=1, unverifiable=2)
     assert [(it.kind, it.row_value, it.published_at) for it in findings] == [
         ("unexpected", 5.0, f"{START + timedelta(microseconds=stray.time):%Y-%m-%dT%H:%M:%S.%fZ}")
     ]
@@ -235,7 +241,7 @@ def test_a_clock_of_the_producer_tells_nothing_about_insertions(tmp_path: Path) 
     records = [Record(first, 1.0, 0, 11, arrived=never)]
     rows = [Row(first, 1.0, created=750), Row(stray, 5.0, created=800)]
     counts, _ = compare(tmp_path, records, rows, Bounds({0: 10, 1: 0}, {0: 100, 1: 0}))
-    assert counts == Counts(compared=1, unverifiable=1)
+    assert counts == ComparisonCounts(compared=1, unverifiable=1)
 
 
 # --- Against a naive oracle --------------------------------------------------------------------------------------
@@ -253,9 +259,9 @@ class Oracle:
     rows: list[Row]
     end: int
     rejected: set[tuple[int, int]]
-    counts: Counts = field(default_factory=Counts)
+    counts: ComparisonCounts = field(default_factory=ComparisonCounts)
 
-    def run(self) -> Counts:
+    def run(self) -> ComparisonCounts:
         stored = {row.key: row for row in self.rows}
         for key in {record.key for record in self.records} | set(stored):
             self.key([record for record in self.records if record.key == key], stored.get(key))
@@ -352,7 +358,7 @@ def test_memory_does_not_grow_with_what_is_compared(tmp_path: Path) -> None:
                 rows.append(part(ROW, number))
             for bucket in range(buckets):
                 comparison.bucket(records.bucket(bucket), rows.bucket(bucket))
-            assert comparison.finish() == Counts(compared=step * steps)
+            assert comparison.finish() == ComparisonCounts(compared=step * steps)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -436,7 +442,7 @@ class FakeMessage:
 def test_messages_become_entries_and_the_others_are_counted() -> None:
     reading = Reading(DEVICES[1], START + timedelta(microseconds=5), 30, -0.0, ["ü", ""])
     key, value = encode(reading)
-    decoder = Decoder()
+    decoder = TopicDecoder()
     found = decoder.entries(
         [
             FakeMessage(key, value, 7),  # type: ignore[list-item]
@@ -527,22 +533,26 @@ def test_only_dead_letters_and_rejects_account_for_undecodable_records() -> None
 @pytest.mark.parametrize(
     ("report", "clean"),
     [
-        (Report(), True),
-        (Report(counts=Counts(lost=1)), False),
-        (Report(counts=Counts(unexpected=1)), False),
-        (Report(counts=Counts(different=1)), False),
-        (Report(unaccounted=1), False),
-        (Report(anomalies=["x"]), False),
-        (Report(counts=Counts(signless_zero=1)), True),
-        (Report(counts=Counts(signless_zero=1), strict=True), False),
+        (VerifyReport(), True),
+        (VerifyReport(counts=ComparisonCounts(lost=1)), False),
+        (VerifyReport(counts=ComparisonCounts(unexpected=1)), False),
+        (VerifyReport(counts=ComparisonCounts(different=1)), False),
+        (VerifyReport(unaccounted=1), False),
+        (VerifyReport(anomalies=["x"]), False),
+        (VerifyReport(counts=ComparisonCounts(signless_zero=1)), True),
+        (VerifyReport(counts=ComparisonCounts(signless_zero=1), strict=True), False),
         (
-            Report(counts=Counts(compared=9, unverifiable=1, rejected=1), undecodable={"bad_json": 1}, tombstones=1),
+            VerifyReport(
+                counts=ComparisonCounts(compared=9, unverifiable=1, rejected=1),
+                undecodable={"bad_json": 1},
+                tombstones=1,
+            ),
             True,
         ),
     ],
-    ids=lambda it: str(astuple(it)) if isinstance(it, Report) else "",
+    ids=lambda it: str(astuple(it)) if isinstance(it, VerifyReport) else "",
 )
-def test_what_is_clean(report: Report, clean: bool) -> None:
+def test_what_is_clean(report: VerifyReport, clean: bool) -> None:
     assert report.clean is clean
     assert report.lines()[0].startswith("clean: " if clean else "NOT CLEAN: ")
     assert report.document()["clean"] is clean
