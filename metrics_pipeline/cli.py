@@ -255,7 +255,7 @@ def migrate_new(name: Annotated[str, typer.Argument(help="what it does: add_humi
 
 @migrations.command("status")
 def migrate_status() -> None:
-    """Which migrations are applied; exit code 1 when some are not."""
+    """Which migrations are applied; exit code 1 when some are not, or the database has some that are not here."""
     from metrics_pipeline import postgres
 
     found = postgres.migration_status(Settings.load())
@@ -263,7 +263,9 @@ def migrate_status() -> None:
         _say(f"applied  {version}")
     for version in found.pending:
         _say(f"pending  {version}")
-    raise typer.Exit(1 if found.pending else 0)
+    for version in found.missing:
+        _say(f"unknown  {version}: applied by a newer metrics-pipeline; use that one")
+    raise typer.Exit(0 if found.at_head else 1)
 
 
 @migrations.command("rollback")

@@ -133,20 +133,6 @@ def device_summary(settings: Settings, *, limit: int = 100) -> DeviceSummaries:
     return DeviceSummaries(devices=devices, rows=rows, first=first)
 
 
-def absorb(conn: Connection) -> int:
-    """Bring all summaries up to date in one transaction, and return exactly how many readings there are.
-
-    Two at once wait for each other. What is not committed yet is found by a later call, however late. Calls may be as
-    frequent as once a second: each costs about 10 ms and 1 µs a row that is new.
-
-    Args:
-        conn: of the role `metrics_summarizer`, autocommit.
-    """
-    _refresh_index(conn)
-    with _tick(conn):
-        return _absorb(conn)
-
-
 def row_count(conn: Connection) -> int:
     """Exactly how many readings there are; costs what came since the last tick. Any role that reads may ask."""
     with conn.transaction(), _fixed_plan(conn):

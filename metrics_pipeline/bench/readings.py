@@ -25,7 +25,7 @@ from metrics_pipeline.metric import connect_schema_key, connect_schema_value
 from metrics_pipeline.producer.generator import Generator
 from metrics_pipeline.producer.publisher import producer_config
 from metrics_pipeline.settings import TOPIC, Settings
-from metrics_pipeline.verification.spill import RECORD, Rows, Spill, buckets_for
+from metrics_pipeline.verification.spill import RECORD, Rows, Spill, buckets_for, mixed
 from metrics_pipeline.verification.topic_entries import TopicDecoder, TopicReader
 
 BASELINE_TOPIC: Final = "bench-baseline"
@@ -191,12 +191,10 @@ def checksum(entries: Rows) -> int:
 
     Checksums of parts add up, modulo 2^64, to that of the whole.
     """
-    mixed = np.full(len(entries), 0x9E3779B97F4A7C15, np.uint64)
+    sums = np.zeros(len(entries), np.uint64)
     for words in _words(entries):
-        mixed ^= words
-        mixed *= np.uint64(0xD6E8FEB86659FD93)
-        mixed ^= mixed >> np.uint64(32)
-    return int(mixed.sum(dtype=np.uint64))
+        sums = mixed(sums ^ words)
+    return int(sums.sum(dtype=np.uint64))
 
 
 def _words(entries: Rows) -> Iterator[Any]:

@@ -396,6 +396,10 @@ def _long_numbers(cells: Array, length: Array, point: Array, has_point: Array, n
 
 
 def _are_digits(words: Array) -> Array:
+    """Whether all eight bytes are decimal digits: a digit's high half is 3, and stays so when 6 is added to the low half.
+
+    https://lemire.me/blog/2018/09/30/quickly-identifying-a-sequence-of-digits-in-a-string-of-characters/
+    """
     high = np.uint64(0xF0F0F0F0F0F0F0F0)
     over = ((words + np.uint64(0x0606060606060606)) & high) >> np.uint64(4)
     found: Array = ((words & high) | over) == np.uint64(0x3333333333333333)
@@ -403,7 +407,11 @@ def _are_digits(words: Array) -> Array:
 
 
 def _number(words: Array) -> Array:
-    """Eight decimal digits, the first in the lowest byte, as a whole number: pairs, then fours, then all eight."""
+    """Eight decimal digits, the first in the lowest byte, as a whole number: pairs, then fours, then all eight.
+
+    Each factor is 10^n · 2^(8n) + 1 for halves of n digits, so that `(a + 2^(8n) · b) · factor` has `10^n · a + b` in its
+    upper half: https://johnnylee-sde.github.io/Fast-numeric-string-to-int/, as in simdjson and fast_float.
+    """
     words = (words & np.uint64(0x0F0F0F0F0F0F0F0F)) * np.uint64(2561) >> np.uint64(8)
     words = (words & np.uint64(0x00FF00FF00FF00FF)) * np.uint64(6553601) >> np.uint64(16)
     return (words & np.uint64(0x0000FFFF0000FFFF)) * np.uint64(42949672960001) >> np.uint64(32)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from math import isfinite
-from typing import Final, Literal
+from typing import Final
 from uuid import UUID, uuid5
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -18,7 +18,6 @@ from metrics_pipeline.errors import RecordError, SettingError
 DEVICE_NAMESPACE: Final = UUID("87eca42d-fcfc-4e77-8282-70a42a8b3eea")
 """Namespace of the UUIDv5 that a device gets by its name. Never change it: the same name must stay the same device."""
 
-Repeated = Literal["refuse", "earlier", "later"]
 """What a local time that occurs twice means, when clocks are put back."""
 
 _UNIX: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -64,15 +63,14 @@ def number(cell: object) -> float | None:
 class Clock:
     """Reads times; those without a zone are taken in one that is given.
 
-    A local time that does not exist (clocks put forward) is refused. One that occurs twice (clocks put back) is too,
-    unless it is said which of the two is meant.
+    A local time that does not exist (clocks put forward) is refused, and so is one that occurs twice (clocks put back).
 
     Attributes:
         zone: where times without a zone were taken.
         zoneless: how many such times were read.
     """
 
-    def __init__(self, zone: str = "UTC", repeated: Repeated = "refuse") -> None:
+    def __init__(self, zone: str = "UTC") -> None:
         """Look up the zone.
 
         Raises:
@@ -86,7 +84,6 @@ class Clock:
             ) from error
         self.zoneless = 0
         self._is_utc = zone in ("UTC", "Etc/UTC")
-        self._repeated = repeated
 
     def instant(self, cell: object) -> datetime:
         """The instant that a cell says, in UTC.
@@ -136,13 +133,11 @@ class Clock:
             return first
         if before < after:
             raise RecordError("bad_time", f"{moment} does not exist in {self.zone.key}: clocks were put forward")
-        if self._repeated == "refuse":
-            raise RecordError(
-                "bad_time",
-                f"{moment} occurs twice in {self.zone.key}, where clocks were put back: write it with its offset "
-                f"({first.isoformat(' ')} or {second.isoformat(' ')})",
-            )
-        return first if self._repeated == "earlier" else second
+        raise RecordError(
+            "bad_time",
+            f"{moment} occurs twice in {self.zone.key}, where clocks were put back: write it with its offset "
+            f"({first.isoformat(' ')} or {second.isoformat(' ')})",
+        )
 
 
 def _since_1970(count: Decimal) -> datetime:

@@ -8,7 +8,7 @@ from typing import Final
 
 from metrics_pipeline.errors import RecordError, SettingError
 from metrics_pipeline.metric import MetricName
-from metrics_pipeline.replay.cells import Repeated, names, shown
+from metrics_pipeline.replay.cells import names, shown
 
 TIME_NAMES: Final = ("date", "time", "timestamp", "published_at", "datetime", "ts")
 DEVICE_NAMES: Final = ("device", "device_id")
@@ -31,7 +31,6 @@ class ReplayOptions:
         time_column: column that holds the time; default: the one named `date`, `time`, `timestamp`, `published_at`,
             `datetime` or `ts`.
         tz: zone of times that name none.
-        repeated: what a local time means that occurs twice where clocks are put back.
         skip_bad: count and list bad lines instead of stopping at the first.
     """
 
@@ -40,7 +39,6 @@ class ReplayOptions:
     device_column: str | None = None
     time_column: str | None = None
     tz: str = "UTC"
-    repeated: Repeated = "refuse"
     skip_bad: bool = False
 
 

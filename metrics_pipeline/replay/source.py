@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 import numpy as np
@@ -19,10 +19,8 @@ import numpy as np
 from metrics_pipeline.errors import PipelineError, RecordError, SettingError
 from metrics_pipeline.metric import Reading, check, encode
 from metrics_pipeline.replay.cells import Clock, device_id, number, tags
-from metrics_pipeline.replay.columns import FileColumns, LinePlaces, ReplayOptions, metric_code, parse_mapping
+from metrics_pipeline.replay.columns import FileColumns, LinePlaces, ReplayOptions, metric_code
 from metrics_pipeline.replay.files import BadLine, DataFile, Line, open_file
-
-__all__ = ["Replay", "ReplayOptions", "ReplayReport", "open_replay", "parse_mapping", "replay_source"]
 
 BAD_LINES_LISTED: Final = 20
 DEVICES_LISTED: Final = 1000
@@ -64,10 +62,6 @@ class ReplayReport:
     zoneless: int = 0
     devices: dict[str, str] = field(default_factory=dict)
 
-    def document(self) -> dict[str, Any]:
-        """The report as one JSON object."""
-        return asdict(self)
-
     def text(self) -> list[str]:
         """The report for people, one line a fact; nothing of what did not occur."""
         files = f"{len(self.files)} files" if len(self.files) != 1 else self.files[0]
@@ -104,7 +98,7 @@ class Replay:
         self.report = ReplayReport(zone=options.tz)
         self._options = options
         self._batch_size = batch_size
-        self._clock = Clock(options.tz, options.repeated)
+        self._clock = Clock(options.tz)
         self._files = [
             (file, FileColumns.find(file.columns, options, str(file.path), uniform=file.uniform)) for file in files
         ]
@@ -265,10 +259,3 @@ def open_replay(files: Sequence[Path], options: ReplayOptions, batch_size: int =
     if not files:
         raise SettingError("replay needs at least one file: metrics-pipeline replay FILE…")
     return Replay([open_file(path) for path in files], options, batch_size)
-
-
-def replay_source(
-    files: Sequence[Path], options: ReplayOptions, batch_size: int
-) -> Iterator[list[tuple[bytes, bytes]]]:
-    """Batches of keys and values for the producer out of files; see `open_replay` for progress and report."""
-    return open_replay(files, options, batch_size).messages()

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,10 @@ ROW = np.dtype([("key", KEY), ("value", ">u8"), ("tags", "V16"), ("created_at", 
 
 _WORDS = np.dtype([("high", "<u8"), ("low", "<u8"), ("time", "<u8"), ("metric", "<u2")])
 
+_FACTORS: Final = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))
+"""Odd, and without a pattern in their bits, so that words of a key do not cancel each other: the golden ratio as a fraction of
+2^64 (as SplitMix64 has it), and the second and third prime of xxHash64 (https://xxhash.com, specification)."""
+
 
 def buckets_for(count: int, size: int = 200_000) -> int:
     """How many buckets (a power of two) keep each near `size` entries when `count` are expected."""
@@ -42,13 +46,21 @@ def buckets_for(count: int, size: int = 200_000) -> int:
 def bucket_of(keys: Rows, buckets: int) -> npt.NDArray[np.intp]:
     """The bucket of each key: the same for equal keys, evenly spread for others."""
     words = np.ascontiguousarray(keys).view(_WORDS)
-    mixed = words["high"] ^ (words["low"] * np.uint64(0x9E3779B97F4A7C15))
-    mixed ^= words["time"] * np.uint64(0xC2B2AE3D27D4EB4F)
-    mixed ^= words["metric"].astype(np.uint64) * np.uint64(0x165667B19E3779F9)
-    mixed ^= mixed >> np.uint64(32)
-    mixed *= np.uint64(0xD6E8FEB86659FD93)
-    mixed ^= mixed >> np.uint64(32)
-    return (mixed & np.uint64(buckets - 1)).astype(np.intp)
+    together = words["high"].copy()
+    for word, factor in zip(("low", "time", "metric"), _FACTORS, strict=True):
+        together ^= words[word].astype(np.uint64) * factor
+    return (mixed(together) & np.uint64(buckets - 1)).astype(np.intp)
+
+
+def mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Each word with its bits spread over all of it: equal ones stay equal, and no two others become so.
+
+    The finalizer of SplitMix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014),
+    https://doi.org/10.1145/2660193.2660195, figure 14, with the constants of David Stafford's thirteenth variant.
+    """
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
 
 
 class Spill:

@@ -64,6 +64,13 @@ def database(stack: RunningStack) -> Iterator[Settings]:
         yield own
 
 
+def absorb(conn: postgres.Connection) -> int:
+    """What a tick does, without what it then reads."""
+    summaries._refresh_index(conn)
+    with summaries._tick(conn):
+        return summaries._absorb(conn)
+
+
 class Bench:
     """Connections to the database: the summarizer's, the writer's, and a superuser's for what is done by hand."""
 
@@ -480,15 +487,15 @@ def test_two_ticks_at_once_wait_for_each_other(bench: Bench, database: Settings)
     insert(bench.writer, 1000)
     errors: list[BaseException] = []
 
-    def absorb() -> None:
+    def tick_often() -> None:
         try:
             with postgres.connect(database, "metrics_summarizer", autocommit=True) as conn:
                 for _ in range(10):
-                    summaries.absorb(conn)
+                    absorb(conn)
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=absorb) for _ in range(3)]
+    threads = [threading.Thread(target=tick_often) for _ in range(3)]
     for thread in threads:
         thread.start()
     for n in range(20):
@@ -517,21 +524,21 @@ def test_a_tick_reads_what_is_new_and_not_what_is_there(bench: Bench, analyzed: 
     for n in range(10):
         insert(bench.writer, 30_000, start=n * 30_000)
         time.sleep(0.01)
-    summaries.absorb(bench.summarizer)
+    absorb(bench.summarizer)
     if analyzed:
         bench.hand.execute("VACUUM (ANALYZE) metrics")
     read = fetched(bench)
     insert(bench.writer, 1000, device=1)
-    summaries.absorb(bench.summarizer)
+    absorb(bench.summarizer)
     new, read = fetched(bench) - read, fetched(bench)
     assert 1000 <= new < 40_000
     insert(bench.writer, 1000, start=7000, value=12.5, then=UPSERT)
     written = fetched(bench) - read
-    summaries.absorb(bench.summarizer)
+    absorb(bench.summarizer)
     changed = fetched(bench) - read - written
     assert changed < 40_000
     read = fetched(bench)
-    summaries.absorb(bench.summarizer)
+    absorb(bench.summarizer)
     assert fetched(bench) - read <= 40_000
     bench.tick()
 
@@ -836,7 +843,7 @@ def test_writers_that_run_at_the_same_time(bench: Bench, database: Settings) -> 
 
 def test_the_index_on_created_at_is_kept_up_to_date(bench: Bench) -> None:
     insert(bench.writer, 50_000)
-    summaries.absorb(bench.summarizer)
+    absorb(bench.summarizer)
     assert bench.hand.execute("SELECT brin_summarize_new_values('metrics_created_at_idx')").fetchone() == (0,)
 
 
@@ -846,7 +853,7 @@ def test_a_vacuum_is_not_disturbed(bench: Bench) -> None:
     with bench.hand.transaction():
         bench.hand.execute("LOCK TABLE metrics IN SHARE UPDATE EXCLUSIVE MODE")
         begin = time.monotonic()
-        assert summaries.absorb(bench.summarizer) == 50_000
+        assert absorb(bench.summarizer) == 50_000
         assert time.monotonic() - begin < 10
         assert bench.summarizer.execute("SELECT refresh_created_at_index()").fetchone() == (None,)
 
