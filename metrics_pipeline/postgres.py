@@ -26,7 +26,7 @@ from psycopg.pq import TransactionStatus
 from pydantic import SecretStr
 
 from metrics_pipeline.errors import InstallError, ServiceError, SettingError
-from metrics_pipeline.settings import ROOT, Role, Settings
+from metrics_pipeline.settings import CHECKOUT, ROOT, Role, Settings
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -58,7 +58,7 @@ class MigrationStatus:
     Attributes:
         applied: in the database and among the files.
         pending: among the files only.
-        missing: versions in the database whose file is not there: the schema is newer than this checkout, or one is lost.
+        missing: versions in the database whose file is not there: the schema is newer than this version, or one is lost.
     """
 
     applied: list[str]
@@ -67,7 +67,7 @@ class MigrationStatus:
 
     @property
     def at_head(self) -> bool:
-        """Whether the database has exactly the migrations of this checkout."""
+        """Whether the database has exactly the migrations of this version."""
         return not self.pending and not self.missing
 
 
@@ -301,8 +301,12 @@ def new_migration(name: str) -> Path:
     """Write `sql/migrations/TIMESTAMP_NAME.sql` with an up and a down section to fill in, and return its path.
 
     Raises:
-        SettingError: the name is not made of lower-case letters, digits and underscores.
+        SettingError: the name is not made of lower-case letters, digits and underscores, or this is no checkout.
     """
+    if CHECKOUT is None:
+        raise SettingError(
+            "a migration is written in a checkout of metrics-pipeline, and this one was installed from a wheel"
+        )
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise SettingError(
             f"{name!r} cannot be a migration's name: use lower-case letters, digits and underscores, "
@@ -348,7 +352,7 @@ def _dbmate(environment: dict[str, str], *arguments: str) -> None:
     binary = shutil.which("dbmate", path=sysconfig.get_path("scripts")) or shutil.which("dbmate")
     if binary is None:
         raise InstallError(
-            "dbmate is not installed beside this Python: run `make up`, which installs the locked packages"
+            "dbmate is not installed beside this Python: install metrics-pipeline again with its dependencies (in a checkout: `make up`)"
         )
     done = subprocess.run(
         # Otherwise it reads the `.env` of whatever folder it is started in.

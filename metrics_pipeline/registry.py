@@ -141,7 +141,7 @@ def ensure_schemas(settings: Settings) -> Change:
 
     Raises:
         ServiceError: the registry cannot be used, or refuses a schema.
-        DriftError: it holds a newer version than this checkout's, or one that ours is not compatible with.
+        DriftError: it holds a newer version than this release's, or one that ours is not compatible with.
     """
     if not settings.schema_registry_url:
         return Change("unchanged")
@@ -161,7 +161,7 @@ def _ensure(client: RegistryClient, subject: str, file: Path) -> Change:
         if latest is not None and older is not None and older != latest.number:
             raise DriftError(
                 f"schema {subject} at {client.name} is at version {latest.number}, {_ours(file)} is version {older}: "
-                f"update this checkout, or delete version {latest.number} there"
+                f"update metrics-pipeline, or delete version {latest.number} there"
             )
         if older is None:
             client.register(subject, text)
@@ -175,7 +175,7 @@ def _ensure(client: RegistryClient, subject: str, file: Path) -> Change:
 
 
 def registry_drift(settings: Settings) -> list[str]:
-    """Each difference between the registry and the schemas of this checkout; empty when there is none, or no registry.
+    """Each difference between the registry and our schemas; empty when there is none, or no registry.
 
     Raises:
         ServiceError: the registry cannot be used.

@@ -1,6 +1,6 @@
 """Every setting, once: the environment variable is the field's name in capitals.
 
-Order of precedence: real environment (for secrets also a file that `X_PASSWORD_FILE` names), then the env file (`.env` in the checkout, or `PIPELINE_ENV_FILE`), then the default.
+Order of precedence: real environment (for secrets also a file that `X_PASSWORD_FILE` names), then the env file (`.env` in the checkout, without one in the current folder; or `PIPELINE_ENV_FILE`), then the default.
 The tables of docs/settings.md and `.env.example` are tested against this file.
 """
 

@@ -78,7 +78,7 @@ def test_a_newer_version_than_ours_is_not_overwritten(fake: FakeRegistry) -> Non
         f"schema {VALUE} at {fake.url} is at version 2, connect/schemas/metric-value.json is version 1"
     ]
     with pytest.raises(
-        DriftError, match=r"at version 2, .*metric-value.json is version 1: update this checkout, or del"
+        DriftError, match=r"at version 2, .*metric-value.json is version 1: update metrics-pipeline, or del"
     ):
         registry.ensure_schemas(at(fake))
     assert len(fake.versions[VALUE]) == 2

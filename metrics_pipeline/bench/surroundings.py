@@ -20,7 +20,7 @@ import requests
 from metrics_pipeline import postgres
 from metrics_pipeline.bench.place import Place
 from metrics_pipeline.local.account import postgres_home, unprivileged
-from metrics_pipeline.settings import ROOT, Settings, external_services
+from metrics_pipeline.settings import CHECKOUT, ROOT, Settings, external_services
 
 GIB: Final = 2**30
 MEMORY_FILESYSTEMS: Final = ("tmpfs", "ramfs")
@@ -118,11 +118,22 @@ def pipeline_settings(settings: Settings) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `-dirty` when files differ from it; empty without git."""
+    """The checkout's commit, with `-dirty` when files differ from it; empty without git, or when a wheel was installed."""
+    if CHECKOUT is None:  # the folder around may be somebody else's repository
+        return ""
     try:
         done = subprocess.run(
-            ["git", "-c", f"safe.directory={ROOT}", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=ROOT,
+            [
+                "git",
+                "-c",
+                f"safe.directory={CHECKOUT}",
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=12",
+                "--exclude=*",
+            ],
+            cwd=CHECKOUT,
             capture_output=True,
             text=True,
             check=False,

@@ -67,7 +67,7 @@ def metrics_schema(pipeline: Pipeline) -> dg.MaterializeResult[None]:
 
 @dg.asset_check(asset=metrics_schema, blocking=True)
 def schema_at_head(pipeline: Pipeline) -> dg.AssetCheckResult:
-    """The database has exactly the migrations of this checkout."""
+    """The database has exactly the migrations of this version."""
 
     def drift(settings: Settings) -> list[str]:
         status = postgres.migration_status(settings)

@@ -56,7 +56,7 @@ def command(worker: Path, heap: int, *options: str) -> list[str]:
 
 
 def write_worker_file(worker: Path, plugin: Path) -> None:
-    """The checkout's worker file, with the folder of the plugin."""
+    """Our worker file, with the folder of the plugin."""
     worker.parent.mkdir(parents=True, exist_ok=True)
     worker.write_text(f"{WORKER_FILE.read_text()}plugin.path={plugin}\n")
 

@@ -61,7 +61,7 @@ def services(settings: Settings) -> list[Service]:
             check=check,
             needs=needs,
             prepare=prepare,
-            # Not the checkout: Dagster would load its `.env` over the ports chosen here.
+            # Not the folder of `.env`, which Dagster would load over the ports chosen here.
             cwd=home,
             stop_seconds=20,
         )
@@ -94,7 +94,7 @@ def code_command(settings: Settings, host: str) -> list[str]:
 
 
 def prepare_home(settings: Settings) -> None:
-    """Make Dagster's folder, with the checkout's `dagster.yaml` in it."""
+    """Make Dagster's folder, with our `dagster.yaml` in it."""
     home = dagster_home(settings)
     home.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(ROOT / "dagster_home" / "dagster.yaml", home / "dagster.yaml")

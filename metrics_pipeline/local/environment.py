@@ -50,7 +50,7 @@ def remember(values: dict[str, str]) -> None:
 
 
 def dagster_home(settings: Settings) -> Path:
-    """Dagster's folder of this stack; its `dagster.yaml` is the checkout's."""
+    """Dagster's folder of this stack; its `dagster.yaml` is ours."""
     return settings.data_dir / "dagster_home"
 
 
