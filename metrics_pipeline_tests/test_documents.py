@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -73,8 +75,9 @@ def test_the_readme_is_for_a_newcomer() -> None:
     assert len(README.read_text("utf-8").splitlines()) <= 200
 
 
-def test_every_page_is_linked_from_the_readme_or_from_one_that_is() -> None:
-    reached, waiting = set[Path](), [README]
+def unreached(readme: Path, pages: Iterable[Path]) -> set[str]:
+    """Names of the pages that no chain of links leads to from the README."""
+    reached, waiting = set[Path](), [readme]
     while waiting:
         document = waiting.pop()
         if document in reached:
@@ -83,7 +86,17 @@ def test_every_page_is_linked_from_the_readme_or_from_one_that_is() -> None:
         for target in re.findall(r"\]\(([^)\s#]+\.md)", document.read_text("utf-8")):
             if not target.startswith("https://"):
                 waiting.append((document.parent / target).resolve())
-    assert set(PAGES) <= reached, sorted(path.name for path in set(PAGES) - reached)
+    return {path.name for path in set(pages) - reached}
+
+
+def test_every_page_is_linked_from_the_readme_or_from_one_that_is() -> None:
+    assert not unreached(README, PAGES)
+
+
+def test_a_page_that_nothing_links_to_would_be_found(tmp_path: Path) -> None:
+    for name, text in (("README.md", "[a](a.md)"), ("a.md", "[b](b.md#x)"), ("b.md", ""), ("c.md", "[a](a.md)")):
+        (tmp_path / name).write_text(text)
+    assert unreached(tmp_path / "README.md", tmp_path.glob("?.md")) == {"c.md"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -103,6 +116,63 @@ def test_the_drawn_layout_exists() -> None:
         indent, name = len(line) - len(line.lstrip()), line.split()[0]
         parent = name if indent == 4 else parent
         assert (ROOT / (name if indent == 4 else parent + name)).exists(), name
+
+
+def test_the_map_names_every_package_and_every_module() -> None:
+    package = ROOT / "metrics_pipeline"
+    _, _, drawn = page("architecture").read_text("utf-8").partition("\n    metrics_pipeline/  ")
+    first = drawn.partition("\n    metrics_pipeline_tests/")[0]
+    named = {line.split()[0].rstrip("/") for line in first.splitlines()[1:]}
+    packages = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert named == packages | {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+`(?:, )?)+) \|$", page("architecture").read_text("utf-8"), re.MULTILINE)
+    assert {name: sorted(re.findall(r"\w+", modules)) for name, modules in rows} == {
+        name: sorted(path.stem for path in (package / name).glob("*.py") if path.stem != "__init__")
+        for name in packages
+    }
+
+
+def test_the_places_that_a_column_touches_are_all_named() -> None:
+    _, _, section = page("architecture").read_text("utf-8").partition("\n**Another column**")
+    named = {
+        path
+        for path in re.findall(r"`((?:metrics_pipeline|sql|connect)/[^`]+\.\w+)`", section.partition("\n## ")[0])
+        if "_tests" not in path
+    }
+    files = [path for folder in ("metrics_pipeline", "sql/queries", "connect") for path in (ROOT / folder).rglob("*.*")]
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in files if path.suffix != ".pyc"}
+    column = {name for name, text in texts.items() if "published_at" in text}
+    assert column <= named, f"not on the page: {column - named}"
+    assert all(re.search("published_at|tags", texts[name]) for name in named), "on the page, and without a column"
+
+
+def test_the_glossary_has_the_words() -> None:
+    words = {word for row in table(page("architecture"), "## What the words mean") for word in row[0].split(", ")}
+    assert words >= {"reading", "message", "record", "row", "reject", "fast road", "producer run", "ledger"}
+    assert words >= {"offset range", "sink", "spill", "metric", "lag", "keeper"}
+
+
+def test_modules_and_pages_that_are_named_anywhere_exist() -> None:
+    """In messages, comments, the Makefile, the images and the workflows, as well as in the documents."""
+    folders = ("metrics_pipeline", "metrics_pipeline_tests", "sql", "connect", "compose", ".ci", ".github")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    files += [path for path in ROOT.iterdir() if path.suffix in {".yaml", ".yml", ".toml"}]
+    files += [ROOT / "Makefile", ROOT / "Dockerfile", ROOT / ".env.example", *DOCUMENTS]
+    seen = 0
+    for path in files:
+        if not path.is_file() or path.suffix == ".pyc" or path.name in {"test_documents.py", "test_site.py"}:
+            continue
+        text = path.read_text("utf-8")
+        for name in re.findall(r"(?<![\w/])docs/[\w-]+\.\w+", text):
+            seen += 1
+            assert (ROOT / name).exists(), f"{path}: {name}"
+        for name in re.findall(r"(?<![\w/])metrics_pipeline(?:_tests)?/[\w/]+\.py", text):
+            seen += 1
+            assert (ROOT / name).exists(), f"{path}: {name}"
+        for name in re.findall(r"-m (metrics_pipeline[\w.]*\w)", text):
+            seen += 1
+            assert find_spec(name), f"{path}: {name}"
+    assert seen > 30
 
 
 def calls() -> list[str]:
@@ -208,6 +278,23 @@ def test_messages_under_troubleshooting_are_those_of_the_code() -> None:
     for message in messages:
         for piece in message.split("…"):
             assert piece.strip() in source, f"{message}: {piece!r}"
+
+
+def test_what_make_up_prints_is_what_it_prints() -> None:
+    """Each line of the README's output, but for figures and addresses."""
+    source = "\n".join(path.read_text("utf-8") for path in [*SOURCES, ROOT / "Makefile"])
+    (block,) = [block for block in fences(README, "text") if "PostgreSQL is up" in block]
+    for line in filter(None, block.splitlines()):
+        piece = re.split(r" \.venv|[:\d]| is up| has started", line)[0]
+        assert piece in source, line
+
+
+def test_the_readme_s_figures_are_those_of_the_benchmarks() -> None:
+    text = page("benchmarks").read_text("utf-8")
+    figures = table(README, "## How fast")
+    assert len(figures) == 5
+    for path, rate, share in figures:
+        assert re.search(rf"^\| `[\w-]+` \| {rate} \| [^|]+ \| {share} \|", text, re.MULTILINE), path
 
 
 def test_changelog_has_this_version() -> None:
