@@ -206,6 +206,18 @@ def test_every_call_of_the_command_line_parses(call: str) -> None:
         pytest.fail(f"{call}: {error}")
 
 
+def test_logs_that_are_named_are_written_by_some_part() -> None:
+    (argument,) = [given for given in reference.commands()["logs"].params if given.name == "service"]
+    parts = set(re.findall(r"\w+", getattr(argument, "help", "")))
+    named = {match[1] for call in calls() if (match := re.fullmatch(r"metrics-pipeline logs ([a-z]+)(-\d)?", call))}
+    assert named
+    assert named <= parts
+    shown = {
+        match for row in table(README, "## Five commands that matter") for match in re.findall(r"logs (\w+)", row[0])
+    }
+    assert shown <= parts - {"sink"}, "the stack as it comes runs no COPY sink, so there is no such log"
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for document in DOCUMENTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -16,11 +17,18 @@ from metrics_pipeline import kafka, summaries
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC
 from metrics_pipeline.sinks import connector
 from metrics_pipeline_tests.conftest import RunningStack
-from metrics_pipeline_tests.documents import fences, page
+from metrics_pipeline_tests.documents import DOCUMENTS, fences, page
 
 pytestmark = pytest.mark.integration
 
-QUERIES = fences(page("queries"), "sql")
+QUERIES = [query for document in DOCUMENTS for query in fences(document, "sql") if "-- migrate:up" not in query] + [
+    shlex.split(call)[2]
+    for document in DOCUMENTS
+    for block in fences(document, "sh")
+    for call in block.splitlines()
+    if call.startswith('metrics-pipeline sql "')
+]
+"""Of every page; migrations are run where their page is followed."""
 ROWS = 12
 
 
@@ -47,7 +55,7 @@ def readings(stack: RunningStack) -> Iterator[None]:
 
 @pytest.mark.parametrize("query", QUERIES, ids=lambda query: re.sub(r"\s+", " ", query)[:40])
 @pytest.mark.usefixtures("readings")
-def test_every_query_of_the_readme_runs_and_finds_something(query: str, stack: RunningStack) -> None:
+def test_every_query_of_the_documents_runs_and_finds_something(query: str, stack: RunningStack) -> None:
     ended = stack.cli("sql", query, "--json")
     assert ended.returncode == 0, ended.stderr
     rows = json.loads(ended.stdout)
@@ -56,10 +64,11 @@ def test_every_query_of_the_readme_runs_and_finds_something(query: str, stack: R
 
 
 def test_there_are_queries() -> None:
-    assert len(QUERIES) >= 6
+    assert len(QUERIES) >= 10
+    assert "SELECT count(*) FROM metrics" in QUERIES
 
 
-def test_a_record_is_skipped_as_the_readme_says(stack: RunningStack) -> None:
+def test_a_record_is_skipped_as_the_page_says(stack: RunningStack) -> None:
     (block,) = [block for block in fences(page("troubleshooting"), "sh") if "/offsets" in block]
     sink = f"{stack.settings.connect_rest}/connectors/{CONNECTOR}"
     assert f"/connectors/{CONNECTOR}\n" in block
