@@ -93,7 +93,7 @@ def test_the_navigation_and_the_readme_ask_in_the_same_order() -> None:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout that may be broken."""
     copy = tmp_path_factory.mktemp("documents") / "checkout"
-    skipped = [".git", ".venv", ".local", ".cache", "site", "__pycache__", ".*_cache", ".hypothesis", ".env"]
+    skipped = [".git", ".venv", ".local", ".cache", "site", "__pycache__", ".*_cache", ".hypothesis", ".env", ".tmp_*"]
     return Path(shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*skipped, "metrics_pipeline_tests")))
 
 

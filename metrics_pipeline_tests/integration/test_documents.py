@@ -64,7 +64,7 @@ def test_every_query_of_the_documents_runs_and_finds_something(query: str, stack
 
 
 def test_there_are_queries() -> None:
-    assert len(QUERIES) >= 10
+    assert len(QUERIES) >= 9
     assert "SELECT count(*) FROM metrics" in QUERIES
 
 

@@ -73,21 +73,8 @@ def install(wheel: Path, folder: Path) -> Path:
         else:
             copy.symlink_to(program)
     (folder / "bin" / "metrics-pipeline").unlink()
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            folder / "bin" / "python",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--no-index",
-        ]
-        + [wheel],
-        check=True,
-    )
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
     return folder / "bin"
 
 
