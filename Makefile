@@ -7,7 +7,7 @@ ORDER ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test unit integration chaos lint types docs lock clean
+.PHONY: help up down test unit integration chaos lint types docs wheel lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -53,9 +53,12 @@ types: $(VENV)/.dev  ## mypy --strict
 docs: $(VENV)/.dev  ## the documents as a site in site/; a broken link fails
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+wheel: $(VENV)/.dev  ## the package to install elsewhere, in dist/
+	@$(BIN)/python -m build --no-isolation
+
 lock: $(VENV)/.dev  ## resolve the dependencies again, with hashes, for every supported Python
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock' --upgrade pyproject.toml --group pyproject.toml:build -o requirements/runtime.txt
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock' --upgrade -c requirements/runtime.txt pyproject.toml --group pyproject.toml:build --group pyproject.toml:dev -o requirements/dev.txt
 
-clean:  ## remove the virtual environment and the site (data in .local stays: see `metrics-pipeline reset`)
-	rm -rf $(VENV) site
+clean:  ## remove the virtual environment, the site and the wheel (data in .local stays: see `metrics-pipeline reset`)
+	rm -rf $(VENV) site dist
