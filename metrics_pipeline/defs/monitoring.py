@@ -14,7 +14,7 @@ from metrics_pipeline.defs.provisioning import (
     metrics_schema,
     metrics_sink_connector,
     metrics_topic,
-    not_provisioned,
+    when_provisioned,
 )
 from metrics_pipeline.defs.resources import ACTIVE, OWNERS, Pipeline, plain_errors
 from metrics_pipeline.errors import PipelineError
@@ -268,42 +268,15 @@ def housekeeping() -> None:
     purge_ledger()
 
 
-@dg.schedule(
-    job=summaries_job,
-    cron_schedule="* * * * *",
-    execution_timezone="UTC",
-    default_status=dg.DefaultScheduleStatus.RUNNING,
+ingestion_rate_schedule = when_provisioned(
+    "ingestion_rate_schedule", summaries_job, "* * * * *", "Every minute.", [ingestion_rate.key]
 )
-def ingestion_rate_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """Every minute."""
-    reason = not_provisioned(context.instance)
-    return dg.SkipReason(reason) if reason else dg.RunRequest(asset_selection=[ingestion_rate.key])
-
-
-@dg.schedule(
-    job=summaries_job,
-    cron_schedule="*/5 * * * *",
-    execution_timezone="UTC",
-    default_status=dg.DefaultScheduleStatus.RUNNING,
+device_summary_schedule = when_provisioned(
+    "device_summary_schedule", summaries_job, "*/5 * * * *", "Every five minutes.", [device_summary.key]
 )
-def device_summary_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """Every five minutes."""
-    reason = not_provisioned(context.instance)
-    return dg.SkipReason(reason) if reason else dg.RunRequest(asset_selection=[device_summary.key])
-
-
-@dg.schedule(
-    job=check_throughput,
-    cron_schedule="*/5 * * * *",
-    execution_timezone="UTC",
-    default_status=dg.DefaultScheduleStatus.RUNNING,
+check_throughput_schedule = when_provisioned(
+    "check_throughput_schedule", check_throughput, "*/5 * * * *", "Every five minutes."
 )
-def check_throughput_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """Every five minutes."""
-    reason = not_provisioned(context.instance)
-    return dg.SkipReason(reason) if reason else dg.RunRequest()
-
-
 housekeeping_schedule = dg.ScheduleDefinition(
     name="housekeeping_schedule",
     job=housekeeping,

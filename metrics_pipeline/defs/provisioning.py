@@ -1,6 +1,7 @@
 """Schema, then topic, then sink: each brought to its configured state, each checked by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import dagster as dg
 
@@ -152,16 +153,44 @@ def not_provisioned(instance: dg.DagsterInstance) -> str | None:
     return f"{', '.join(missing)} not provisioned yet: run the `provision` job" if missing else None
 
 
-@dg.schedule(
-    job=check_provisioning,
-    cron_schedule="* * * * *",
-    execution_timezone="UTC",
-    default_status=dg.DefaultScheduleStatus.RUNNING,
+def when_provisioned(
+    name: str,
+    job: Any,
+    cron: str,
+    description: str,
+    assets: Sequence[dg.AssetKey] | None = None,
+) -> dg.ScheduleDefinition:
+    """A schedule that runs from the start, and skips its ticks with the reason until `provision` went through.
+
+    Args:
+        name: of the schedule.
+        job: what it runs; dagster exports no type for what `define_asset_job` makes.
+        cron: when, in UTC.
+        description: for the UI.
+        assets: those of the job to materialize; None is all of them.
+    """
+
+    @dg.schedule(
+        name=name,
+        job=job,
+        cron_schedule=cron,
+        execution_timezone="UTC",
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description=description,
+    )
+    def tick(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        reason = not_provisioned(context.instance)
+        return dg.SkipReason(reason) if reason else dg.RunRequest(asset_selection=assets)
+
+    return tick
+
+
+check_provisioning_schedule = when_provisioned(
+    "check_provisioning_schedule",
+    check_provisioning,
+    "* * * * *",
+    "Every minute, so that drift is seen red before it is mended.",
 )
-def check_provisioning_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """Every minute, so that drift is seen red before it is mended."""
-    reason = not_provisioned(context.instance)
-    return dg.SkipReason(reason) if reason else dg.RunRequest()
 
 
 DEFINITIONS = dg.Definitions(

@@ -19,7 +19,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
 from metrics_pipeline.local.environment import dagster_home, for_python
-from metrics_pipeline.local.service import Service
+from metrics_pipeline.local.service import Service, http_problem
 from metrics_pipeline.settings import ROOT, Settings, workplace
 
 DEFINITIONS = "metrics_pipeline.definitions"
@@ -124,11 +124,7 @@ def code_problem(settings: Settings) -> str | None:
 
 def web_problem(settings: Settings) -> str | None:
     """None when the webserver answers, else why not."""
-    try:
-        requests.get(f"{settings.dagster_http}/server_info", timeout=5).raise_for_status()
-    except requests.RequestException as error:
-        return f"no answer ({type(error).__name__})"
-    return None
+    return http_problem(f"{settings.dagster_http}/server_info")
 
 
 def daemon_problem(settings: Settings) -> str | None:
