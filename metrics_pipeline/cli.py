@@ -258,14 +258,14 @@ def migrate_status() -> None:
     """Which migrations are applied; exit code 1 when some are not, or the database has some that are not here."""
     from metrics_pipeline import postgres
 
-    found = postgres.migration_status(Settings.load())
-    for version in found.applied:
+    migrations = postgres.migration_status(Settings.load())
+    for version in migrations.applied:
         _say(f"applied  {version}")
-    for version in found.pending:
+    for version in migrations.pending:
         _say(f"pending  {version}")
-    for version in found.missing:
+    for version in migrations.missing:
         _say(f"unknown  {version}: applied by a newer metrics-pipeline; use that one")
-    raise typer.Exit(0 if found.at_head else 1)
+    raise typer.Exit(0 if migrations.at_head else 1)
 
 
 @migrations.command("rollback")
@@ -328,18 +328,18 @@ def rejects_list(
     from metrics_pipeline import rejects
 
     settings = Settings.load()
-    found = rejects.newest(settings, reason=reason, limit=limit, every=every)
+    records = rejects.newest(settings, reason=reason, limit=limit, every=every)
     counts = rejects.by_reason(settings, reason=reason, every=every)
     if as_json:
-        document = {"rejects": [one.document() for one in found], "by_reason": counts}
+        document = {"rejects": [one.document() for one in records], "by_reason": counts}
         sys.stdout.write(json.dumps(document) + "\n")
         return
     grid = Table("partition", "offset", "reason", "rejected", "detail")
-    for one in found:
+    for one in records:
         when = f"{one.rejected_at:%Y-%m-%d %H:%M:%S}" + (" (replayed)" if one.replayed_at else "")
         detail = rejects.printable(one.detail.encode(errors="backslashreplace"), 100)
         grid.add_row(str(one.partition), str(one.offset), Text(one.reason), when, Text(detail))
-    if found:
+    if records:
         out.print(grid)
     for name, count in counts.items():
         _say(f"{count:,} {name}")
@@ -355,14 +355,14 @@ def rejects_show(
     """One rejected record: why, when, and its bytes with what is not printable escaped."""
     from metrics_pipeline import rejects
 
-    found, key, payload = rejects.one(Settings.load(), partition, offset)
+    reject, key, payload = rejects.one(Settings.load(), partition, offset)
     if raw:
         sys.stdout.buffer.write(payload or b"")
         return
-    _say(f"partition {found.partition}, offset {found.offset}: {found.reason}")
-    _say(f"detail    {rejects.printable(found.detail.encode(errors='backslashreplace'))}")
-    _say(f"rejected  {found.rejected_at.isoformat()}")
-    _say(f"replayed  {found.replayed_at.isoformat() if found.replayed_at else 'no'}")
+    _say(f"partition {reject.partition}, offset {reject.offset}: {reject.reason}")
+    _say(f"detail    {rejects.printable(reject.detail.encode(errors='backslashreplace'))}")
+    _say(f"rejected  {reject.rejected_at.isoformat()}")
+    _say(f"replayed  {reject.replayed_at.isoformat() if reject.replayed_at else 'no'}")
     _say(f"key       {rejects.printable(key)}")
     _say(f"payload   {rejects.printable(payload)}")
 

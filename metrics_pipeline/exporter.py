@@ -112,14 +112,14 @@ class PipelineMetrics(Collector):
         up = GaugeMetricFamily(
             "metrics_pipeline_up", "1 for a part that does its work, 0 for one that does not", labels=["part"]
         )
-        found: list[Metric] = [up]
+        metrics: list[Metric] = [up]
         for name in self._parts:
             if not self._asked[name].done():
                 self._note(name, f"no answer within {self._answer_seconds:g} s")
                 up.add_metric([name], 0)
                 continue
             try:
-                found += self._asked.pop(name).result()
+                metrics += self._asked.pop(name).result()
             except NotUsedError:
                 self._note(name, None)
                 continue
@@ -134,7 +134,7 @@ class PipelineMetrics(Collector):
                 continue
             self._note(name, None)
             up.add_metric([name], 1)
-        return found
+        return metrics
 
     def _note(self, name: str, problem: str | None) -> None:
         former = self._problems.pop(name, None)
@@ -184,7 +184,7 @@ class DatabaseSource(_Reader):
         counted = connection.execute(postgres.query("exporter_postgres")).fetchone()
         assert counted is not None  # noqa: S101  # each of the views has a row
         commits, inserted, updated, deadlocks, wal, timed, requested, sessions = counted
-        found: list[Metric] = [
+        metrics: list[Metric] = [
             CounterMetricFamily(f"metrics_pipeline_postgres_{name}", text, value=value)
             for name, text, value in (
                 ("xact_commit", "Transactions committed in the database of the readings", commits),
@@ -199,23 +199,25 @@ class DatabaseSource(_Reader):
         )
         checkpoints.add_metric(["timed"], timed)
         checkpoints.add_metric(["requested"], requested)
-        found.append(checkpoints)
-        found.append(GaugeMetricFamily("metrics_pipeline_postgres_connections", "Sessions of all databases", sessions))
+        metrics.append(checkpoints)
+        metrics.append(
+            GaugeMetricFamily("metrics_pipeline_postgres_connections", "Sessions of all databases", sessions)
+        )
         sizes = GaugeMetricFamily("metrics_pipeline_table_bytes", "Size on disk", labels=["table", "kind"])
         for table, heap, index in connection.execute(postgres.query("exporter_tables")):
             sizes.add_metric([table, "heap"], heap)
             sizes.add_metric([table, "index"], index)
-        found.append(sizes)
+        metrics.append(sizes)
         try:
             waiting = (connection.execute(postgres.query("exporter_rejected")).fetchone() or (0,))[0]
             rows = summaries.row_count(connection)
         except psycopg.errors.UndefinedTable:
-            return found  # the server is well; `provision` has not run yet
-        found.append(GaugeMetricFamily("metrics_pipeline_rows", "Readings stored", rows))
-        found.append(
+            return metrics  # the server is well; `provision` has not run yet
+        metrics.append(GaugeMetricFamily("metrics_pipeline_rows", "Readings stored", rows))
+        metrics.append(
             GaugeMetricFamily("metrics_pipeline_rejected_rows", "Rejected records not published again yet", waiting)
         )
-        return found
+        return metrics
 
 
 class ProducerSource(_Reader):
@@ -252,7 +254,7 @@ class BrokerSource(_Placed):
         metadata = admin.list_topics(timeout=METADATA_SECONDS)
         partitions = [partition for topic in metadata.topics.values() for partition in topic.partitions.values()]
         behind = sum(len(partition.isrs) < len(partition.replicas) for partition in partitions)
-        found: list[Metric] = [
+        metrics: list[Metric] = [
             GaugeMetricFamily("metrics_pipeline_brokers", "Brokers in the cluster", len(metadata.brokers)),
             GaugeMetricFamily(
                 "metrics_pipeline_partitions_under_replicated", "Partitions with a replica that is not in sync", behind
@@ -263,14 +265,14 @@ class BrokerSource(_Placed):
             lag = active.lag_at(self._settings, place)
         except ServiceError as error:
             log.debug("no lag: %s", error)  # no topic yet, or its leader is being elected
-            return found
+            return metrics
         group = COPY_GROUP if place.active == "copy" else CONNECTOR_GROUP
         family = GaugeMetricFamily(
             "metrics_pipeline_lag", "Records that the active sink has still to store", labels=["group", "partition"]
         )
         for partition, records in lag.per_partition.items():
             family.add_metric([group, str(partition)], records)
-        return [*found, family]
+        return [*metrics, family]
 
 
 class ConnectSource(_Placed):

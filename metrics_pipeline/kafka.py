@@ -183,7 +183,7 @@ def ensure_topic(settings: Settings, grow: bool = False) -> Change:
                 ],
             )
             _done(admin.incremental_alter_configs([resource]))
-            details += [f"{name}: {found} → {spec.config[name]}" for name, found in wrong.items()]
+            details += [f"{name}: {present} → {spec.config[name]}" for name, present in wrong.items()]
     return Change("changed" if details else "unchanged", details)
 
 
@@ -203,12 +203,12 @@ def await_topic(settings: Settings, name: str, partitions: int) -> None:
     deadline = time.monotonic() + LEADER_SECONDS
     with _consumer(settings) as consumer:
         while True:
-            found = _partitions(consumer, name) or {}
-            problem = f"{len(found)} of {partitions} partitions are there"
+            numbers = _partitions(consumer, name) or {}
+            problem = f"{len(numbers)} of {partitions} partitions are there"
             try:
-                for number in found:
+                for number in numbers:
                     consumer.get_watermark_offsets(TopicPartition(name, number), timeout=TIMEOUT_SECONDS)
-                if len(found) >= partitions:
+                if len(numbers) >= partitions:
                     return
             except KafkaException as error:
                 if error.args[0].name() in UNREACHABLE:
@@ -230,15 +230,15 @@ def topic_drift(settings: Settings) -> list[str]:
         if _partitions(admin, spec.name) is None:
             return [f"topic {spec.name} does not exist"]
         partitions, replicas = _shape(admin)
-        found = []
+        differences = []
         if partitions != spec.partitions:
-            found.append(f"partitions is {partitions}, configured {spec.partitions}")
+            differences.append(f"partitions is {partitions}, configured {spec.partitions}")
         if replicas != spec.replication_factor:
-            found.append(f"replicas is {replicas}, configured {spec.replication_factor}")
-        found += [
+            differences.append(f"replicas is {replicas}, configured {spec.replication_factor}")
+        differences += [
             f"{name} is {is_}, configured {spec.config[name]}" for name, is_ in _config_drift(admin, spec).items()
         ]
-    return found
+    return differences
 
 
 def watermarks(settings: Settings) -> dict[int, tuple[int, int]]:
@@ -427,11 +427,11 @@ def _lag(offsets: Mapping[int, int], marks: Mapping[int, tuple[int, int]]) -> La
 
 
 def _watermarks(consumer: Consumer) -> dict[int, tuple[int, int]]:
-    found = {}
+    marks = {}
     for number in sorted(_existing(consumer)):
         low, high = ends(consumer, TopicPartition(TOPIC, number))
-        found[number] = (min(low, high), high)
-    return found
+        marks[number] = (min(low, high), high)
+    return marks
 
 
 def _settled(ask: Callable[[], _T]) -> _T:

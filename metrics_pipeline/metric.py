@@ -403,11 +403,11 @@ _FIELD_OF_ERROR: Final = re.compile(r"`\$\.(\w+)|field `(\w+)`")
 
 
 def _refusal(part: str, error: Exception) -> RecordError:
-    found = _FIELD_OF_ERROR.search(str(error)) if isinstance(error, msgspec.ValidationError) else None
-    if not found:
+    match = _FIELD_OF_ERROR.search(str(error)) if isinstance(error, msgspec.ValidationError) else None
+    if not match:
         return RecordError("bad_json", f"{part}: {error}")
-    field = found[1] or found[2]
-    return RecordError("missing_field" if found[2] else _FIELD_REASON[field], f"{part}: {field}: {error}")
+    field = match[1] or match[2]
+    return RecordError("missing_field" if match[2] else _FIELD_REASON[field], f"{part}: {field}: {error}")
 
 
 # --- What is generated from the model ----------------------------------------------------------------------------

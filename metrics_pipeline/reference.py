@@ -75,17 +75,17 @@ def settings_table(group: str) -> str:
 
 def commands() -> dict[str, TyperCommand]:
     """Every command of the program by the words that call it."""
-    found: dict[str, TyperCommand] = {}
+    by_path: dict[str, TyperCommand] = {}
 
     def walk(node: object, path: str) -> None:
         if isinstance(node, TyperGroup):
             for name, child in node.commands.items():
                 walk(child, f"{path} {name}".strip())
         elif isinstance(node, TyperCommand):
-            found[path] = node
+            by_path[path] = node
 
     walk(typer.main.get_command(app), "")
-    return found
+    return by_path
 
 
 def commands_table() -> str:

@@ -67,8 +67,8 @@ class RegistryClient:
         Raises:
             ServiceError: the registry cannot be used.
         """
-        found = self._ask("GET", f"/subjects/{quote(subject)}/versions/latest")
-        return None if found is None else _version(found)
+        answer = self._ask("GET", f"/subjects/{quote(subject)}/versions/latest")
+        return None if answer is None else _version(answer)
 
     def lookup(self, subject: str, schema: str) -> int | None:
         """The version under which this very schema is registered, if it is.
@@ -76,8 +76,8 @@ class RegistryClient:
         Raises:
             ServiceError: the registry cannot be used.
         """
-        found = self._ask("POST", f"/subjects/{quote(subject)}", _body(schema))
-        return None if found is None else int(found["version"])
+        answer = self._ask("POST", f"/subjects/{quote(subject)}", _body(schema))
+        return None if answer is None else int(answer["version"])
 
     def register(self, subject: str, schema: str) -> None:
         """Make a schema the newest version of a subject.
@@ -94,8 +94,8 @@ class RegistryClient:
         Raises:
             ServiceError: the registry cannot be used.
         """
-        found = self._ask("GET", f"/config/{quote(subject)}")
-        return None if found is None else str(found.get("compatibilityLevel") or found.get("compatibility"))
+        answer = self._ask("GET", f"/config/{quote(subject)}")
+        return None if answer is None else str(answer.get("compatibilityLevel") or answer.get("compatibility"))
 
     def set_compatibility(self, subject: str, level: str) -> None:
         """Set the subject's own level of compatibility.
@@ -183,21 +183,23 @@ def registry_drift(settings: Settings) -> list[str]:
     if not settings.schema_registry_url:
         return []
     client = RegistryClient(settings.schema_registry_url)
-    found = []
+    differences = []
     for subject, file in SUBJECTS.items():
         text = file.read_text("utf-8")
         latest = client.latest(subject)
         if latest is None:
-            found.append(f"schema {subject} is not registered at {client.name}")
+            differences.append(f"schema {subject} is not registered at {client.name}")
             continue
         if not _same(latest, text):
             older = client.lookup(subject, text)
             where = "is not registered" if older is None else f"is version {older}"
             if older != latest.number:
-                found.append(f"schema {subject} at {client.name} is at version {latest.number}, {_ours(file)} {where}")
+                differences.append(
+                    f"schema {subject} at {client.name} is at version {latest.number}, {_ours(file)} {where}"
+                )
         if (level := client.compatibility(subject)) != COMPATIBILITY:
-            found.append(f"compatibility of {subject} is {level or 'not set'}, configured {COMPATIBILITY}")
-    return found
+            differences.append(f"compatibility of {subject} is {level or 'not set'}, configured {COMPATIBILITY}")
+    return differences
 
 
 def _ours(file: Path) -> str:
@@ -208,10 +210,10 @@ def _body(schema: str) -> dict[str, str]:
     return {"schema": schema, "schemaType": "JSON"}
 
 
-def _version(found: dict[str, Any]) -> Version:
-    kind = str(found.get("schemaType", "AVRO"))  # left out for Avro
-    text = str(found.get("schema", ""))
-    return Version(int(found["version"]), kind, _parsed(text) if kind == "JSON" else text)
+def _version(answer: dict[str, Any]) -> Version:
+    kind = str(answer.get("schemaType", "AVRO"))  # left out for Avro
+    text = str(answer.get("schema", ""))
+    return Version(int(answer["version"]), kind, _parsed(text) if kind == "JSON" else text)
 
 
 def _same(version: Version, text: str) -> bool:

@@ -124,9 +124,9 @@ def device_summary(settings: Settings, *, limit: int = 100) -> DeviceSummaries:
         with _tick(conn):
             rows = _absorb(conn)
             devices = _value(conn, "SELECT count(*) FROM device_summary")
-            found = conn.execute(query("device_metrics"), {"limit": limit}).fetchall()
+            metric_rows = conn.execute(query("device_metrics"), {"limit": limit}).fetchall()
     first = []
-    for (device_id, count, first_seen, last_seen), metrics in groupby(found, key=lambda row: row[:4]):
+    for (device_id, count, first_seen, last_seen), metrics in groupby(metric_rows, key=lambda row: row[:4]):
         first.append(
             DeviceSummary(device_id, count, first_seen, last_seen, [MetricSummary(*metric[4:]) for metric in metrics])
         )

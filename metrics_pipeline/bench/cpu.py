@@ -33,11 +33,11 @@ class CpuMeter:
 
     def read(self) -> Seconds:
         """CPU seconds used so far by each part that still runs, and by this process as `bench`."""
-        found = {"bench": time.process_time()}
+        seconds = {"bench": time.process_time()}
         for name, process in self._parts.items():
             with contextlib.suppress(psutil.NoSuchProcess):
-                found[name] = family_seconds(process)
-        return found
+                seconds[name] = family_seconds(process)
+        return seconds
 
 
 def family_seconds(process: psutil.Process) -> float:

@@ -73,10 +73,10 @@ class Drain:
 
     def rates(self) -> dict[str, list[float]]:
         """Rows a second by path, in the order of the rounds."""
-        found: dict[str, list[float]] = {path: [] for path in self.paths}
+        by_path: dict[str, list[float]] = {path: [] for path in self.paths}
         for run in self.runs:
-            found[run.path].append(run.timed.rows_per_second)
-        return {path: rates for path, rates in found.items() if rates}
+            by_path[run.path].append(run.timed.rows_per_second)
+        return {path: rates for path, rates in by_path.items() if rates}
 
     def document(self) -> dict[str, Any]:
         """Everything as one JSON object."""
@@ -180,7 +180,7 @@ def drain(
     baseline = "connect-baseline" in names
     if baseline:
         readings.make_baseline_topic(settings)
-    found = Drain(records, rounds, tuple(names), surroundings.describe(place), bad_every)
+    result = Drain(records, rounds, tuple(names), surroundings.describe(place), bad_every)
     stamp = datetime.now(UTC)
     try:
         simulated = readings.simulated(settings, records, stamp)
@@ -188,24 +188,24 @@ def drain(
         with readings.read_reference(
             settings, settings.data_dir, told, batch_rows=settings.sink_flush_rows
         ) as reference:
-            _take_turns(place, found, names, reference, told, say, make)
+            _take_turns(place, result, names, reference, told, say, make)
     finally:
         if baseline:
             readings.drop_baseline_topic(settings)
     if copying := [name for name in names if bad_every and name.startswith("copy-")]:
-        found.paths += tuple(name + BAD for name in copying)
+        result.paths += tuple(name + BAD for name in copying)
         readings.empty_topic(settings)
         rounds_of_them = readings.spoilt(readings.simulated(settings, records, stamp), bad_every)
         readings.fill(settings, rounds_of_them, records, told)
         bad = -(-records // bad_every)
         with readings.read_reference(settings, settings.data_dir, told, bad=bad) as reference:
-            _take_turns(place, found, copying, reference, told, say, make, suffix=BAD)
-    return found
+            _take_turns(place, result, copying, reference, told, say, make, suffix=BAD)
+    return result
 
 
 def _take_turns(
     place: Place,
-    found: Drain,
+    result: Drain,
     names: Sequence[str],
     reference: Reference,
     told: Told,
@@ -215,7 +215,7 @@ def _take_turns(
 ) -> None:
     settings = place.settings
     with postgres.connect_admin(settings, settings.metrics_database) as connection:
-        for number in range(found.rounds):
+        for number in range(result.rounds):
             for name in order(names, number):
                 label = name + suffix
                 told(f"preparing {label}", 0, 0)
@@ -224,19 +224,19 @@ def _take_turns(
                 table.start_sink_at(connection, reference.low)
                 path = make(place, name, f"bench-{datetime.now(UTC):%H%M%S}-{name}-{number + 1}", reference)
                 target = sum(high for _, high in TopicReader(settings, path.topic).ends().values())
-                first = target - found.records
+                first = target - result.records
 
                 def show(passed: int, label: str = label, number: int = number, first: int = first) -> None:
-                    told(f"round {number + 1} of {found.rounds}: {label}", max(0, passed - first), found.records)
+                    told(f"round {number + 1} of {result.rounds}: {label}", max(0, passed - first), result.records)
 
                 timed = time_path(place, connection, path, target, show)
                 told(f"comparing after {label}", 0, 0)
-                known = any(run.path == label for run in found.runs)
+                known = any(run.path == label for run in result.runs)
                 checked = table.check(settings, reference, full=not known)
-                found.runs.append(Run(label, number + 1, timed, checked))
+                result.runs.append(Run(label, number + 1, timed, checked))
                 if not suffix:
-                    found.table = table.size(connection)
-                say(_line(found.runs[-1]))
+                    result.table = table.size(connection)
+                say(_line(result.runs[-1]))
 
 
 def _line(run: Run) -> str:

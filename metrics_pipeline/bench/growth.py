@@ -87,7 +87,7 @@ def growth(
     settings = place.settings
     document = surroundings.describe(place)
     stamp, chunk = datetime.now(UTC), rows // steps
-    expected, found, problems = 0, [], []
+    expected, measured, problems = 0, [], []
 
     def path() -> DrainPath:
         return CopyPath(place, settings.sink_workers) if sink == "copy" else ConnectPath.ours(place, connector)
@@ -125,7 +125,7 @@ def growth(
                 problems.append(f"{name}: {timed.rows:,} rows of {chunk:,} records")
             if total != expected:
                 problems.append(f"{name}: {total:,} rows in the table, expected {expected:,}")
-            found.append(
+            measured.append(
                 Step(
                     rows=total,
                     rows_per_second=timed.rows_per_second,
@@ -138,7 +138,7 @@ def growth(
                     **table.size(connection),
                 )
             )
-            say(line(found[-1]))
+            say(line(measured[-1]))
     return {
         "bench": "growth",
         "correct": not problems,
@@ -146,7 +146,7 @@ def growth(
         "sink": sink,
         "rows": rows,
         **document,
-        "steps": [asdict(step) for step in found],
+        "steps": [asdict(step) for step in measured],
     }
 
 

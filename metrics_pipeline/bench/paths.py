@@ -114,10 +114,10 @@ class ConnectPath(DrainPath):
             if state.failed or state.connector == "FAILED":
                 raise ServiceError(f"{self.name}: {state.problems[0]}: see connect.log")
         try:
-            found = self._consumer.committed(self._places, timeout=kafka.TIMEOUT_SECONDS)
+            committed = self._consumer.committed(self._places, timeout=kafka.TIMEOUT_SECONDS)
         except KafkaException as problem:
             raise ServiceError(f"{self.name}: the broker does not tell offsets: {problem.args[0].str()}") from problem
-        return sum(max(0, place.offset) for place in found)
+        return sum(max(0, place.offset) for place in committed)
 
     def stop(self) -> None:
         """Delete the connector and wait until its tasks have left PostgreSQL."""
@@ -199,8 +199,8 @@ class CopyPath(DrainPath):
             return 0
         if self._child.poll() is not None:
             raise ServiceError(f"{self.name}: the sink ended with exit code {self._child.returncode}: {self._words()}")
-        found = self._connection.execute("SELECT sum(next_offset) FROM sink_offsets WHERE topic = %s", [TOPIC])
-        (total,) = found.fetchone() or (None,)
+        answer = self._connection.execute("SELECT sum(next_offset) FROM sink_offsets WHERE topic = %s", [TOPIC])
+        (total,) = answer.fetchone() or (None,)
         return int(total or 0)
 
     def processes(self) -> Mapping[str, psutil.Process]:
@@ -305,10 +305,10 @@ def _await_silence(place: Place, application: str) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     with postgres.connect_admin(place.settings, place.settings.metrics_database) as connection:
         while time.monotonic() < deadline:
-            found = connection.execute(
+            answer = connection.execute(
                 "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", [application]
             )
-            if found.fetchone() == (0,):
+            if answer.fetchone() == (0,):
                 return
             time.sleep(0.1)
     raise ServiceError(f"the connector still writes {STOP_SECONDS:.0f} s after it was deleted: see connect.log")

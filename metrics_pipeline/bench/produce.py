@@ -28,10 +28,10 @@ def steady(beats: Sequence[Beat]) -> list[Beat]:
     Raises:
         ServiceError: too few to say anything.
     """
-    found = [beat for beat in beats if beat.acknowledged and not beat.done][1:]
-    if len(found) < 2:
+    kept = [beat for beat in beats if beat.acknowledged and not beat.done][1:]
+    if len(kept) < 2:
         raise ServiceError("the producer ran too short to be measured: give it at least 5 seconds")
-    return found
+    return kept
 
 
 def figures(beats: Sequence[Beat]) -> dict[str, Any]:

@@ -60,9 +60,9 @@ def spoilt(rounds: Iterable[list[Pair]], every: int) -> Iterator[list[Pair]]:
     """The same readings, of which one in `every` is bad: no JSON, an unknown metric, or text for a value, in turn."""
     at = 0
     for readings in rounds:
-        found = list(readings)
-        for number in range(-at % every, len(found), every):
-            key, value = found[number]
+        pairs = list(readings)
+        for number in range(-at % every, len(pairs), every):
+            key, value = pairs[number]
             how = (at + number) // every % 3
             if how == 0:
                 value = value[:-1]
@@ -70,9 +70,9 @@ def spoilt(rounds: Iterable[list[Pair]], every: int) -> Iterator[list[Pair]]:
                 value = re.sub(rb'"metric_name":[0-9]+', b'"metric_name":70000', value)
             else:
                 value = re.sub(rb'"value":[^,]+', b'"value":"abc"', value)
-            found[number] = key, value
+            pairs[number] = key, value
         at += len(readings)
-        yield found
+        yield pairs
 
 
 def with_schema(readings: Iterable[Pair]) -> list[Pair]:

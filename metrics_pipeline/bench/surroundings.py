@@ -53,10 +53,10 @@ def machine(folder: Path) -> dict[str, Any]:
 
 def _cpu_model() -> str:
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+        match = None
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def filesystem(folder: Path) -> str:
@@ -71,7 +71,7 @@ def filesystem(folder: Path) -> str:
 
 def versions(place: Place) -> dict[str, str]:
     """Of everything that takes part."""
-    found = {
+    by_part = {
         "metrics-pipeline": version("metrics-pipeline"),
         "python": platform.python_version(),
         "librdkafka": confluent_kafka.libversion()[0],
@@ -79,16 +79,16 @@ def versions(place: Place) -> dict[str, str]:
     }
     with postgres.connect(place.settings, "metrics_reader", autocommit=True) as connection:
         row: Any = connection.execute("SHOW server_version").fetchone()
-        found["postgresql"] = row[0]
+        by_part["postgresql"] = row[0]
     if "kafka" not in external_services():
-        found["broker"] = f"Apache Kafka {_locked('org.apache.kafka:kafka_2.13')}"
-    return found | _connect_versions(place.settings)
+        by_part["broker"] = f"Apache Kafka {_locked('org.apache.kafka:kafka_2.13')}"
+    return by_part | _connect_versions(place.settings)
 
 
 def _locked(artifact: str) -> str:
     lines = (ROOT / "connect" / "jars.lock").read_text("utf-8").splitlines()
-    found = (words[1].rpartition(":")[2] for line in lines if (words := line.split())[1].startswith(f"{artifact}:"))
-    return next(found, "of unknown version")
+    numbers = (words[1].rpartition(":")[2] for line in lines if (words := line.split())[1].startswith(f"{artifact}:"))
+    return next(numbers, "of unknown version")
 
 
 def _connect_versions(settings: Settings) -> dict[str, str]:
@@ -146,14 +146,14 @@ def commit() -> str:
 
 def warnings(surroundings: Mapping[str, Any]) -> list[str]:
     """What makes the figures mean something else than they seem to."""
-    found = []
+    doubts = []
     if surroundings["machine"]["filesystem"] in MEMORY_FILESYSTEMS:
-        found.append("the data lies in memory, so a sync costs nothing: set TMPDIR to a folder on a disk")
+        doubts.append("the data lies in memory, so a sync costs nothing: set TMPDIR to a folder on a disk")
     unsafe = [
         name for name in ("fsync", "full_page_writes", "synchronous_commit") if surroundings["postgres"][name] == "off"
     ]
     if unsafe:
-        found.append(f"PostgreSQL trades durability for speed: {', '.join(unsafe)} off")
+        doubts.append(f"PostgreSQL trades durability for speed: {', '.join(unsafe)} off")
     if surroundings["machine"]["load_before"] > 0.5 * surroundings["machine"]["cores"]:
-        found.append(f"the machine was busy before the start: load {surroundings['machine']['load_before']}")
-    return found
+        doubts.append(f"the machine was busy before the start: load {surroundings['machine']['load_before']}")
+    return doubts

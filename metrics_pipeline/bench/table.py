@@ -143,7 +143,7 @@ def check(settings: Settings, reference: Reference, *, full: bool) -> Checked:
 
     Each bad record of the topic must have become a reject.
     """
-    rows, found = 0, 0
+    rows, table_checksum = 0, 0
     with ExitStack() as spills:
         kept = spills.enter_context(Spill(_folder(settings), ROW, reference.records.buckets)) if full else None
         with postgres.connect(settings, "metrics_reader") as connection:
@@ -151,18 +151,20 @@ def check(settings: Settings, reference: Reference, *, full: bool) -> Checked:
             (rejects,) = connection.execute("SELECT count(*) FROM rejected_metrics").fetchone() or (0,)
             for entries in read_rows(connection):
                 rows += len(entries)
-                found = (found + checksum(entries)) % 2**64
+                table_checksum = (table_checksum + checksum(entries)) % 2**64
                 if kept is not None:
                     kept.append(entries)
         if rejects != reference.bad:
             wrong = f"{rejects:,} rejects, expected {reference.bad:,}"
             return Checked(rows, False, compared=False, findings=(wrong,))
-        equal = (rows, found) == (reference.count, reference.checksum)
+        equal = (rows, table_checksum) == (reference.count, reference.checksum)
         if kept is None:
             return Checked(rows, True, compared=False) if equal else check(settings, reference, full=True)
         findings = _findings(reference, kept, _folder(settings))
     if not equal and not findings:
-        findings = (f"{rows:,} rows with checksum {found:x}, expected {reference.count:,} with {reference.checksum:x}",)
+        findings = (
+            f"{rows:,} rows with checksum {table_checksum:x}, expected {reference.count:,} with {reference.checksum:x}",
+        )
     return Checked(rows, not findings, compared=True, findings=findings)
 
 

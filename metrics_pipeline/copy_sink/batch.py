@@ -144,9 +144,9 @@ class BatchDecoder:
         parts, others = [], []
         for begin in range(0, len(values), BLOCK):
             block = slice(begin, begin + BLOCK)
-            found, rest = parse(keys[block], values[block], key_lengths[block], lengths[block], self._tags)
-            found.source += begin
-            parts.append(found)
+            part, rest = parse(keys[block], values[block], key_lengths[block], lengths[block], self._tags)
+            part.source += begin
+            parts.append(part)
             others.append(rest + begin)
         return ReadingColumns.joined(parts) if parts else EMPTY, np.concatenate(others) if others else np.empty(
             0, np.int64

@@ -236,12 +236,12 @@ def parse(
     for shape, chosen in ((_SHAPES[27], fractions & long_enough), (_SHAPES[20], ~fractions & long_enough)):
         which = np.flatnonzero(chosen)
         if 2 * len(which) > count:  # the usual case: looking at some in vain costs less than copying the others
-            found, good = _rows(shape, heads, text, starts, key_text, key_starts, key_lengths, values, tags)
+            part, good = _rows(shape, heads, text, starts, key_text, key_starts, key_lengths, values, tags)
             good &= chosen
-            found.source = np.arange(count)
+            part.source = np.arange(count)
             refused.append(np.flatnonzero(chosen & ~good))
         elif len(which):
-            found, good = _rows(
+            part, good = _rows(
                 shape,
                 heads[which],
                 text,
@@ -252,11 +252,11 @@ def parse(
                 [values[at] for at in which.tolist()],
                 tags,
             )
-            found.source = which
+            part.source = which
             refused.append(which[~good])
         else:
             continue
-        parts.append(found if good.all() else found.take(good))
+        parts.append(part if good.all() else part.take(good))
     columns = ReadingColumns.joined(parts) if parts else EMPTY
     if len(parts) > 1:
         columns = columns.take(np.argsort(columns.source, kind="stable"))
@@ -402,8 +402,8 @@ def _are_digits(words: Array) -> Array:
     """
     high = np.uint64(0xF0F0F0F0F0F0F0F0)
     over = ((words + np.uint64(0x0606060606060606)) & high) >> np.uint64(4)
-    found: Array = ((words & high) | over) == np.uint64(0x3333333333333333)
-    return found
+    digits: Array = ((words & high) | over) == np.uint64(0x3333333333333333)
+    return digits
 
 
 def _number(words: Array) -> Array:

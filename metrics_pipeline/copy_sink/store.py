@@ -106,12 +106,12 @@ class Store:
     def offsets(self, partitions: Iterable[int]) -> dict[int, int]:
         """Where each partition stands; those never written are left out."""
         session = self._session()
-        found = session.execute(
+        rows = session.execute(
             "SELECT partition, next_offset FROM sink_offsets WHERE topic = %s AND partition = ANY (%s)",
             [TOPIC, list(partitions)],
         ).fetchall()
         session.commit()
-        return dict(found)
+        return dict(rows)
 
     def begin(self, partition: int, offset: int) -> None:
         """Note where a partition that was never written begins; a note that is there already stays."""
@@ -220,12 +220,12 @@ class Store:
         return "upsert" if upsert else "copy"
 
     def _lock(self, session: postgres.Connection, batch: Batch) -> None:
-        found = session.execute(
+        rows = session.execute(
             postgres.query("sink_lock").encode(), {"topic": TOPIC, "partitions": list(batch.chunks)}
         ).fetchall()
-        if not all(active for _, _, active in found):
+        if not all(active for _, _, active in rows):
             raise StandbyError
-        at = {partition: offset for partition, offset, _ in found}
+        at = {partition: offset for partition, offset, _ in rows}
         wrong = [chunk.partition for chunk in batch.chunks.values() if at.get(chunk.partition) != chunk.start]
         if wrong:
             raise FencedError(wrong)
@@ -261,14 +261,14 @@ class Store:
             with session.transaction():
                 self._stage(session, columns, batch.tags)
         except REFUSED:
-            refused = found = self._bisect(session, columns, batch.tags)
+            refused = rejects = self._bisect(session, columns, batch.tags)
             left = batch.columns
             # A reading that was refused had taken the place of former ones of its key, which are as good as any.
-            while found and len(columns) < len(left):
-                left = left.take(~np.isin(left.source, [reject.at for reject in found]))
+            while rejects and len(columns) < len(left):
+                left = left.take(~np.isin(left.source, [reject.at for reject in rejects]))
                 columns = latest(left)
-                found = self._bisect(session, columns, batch.tags)
-                refused = refused + found
+                rejects = self._bisect(session, columns, batch.tags)
+                refused = refused + rejects
             return refused
         return None
 
@@ -309,10 +309,10 @@ class Store:
             cursor.executemany(postgres.query("sink_reject").encode(), entries)
 
     def _end_stalled(self, session: postgres.Connection) -> None:
-        found = session.execute(postgres.query("sink_end_stalled").encode(), {"seconds": LOCK_SECONDS}).fetchone()
+        row = session.execute(postgres.query("sink_end_stalled").encode(), {"seconds": LOCK_SECONDS}).fetchone()
         session.commit()
-        if found and found[0]:
-            log.warning("ended %s session(s) of stalled workers that held a lock", found[0])
+        if row and row[0]:
+            log.warning("ended %s session(s) of stalled workers that held a lock", row[0])
 
 
 def latest(columns: ReadingColumns) -> ReadingColumns:

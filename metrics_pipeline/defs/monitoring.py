@@ -86,8 +86,8 @@ def ingestion_rate(pipeline: Pipeline) -> dg.MaterializeResult[None]:
 def device_summary(pipeline: Pipeline) -> dg.MaterializeResult[None]:
     """Per device: readings, first and last seen; per metric its count, least, mean and greatest value."""
     with plain_errors():
-        found = summaries.device_summary(pipeline.load(), limit=DEVICES_SHOWN)
-    shown = [(str(device.device_id)[:8], device.rows) for device in found.first]
+        summary = summaries.device_summary(pipeline.load(), limit=DEVICES_SHOWN)
+    shown = [(str(device.device_id)[:8], device.rows) for device in summary.first]
     records = [
         dg.TableRecord(
             {
@@ -101,13 +101,13 @@ def device_summary(pipeline: Pipeline) -> dg.MaterializeResult[None]:
                 "max": metric.max,
             }
         )
-        for device in found.first
+        for device in summary.first
         for metric in device.metrics
     ]
     return dg.MaterializeResult(
         metadata={
-            "devices": found.devices,
-            "rows": found.rows,
+            "devices": summary.devices,
+            "rows": summary.rows,
             "chart": dg.MetadataValue.md(chart.image(f"readings of the {len(shown)} busiest devices", shown)),
             **({"busiest_devices": dg.MetadataValue.table(records)} if records else {}),
         }
@@ -199,18 +199,18 @@ def freshness(context: dg.AssetCheckExecutionContext, pipeline: Pipeline) -> dg.
 def recent_rejects(pipeline: Pipeline) -> dg.AssetCheckResult:
     """The COPY sink has rejected no record within the last ten minutes; the newest ones are named."""
     try:
-        found = rejects.recent(pipeline.load(), REJECTS_SECONDS, REJECTS_NAMED)
+        recent = rejects.recent(pipeline.load(), REJECTS_SECONDS, REJECTS_NAMED)
     except PipelineError as error:
         return _broken(error)
-    named = "; ".join(f"partition {one.partition}, offset {one.offset}: {one.reason}" for one in found.newest)
+    named = "; ".join(f"partition {one.partition}, offset {one.offset}: {one.reason}" for one in recent.newest)
     return dg.AssetCheckResult(
-        passed=not found.count,
+        passed=not recent.count,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"{found.count:,} within {REJECTS_SECONDS // 60} minutes" + (f"; {named}" if named else ""),
+        description=f"{recent.count:,} within {REJECTS_SECONDS // 60} minutes" + (f"; {named}" if named else ""),
         metadata={
-            "rejects": found.count,
-            "by_reason": dg.MetadataValue.json(found.reasons),
-            "newest": dg.MetadataValue.json([f"{one.partition}:{one.offset} {one.reason}" for one in found.newest]),
+            "rejects": recent.count,
+            "by_reason": dg.MetadataValue.json(recent.reasons),
+            "newest": dg.MetadataValue.json([f"{one.partition}:{one.offset} {one.reason}" for one in recent.newest]),
         },
     )
 

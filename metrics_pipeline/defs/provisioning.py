@@ -44,13 +44,13 @@ def _result(change: Change) -> dg.MaterializeResult[None]:
 def _verdict(pipeline: Pipeline, drift: Callable[[Settings], list[str]]) -> dg.AssetCheckResult:
     """Red with each difference named; a service that does not answer is red, too, with its reason."""
     try:
-        found = drift(pipeline.load())
+        differences = drift(pipeline.load())
     except PipelineError as error:
-        found = [str(error)]
+        differences = [str(error)]
     return dg.AssetCheckResult(
-        passed=not found,
-        description="; ".join(found) or "as configured",
-        metadata={"differences": len(found), "drift": dg.MetadataValue.json(found)},
+        passed=not differences,
+        description="; ".join(differences) or "as configured",
+        metadata={"differences": len(differences), "drift": dg.MetadataValue.json(differences)},
     )
 
 

@@ -35,9 +35,9 @@ class LogFollower:
             text = self._rest + file.read()
             self._place = file.tell()
         *whole, self._rest = text.split(b"\n")
-        found = [line.decode(errors="replace") for line in whole]
-        self.last = next((line for line in reversed(found) if line.strip()), self.last)
-        return found
+        lines = [line.decode(errors="replace") for line in whole]
+        self.last = next((line for line in reversed(lines) if line.strip()), self.last)
+        return lines
 
 
 def start(settings: Settings, options: Sequence[str], say: Callable[[str], None]) -> None:

@@ -129,11 +129,11 @@ def require_same_brokers(settings: Settings) -> None:
     """
     home = settings.data_dir
     alone, cluster = home / "kafka" / "meta.properties", home / "kafka-cluster" / "cluster-id"
-    found = 1 if alone.exists() else 3 if cluster.exists() else settings.kafka_brokers
-    if found != settings.kafka_brokers and not settings.kafka_url:
+    made_for = 1 if alone.exists() else 3 if cluster.exists() else settings.kafka_brokers
+    if made_for != settings.kafka_brokers and not settings.kafka_url:
         raise DriftError(
-            f"the topic in {settings.data_dir} is that of {_count(found)}, and KAFKA_BROKERS is {settings.kafka_brokers}: "
-            f"go on with KAFKA_BROKERS={found}, or take another folder (PIPELINE_DATA_DIR), "
+            f"the topic in {settings.data_dir} is that of {_count(made_for)}, and KAFKA_BROKERS is {settings.kafka_brokers}: "
+            f"go on with KAFKA_BROKERS={made_for}, or take another folder (PIPELINE_DATA_DIR), "
             "or delete topic and readings with `metrics-pipeline reset` and start afresh"
         )
 
@@ -191,12 +191,12 @@ def look(settings: Settings) -> tuple[bool, str | None]:
     """Whether there is a broker to work with, and what is wrong; a cluster may lack one and work."""
     client = _client(settings.bootstrap_servers)
     try:
-        found = len(client.list_topics(timeout=3).brokers)
+        brokers = len(client.list_topics(timeout=3).brokers)
     except KafkaException as error:
         return False, f"no answer on {settings.bootstrap_servers}: {error.args[0].str()}"
-    if not found:
+    if not brokers:
         return False, "no broker in the cluster yet"
-    missing = 0 if settings.kafka_url else settings.kafka_brokers - found
+    missing = 0 if settings.kafka_url else settings.kafka_brokers - brokers
     return True, f"{missing} of {settings.kafka_brokers} brokers away" if missing > 0 else None
 
 

@@ -99,7 +99,7 @@ def _cgroup_limits(root: Path) -> list[tuple[Path, int]]:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    found = []
+    limits = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # version 2: the limit of any ancestor binds too
@@ -117,5 +117,5 @@ def _cgroup_limits(root: Path) -> list[tuple[Path, int]]:
             except OSError:
                 continue
             if text.isdigit() and int(text) < 2**62:  # version 1 writes a huge number for "none"
-                found.append((candidate / name, int(text)))
-    return found
+                limits.append((candidate / name, int(text)))
+    return limits

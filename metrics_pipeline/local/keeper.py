@@ -210,9 +210,9 @@ class Keeper:
         return self._claim()
 
     def _bring_back(self, service: Service) -> None:
-        if (found := service.find()) is not None:
-            service.adopt(found)
-            self._report(f"{service.title} was restarted by somebody else: looking after pid {found.pid} now")
+        if (process := service.find()) is not None:
+            service.adopt(process)
+            self._report(f"{service.title} was restarted by somebody else: looking after pid {process.pid} now")
             self._note()
             return
         attempts, last, due = self._attempts.get(service.name, (0, 0.0, 0.0))
@@ -295,11 +295,11 @@ def stop_running(settings: Settings, report: ShowLine) -> bool:
         stack = build(settings)
         state.adopt(stack.services)
         others = state.others(stack.services, settings.data_dir / "logs")
-        found = bool(others) or any(service.alive() for service in stack.services)
+        was_running = bool(others) or any(service.alive() for service in stack.services)
         for service in others:  # a sink of another SINK, which is to end before the broker does
             service.stop()
         stack.stop(report)
         StackState().write(settings.data_dir)
     finally:
         lock.close()
-    return found
+    return was_running

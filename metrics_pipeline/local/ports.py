@@ -62,7 +62,7 @@ def require_free(settings: Settings, names: Iterable[str]) -> None:
     """
     busy = [(name, getattr(settings, name)) for name in names if not is_free(getattr(settings, name))]
     if busy:
-        found = "; ".join(
+        named = "; ".join(
             f"port {port} is in use by {holder(port)}: set {name.upper()} to a free one" for name, port in busy
         )
-        raise BusyError(f"{found}; or let `metrics-pipeline up --free-ports` choose")
+        raise BusyError(f"{named}; or let `metrics-pipeline up --free-ports` choose")

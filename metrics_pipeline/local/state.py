@@ -61,14 +61,14 @@ class StackState:
     def others(self, services: Iterable[Service], logs: Path) -> list[Service]:
         """What a former keeper left and is no part of this stack (it had more brokers or workers): fit only to be ended."""
         known = {service.name for service in services}
-        found = []
+        others = []
         for name, child in self.children.items():
             if name not in known and (process := child.find()) is not None:
                 log = logs / f"{name}.log"
                 other = Service(name, name, "", [], {}, log, lambda: "is no part of this stack", stop_seconds=45)
                 other.adopt(process)
-                found.append(other)
-        return found
+                others.append(other)
+        return others
 
     def note(self, services: Iterable[Service]) -> None:
         """Take down which processes run now."""

@@ -58,20 +58,20 @@ class Sampler:
         sessions = answer.pop("sessions", 0)
         futures["connect"] = self._pool.submit(_whole, "connect", self._connect)
         futures["sink"] = self._pool.submit(_whole, "sink", lambda: self._copy_sink(sessions))
-        found = {
+        samples = {
             name: futures[name].result() for name in ("postgres", "broker", "connect", "sink", "producer", "dagster")
         }
         if self._active == "connect":
-            found["sink"] = _connector_as_sink(found["connect"])
-        rows = found["postgres"].pop("rows", None)
-        lag = found["broker"].pop("lag", None)
-        figures = found["producer"].pop("figures", {})
-        if not found["producer"]["healthy"] and found["postgres"].pop("between_runs", False):
-            found["producer"] |= {"healthy": True, "state": "between two runs"}
-            found["producer"].pop("reason", None)
-        found["postgres"].pop("between_runs", None)
+            samples["sink"] = _connector_as_sink(samples["connect"])
+        rows = samples["postgres"].pop("rows", None)
+        lag = samples["broker"].pop("lag", None)
+        figures = samples["producer"].pop("figures", {})
+        if not samples["producer"]["healthy"] and samples["postgres"].pop("between_runs", False):
+            samples["producer"] |= {"healthy": True, "state": "between two runs"}
+            samples["producer"].pop("reason", None)
+        samples["postgres"].pop("between_runs", None)
         return {
-            **found,
+            **samples,
             "rows": rows,
             "rows_per_second": self._rate(),
             "acknowledged_per_second": figures.get("acknowledged_per_second", 0.0),

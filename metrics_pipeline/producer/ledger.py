@@ -227,10 +227,10 @@ def holder(settings: Settings) -> Holder | None:
     # A role of less rights would not be shown the names of the producer's sessions.
     with postgres.connect(settings, "metrics_producer", autocommit=True, connect_timeout=3) as connection:
         try:
-            found = connection.execute(postgres.query("producer_lock_holder"), {"key": LOCK_KEY}).fetchone()
+            row = connection.execute(postgres.query("producer_lock_holder"), {"key": LOCK_KEY}).fetchone()
         except psycopg.Error as error:
             raise _failure("the holder of the producer's lock could not be read", error) from error
-    return Holder(str(found[0]), found[2]) if found else None
+    return Holder(str(row[0]), row[2]) if row else None
 
 
 def purge(settings: Settings) -> int:

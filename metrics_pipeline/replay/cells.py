@@ -196,28 +196,30 @@ def tags(cell: object) -> list[str]:
                 return msgspec.json.decode(text, type=list[str])
             except (msgspec.DecodeError, UnicodeEncodeError):
                 pass
-        elif (found := _pg_array(text)) is not None:
-            return found
+        elif (elements := _pg_array(text)) is not None:
+            return elements
     raise RecordError("bad_tags", f'{shown(cell)} is not a list of tags: write ["a","b"] or {{a,b}}')
 
 
 def _pg_array(text: str) -> list[str] | None:
     if text[0] != "{" or text[-1] != "}" or len(text) < 2:
         return None
-    found, at, end = [], 1, len(text) - 1
+    elements, at, end = [], 1, len(text) - 1
     while at < end:
         element = _pg_element.match(text, at, end)
         if element is None:
             return None
         if element[2] is not None and element[2].strip().upper() == "NULL":
             return None
-        found.append(re.sub(r"\\(.)", r"\1", element[1], flags=re.DOTALL) if element[2] is None else element[2].strip())
+        elements.append(
+            re.sub(r"\\(.)", r"\1", element[1], flags=re.DOTALL) if element[2] is None else element[2].strip()
+        )
         at = element.end()
         if at < end:
             if text[at] != "," or at + 1 == end:
                 return None
             at += 1
-    return found
+    return elements
 
 
 def shown(cell: object) -> str:

@@ -113,22 +113,24 @@ class FileColumns:
         if options.time_column is not None:
             time = _named(options.time_column, columns, "--time", there)
         else:
-            found = [name for name in columns if name.casefold() in TIME_NAMES]
-            if len(found) != 1:
-                what = f"{names(found)} may each be the time" if found else "none is named as a time"
+            candidates = [name for name in columns if name.casefold() in TIME_NAMES]
+            if len(candidates) != 1:
+                what = f"{names(candidates)} may each be the time" if candidates else "none is named as a time"
                 raise SettingError(f"{what}: say which with --time COLUMN; {there}")
-            time = found[0]
+            time = candidates[0]
         if options.device is not None and options.device_column is not None:
             raise SettingError("--device and --device-column exclude each other: give one")
         device = None
         if options.device_column is not None:
             device = _named(options.device_column, columns, "--device-column", there)
         elif options.device is None:
-            found = [name for name in columns if name.casefold() in DEVICE_NAMES]
-            if len(found) != 1:
-                what = f"{names(found)} may each be the device" if found else "none is named device or device_id"
+            candidates = [name for name in columns if name.casefold() in DEVICE_NAMES]
+            if len(candidates) != 1:
+                what = (
+                    f"{names(candidates)} may each be the device" if candidates else "none is named device or device_id"
+                )
                 raise SettingError(f"{what}: give --device NAME or --device-column COLUMN; {there}")
-            device = found[0]
+            device = candidates[0]
         folded = {name.casefold(): name for name in columns}
         long = not mapping and METRIC_COLUMN in folded and VALUE_COLUMN in folded
         result = cls(
@@ -186,11 +188,11 @@ class FileColumns:
 
     @staticmethod
     def _place(column: str, columns: Sequence[str]) -> int:
-        found = [at for at, name in enumerate(columns) if name == column]
-        if len(found) != 1:
-            what = "is missing" if not found else "stands there twice"
+        positions = [at for at, name in enumerate(columns) if name == column]
+        if len(positions) != 1:
+            what = "is missing" if not positions else "stands there twice"
             raise RecordError("missing_field", f"{column} {what}; there are {names(columns)}")
-        return found[0]
+        return positions[0]
 
 
 def metric_code(cell: object) -> int:
@@ -219,7 +221,7 @@ def _named(column: str, columns: Sequence[str], option: str, there: str) -> str:
     """A column the user named: exactly, or but for its case when only one is meant."""
     if column in columns:
         return column
-    found = [name for name in columns if name.casefold() == column.casefold()]
-    if len(found) != 1:
-        raise SettingError(f"{option} {column}: {'no' if not found else 'more than one'} such column; {there}")
-    return found[0]
+    candidates = [name for name in columns if name.casefold() == column.casefold()]
+    if len(candidates) != 1:
+        raise SettingError(f"{option} {column}: {'no' if not candidates else 'more than one'} such column; {there}")
+    return candidates[0]

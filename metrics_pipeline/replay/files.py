@@ -241,9 +241,9 @@ class NdjsonFile(TextFile):
             raise SettingError(f"{path}: is a JSON array; write one object a line: jq -c '.[]' {path}")
         names: dict[str, None] = {}
         for text in sample:
-            found = _object(text)
-            if isinstance(found, dict):
-                names |= dict.fromkeys(found)
+            parsed = _object(text)
+            if isinstance(parsed, dict):
+                names |= dict.fromkeys(parsed)
         if not names:
             raise SettingError(f"{path}: no JSON object in its first {len(sample)} lines; there must be one a line")
         self.columns = tuple(names)
@@ -256,15 +256,15 @@ class NdjsonFile(TextFile):
         """
         known: dict[tuple[str, ...], tuple[str, ...]] = {}
         for number, text in enumerate(self._texts(), 1):
-            found = _object(text)
-            if isinstance(found, RecordError):
+            parsed = _object(text)
+            if isinstance(parsed, RecordError):
                 if text.strip():
-                    yield BadLine(number, found)
+                    yield BadLine(number, parsed)
                 continue
-            columns = tuple(found)
+            columns = tuple(parsed)
             if len(known) > 1000:
                 known.clear()
-            yield Line(number, known.setdefault(columns, columns), tuple(found.values()))
+            yield Line(number, known.setdefault(columns, columns), tuple(parsed.values()))
 
 
 def _object(text: str) -> dict[str, object] | RecordError:

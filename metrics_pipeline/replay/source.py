@@ -191,19 +191,19 @@ class Replay:
             if places.tags >= 0:
                 column = line.columns[places.tags]
                 labels = tags(cells[places.tags])
-            found = places.metrics
+            metrics = places.metrics
             if columns.metric is not None:
                 column = columns.metric
-                found = ((places.value, columns.value or "", metric_code(cells[places.metric])),)
+                metrics = ((places.value, columns.value or "", metric_code(cells[places.metric])),)
             readings = []
-            for at, name, code in found:
+            for at, name, code in metrics:
                 column = name
                 value = number(cells[at])
                 if value is not None:
                     readings.append(Reading(device, moment, code, value, labels))
         except RecordError as error:
             raise RecordError(error.reason, f"{column}: {error.detail}") from error
-        self.report.empty_cells += len(found) - len(readings)
+        self.report.empty_cells += len(metrics) - len(readings)
         for reading in readings:
             check(reading)
         return readings

@@ -178,23 +178,23 @@ def sink_drift(settings: Settings) -> list[str]:
         ServiceError: PostgreSQL, the broker or Connect cannot be used.
     """
     place = position(settings)
-    found = []
+    differences = []
     if place.active != settings.sink:
-        found.append(f"the readings are stored by {_NAMES[place.active]}, configured {_NAMES[settings.sink]}")
+        differences.append(f"the readings are stored by {_NAMES[place.active]}, configured {_NAMES[settings.sink]}")
     if settings.sink == "connect":
-        return found + connector.connector_drift(settings)
+        return differences + connector.connector_drift(settings)
     if not place.sessions:
-        found.append(NO_WORKER)
+        differences.append(NO_WORKER)
     state = _connector_if_any(settings, PATIENCE_SECONDS if settings.connect_url else QUIET_SECONDS)
     if state not in (None, "MISSING", "STOPPED"):
-        found.append(f"connector {CONNECTOR} is {state} beside the COPY sink, configured STOPPED")
+        differences.append(f"connector {CONNECTOR} is {state} beside the COPY sink, configured STOPPED")
     for number, (_, high) in kafka.watermarks(settings).items():
         if place.offsets.get(number, 0) > high:
-            found.append(
+            differences.append(
                 f"the COPY sink's offset in partition {number} is {place.offsets[number]}, and the topic ends at {high}: "
                 "it was made anew, and a process of the COPY sink that runs begins at its start"
             )
-    return found
+    return differences
 
 
 def hand_back(settings: Settings) -> list[str]:

@@ -87,20 +87,20 @@ class SinkState:
         """One line for each part that does not run; empty when all do."""
         if self.connector == "MISSING":
             return [f"connector {CONNECTOR} does not exist"]
-        found = []
+        problems = []
         if self.connector != "RUNNING":
             reason = f": {TaskState(-1, self.connector, self.trace).cause}" if self.trace else ""
-            found.append(f"connector {CONNECTOR} is {self.connector}{reason}")
+            problems.append(f"connector {CONNECTOR} is {self.connector}{reason}")
         if not self.tasks:
-            found.append(f"connector {CONNECTOR} has no tasks")
+            problems.append(f"connector {CONNECTOR} has no tasks")
         alike: dict[tuple[str, str], list[int]] = {}
         for task in self.tasks:
             if task.state != "RUNNING":
                 alike.setdefault((task.state, f": {task.cause}" if task.trace else ""), []).append(task.id)
         for (state, cause), numbers in alike.items():
             which = f"task {numbers[0]} is" if len(numbers) == 1 else f"tasks {', '.join(map(str, numbers))} are"
-            found.append(f"{which} {state}{cause}")
-        return found
+            problems.append(f"{which} {state}{cause}")
+        return problems
 
 
 class AbsentError(ServiceError):
@@ -390,17 +390,17 @@ def _wait_until_running(client: ConnectClient, settle: float) -> None:
 
 
 def _differences(present: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
-    found = []
+    differences = []
     for name in sorted(present.keys() | wanted.keys()):
         if name == "name":  # Connect adds it
             continue
         if name not in wanted:
-            found.append(f"{name} is {_shown(name, present[name])}, not configured")
+            differences.append(f"{name} is {_shown(name, present[name])}, not configured")
         elif name not in present:
-            found.append(f"{name} is missing, configured {_shown(name, wanted[name])}")
+            differences.append(f"{name} is missing, configured {_shown(name, wanted[name])}")
         elif present[name] != wanted[name]:
-            found.append(f"{name} is {_shown(name, present[name])}, configured {_shown(name, wanted[name])}")
-    return found
+            differences.append(f"{name} is {_shown(name, present[name])}, configured {_shown(name, wanted[name])}")
+    return differences
 
 
 def _shown(name: str, value: str) -> str:

@@ -35,24 +35,24 @@ def anomalies(claims: Iterable[Claim], ends: Mapping[int, int], holes: Mapping[i
         ends: the offset after the last record, per partition.
         holes: offsets at which the topic holds no record though it should.
     """
-    found = []
+    signs = []
     by_partition = defaultdict(list)
     for claim in claims:
         size = sum(end - start for start, end in claim.ranges)
         where = f"partition {claim.partition}"
         if size != claim.acknowledged:
-            found.append(
+            signs.append(
                 f"run {claim.run_id} counted {claim.acknowledged} acknowledgements in {where}, at {size} offsets"
             )
         end = ends.get(claim.partition, 0)
         if claim.ranges and claim.ranges[-1][1] > end:
             beyond = sum(stop - max(start, end) for start, stop in claim.ranges if stop > end)
-            found.append(
+            signs.append(
                 f"run {claim.run_id} was acknowledged {beyond} offsets of {where} up to {claim.ranges[-1][1] - 1}, "
                 f"and the partition ends before {end}"
             )
         for start, stop in claim.ranges:
-            found += [
+            signs += [
                 f"run {claim.run_id} was acknowledged offsets {max(start, first)} to {min(stop, after) - 1} of {where}, "
                 "and the topic holds no record there"
                 for first, after in holes.get(claim.partition, ())
@@ -64,13 +64,13 @@ def anomalies(claims: Iterable[Claim], ends: Mapping[int, int], holes: Mapping[i
         reach, holder = 0, ""
         for start, stop, run_id in ranges:
             if start < reach:
-                found.append(
+                signs.append(
                     f"runs {holder} and {run_id} were both acknowledged offsets {start} to {min(stop, reach) - 1} "
                     f"of partition {partition}"
                 )
             if stop > reach:
                 reach, holder = stop, run_id
-    return found
+    return signs
 
 
 def unclaimed(claims: Iterable[Claim], low: Mapping[int, int], ends: Mapping[int, int]) -> int:

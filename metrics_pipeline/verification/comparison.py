@@ -201,11 +201,11 @@ class Comparison:
         return self.counts
 
     def _rejected(self, partition: npt.NDArray[np.int64], offset: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        found = np.zeros(len(offset), bool)
+        rejected = np.zeros(len(offset), bool)
         for number, offsets in self._bounds.rejected.items():
             here = partition == number
-            found[here] = np.isin(offset[here], offsets)
-        return found
+            rejected[here] = np.isin(offset[here], offsets)
+        return rejected
 
     def _note_insertions(self, records: Rows, rows: Rows, row: npt.NDArray[np.int64]) -> None:
         """Remember, per partition, the oldest row that a retained record inserted: created after its arrival."""
@@ -290,6 +290,6 @@ def _grouped(record_keys: Rows, row_keys: Rows) -> tuple[npt.NDArray[np.int64], 
 
 def _any(groups: npt.NDArray[np.int64], flags: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.bool_]:
     """For each group, whether any of its members is flagged."""
-    found = np.zeros(count, bool)
-    found[groups[flags]] = True
-    return found
+    flagged = np.zeros(count, bool)
+    flagged[groups[flags]] = True
+    return flagged

@@ -45,8 +45,7 @@ def take_snapshot(connection: postgres.Connection) -> int:
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     with reading("metrics"):
         connection.execute("SET LOCAL statement_timeout = 0")
-        found = connection.execute(postgres.query("verify_size").encode())
-        (estimate,) = found.fetchone() or (0,)
+        (estimate,) = connection.execute(postgres.query("verify_size").encode()).fetchone() or (0,)
     return int(estimate)
 
 

@@ -115,10 +115,10 @@ class TopicReader:
         """
         consumer = self._consumer()
         try:
-            found = consumer.list_topics(timeout=TIMEOUT_SECONDS).topics.get(self.topic)
-            if found is None or found.error is not None:
+            topic = consumer.list_topics(timeout=TIMEOUT_SECONDS).topics.get(self.topic)
+            if topic is None or topic.error is not None:
                 return {}
-            return {number: ends(consumer, TopicPartition(self.topic, number)) for number in sorted(found.partitions)}
+            return {number: ends(consumer, TopicPartition(self.topic, number)) for number in sorted(topic.partitions)}
         except KafkaException as problem:
             raise self._refused(problem.args[0]) from problem
         finally:
@@ -216,7 +216,7 @@ def dead_letters(settings: Settings) -> dict[int, npt.NDArray[np.int64]]:
     """Offsets of the topic that stand among the dead letters, per partition."""
     reader = TopicReader(settings, DEAD_LETTER_TOPIC)
     ends = reader.ends()
-    found: dict[int, array[int]] = {}
+    offsets: dict[int, array[int]] = {}
     for messages in reader.read(
         {partition: low for partition, (low, _) in ends.items()},
         {partition: high for partition, (_, high) in ends.items()},
@@ -228,8 +228,8 @@ def dead_letters(settings: Settings) -> dict[int, npt.NDArray[np.int64]]:
             )
             # What Connect did not write says nothing about a record of ours.
             if topic == TOPIC.encode() and partition and offset:
-                found.setdefault(int(partition), array("q")).append(int(offset))
-    return _sorted(found)
+                offsets.setdefault(int(partition), array("q")).append(int(offset))
+    return _sorted(offsets)
 
 
 @dataclass(frozen=True)
