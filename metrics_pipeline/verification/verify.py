@@ -33,7 +33,7 @@ from metrics_pipeline.verification.topic_entries import TopicDecoder, TopicReade
 EXAMPLES = 10
 """Keys named of each kind of finding."""
 
-Progress = Callable[[str, int, int], None]
+ShowProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is (0: unknown)."""
 
 
@@ -105,7 +105,7 @@ class VerifyReport:
 
 
 def verify(
-    settings: Settings, *, timeout: float = 120.0, strict: bool = False, progress: Progress | None = None
+    settings: Settings, *, timeout: float = 120.0, strict: bool = False, progress: ShowProgress | None = None
 ) -> VerifyReport:
     """Compare the topic with the table.
 
@@ -119,14 +119,14 @@ def verify(
         ServiceError: broker or PostgreSQL cannot be used, or the sink does not advance.
         InstallError: too little disk.
     """
-    told = progress or (lambda *_: None)
+    progress = progress or (lambda *_: None)
     started = time.monotonic()
     # In this order: a claim read first must lie below an end read later.
     with postgres.connect(settings, "metrics_reader") as connection:
         claims = read_claims(connection)
         begun = connection.execute("SELECT now()").fetchone()
     ends = {partition: high for partition, (_, high) in kafka.watermarks(settings).items()}
-    _wait_for_sink(settings, ends, timeout, told)
+    _wait_for_sink(settings, ends, timeout, progress)
 
     with ExitStack() as spills:
         with postgres.connect(settings, "metrics_reader") as connection:
@@ -141,7 +141,7 @@ def verify(
             rows = spills.enter_context(Spill(folder, ROW, buckets))
             for entries in read_rows(connection):
                 rows.append(entries)
-                told("reading the table", rows.count, max(estimate, rows.count))
+                progress("reading the table", rows.count, max(estimate, rows.count))
             # A record published again before `ends` was taken has to be in the table by that new record.
             refused = rejected(connection, begun[0] if begun else datetime.min.replace(tzinfo=UTC))
 
@@ -150,7 +150,7 @@ def verify(
         for messages in reader.read(low, stop):
             records.append(decoder.entries(messages))
             read += len(messages)
-            told("reading the topic", read, expected)
+            progress("reading the topic", read, expected)
 
         dead = dead_letters(settings)
         end = {partition: ends.get(partition, 0) for partition in marks}
@@ -158,7 +158,7 @@ def verify(
         comparison = spills.enter_context(Comparison(bounds, folder, EXAMPLES))
         for bucket in range(buckets):
             comparison.bucket(records.bucket(bucket), rows.bucket(bucket))
-            told("comparing", bucket + 1, buckets)
+            progress("comparing", bucket + 1, buckets)
         counts = comparison.finish()
 
     missing = unaccounted(decoder.undecodable, bounds, together(dead, refused.every))
@@ -206,7 +206,7 @@ def unaccounted(
     ]
 
 
-def _wait_for_sink(settings: Settings, ends: Mapping[int, int], timeout: float, told: Progress) -> None:
+def _wait_for_sink(settings: Settings, ends: Mapping[int, int], timeout: float, progress: ShowProgress) -> None:
     """Return once the active sink's offsets have reached `ends`."""
     best, since = -1, time.monotonic()
     while True:
@@ -220,7 +220,7 @@ def _wait_for_sink(settings: Settings, ends: Mapping[int, int], timeout: float, 
         if not behind:
             return
         done = sum(ends.values()) - sum(behind.values())
-        told("waiting for the sink", done, sum(ends.values()))
+        progress("waiting for the sink", done, sum(ends.values()))
         if done > best:
             best, since = done, time.monotonic()
         elif time.monotonic() - since > timeout:
