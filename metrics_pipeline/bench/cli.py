@@ -17,7 +17,7 @@ from metrics_pipeline.errors import SettingError
 from metrics_pipeline.settings import Settings, SinkKind, producer_overrides
 
 if TYPE_CHECKING:  # the rest is loaded by the command that runs
-    from metrics_pipeline.bench.readings import Told
+    from metrics_pipeline.verification.verify import ShowProgress
 
 bench = typer.Typer(
     help="Measure this pipeline on this machine, on a stack of its own that leaves nothing behind.",
@@ -68,8 +68,8 @@ def drain(
     names = chosen(paths.split(","))
     settings = Settings.load(**producer_overrides(changed))
     connect = any(name.startswith("connect") for name in names)
-    with _place(settings, here=here, yes=yes, connect=connect) as place, _progress() as told:
-        document = measure(place, records, rounds, names, told, _say, bad_every=bad_every).document()
+    with _place(settings, here=here, yes=yes, connect=connect) as place, _progress() as progress:
+        document = measure(place, records, rounds, names, progress, _say, bad_every=bad_every).document()
     _finish(document, chart, as_json=as_json)
 
 
@@ -93,9 +93,9 @@ def live(
         raise SettingError(f"--rate {rate}: give a whole number of messages a second, or max")
     settings = Settings.load(**producer_overrides(changed))
     stored_by = sink or settings.sink
-    with _place(settings, here=here, yes=yes, connect=stored_by == "connect") as place, _progress() as told:
+    with _place(settings, here=here, yes=yes, connect=stored_by == "connect") as place, _progress() as progress:
         wanted = None if rate == "max" else int(rate)
-        document = measure(place, stored_by, wanted, seconds, producer_overrides(changed), told, _say)
+        document = measure(place, stored_by, wanted, seconds, producer_overrides(changed), progress, _say)
     _finish(document, chart, as_json=as_json)
 
 
@@ -113,8 +113,8 @@ def produce(
 
     overrides = producer_overrides(changed)
     settings = Settings.load(**overrides)
-    with _place(settings, here=here, yes=yes) as place, _progress() as told:
-        document = measure(place, seconds, overrides, told)
+    with _place(settings, here=here, yes=yes) as place, _progress() as progress:
+        document = measure(place, seconds, overrides, progress)
     _finish(document, chart, as_json=as_json)
 
 
@@ -135,8 +135,8 @@ def growth(
     overrides = producer_overrides(changed)
     settings = Settings.load(**overrides)
     stored_by = sink or settings.sink
-    with _place(settings, here=here, yes=yes, connect=stored_by == "connect") as place, _progress() as told:
-        document = measure(place, stored_by, rows, steps, overrides, told, _say)
+    with _place(settings, here=here, yes=yes, connect=stored_by == "connect") as place, _progress() as progress:
+        document = measure(place, stored_by, rows, steps, overrides, progress, _say)
     _finish(document, chart, as_json=as_json)
 
 
@@ -158,7 +158,7 @@ def _say(line: str) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Told]:
+def _progress() -> Iterator[ShowProgress]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -167,13 +167,13 @@ def _progress() -> Iterator[Told]:
         TimeElapsedColumn(),
     )
     # Drawn seldom: the bench shares the cores with what it measures.
-    with Progress(*columns, console=err, transient=True, refresh_per_second=2, disable=not err.is_terminal) as progress:
-        task = progress.add_task("starting")
+    with Progress(*columns, console=err, transient=True, refresh_per_second=2, disable=not err.is_terminal) as bar:
+        task = bar.add_task("starting")
 
-        def told(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total or None)
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
 
-        yield told
+        yield show
 
 
 def _finish(document: dict[str, Any], chart: Path | None, *, as_json: bool) -> None:

@@ -12,11 +12,12 @@ from metrics_pipeline.bench import paths, readings, surroundings, table
 from metrics_pipeline.bench.figures import Spread, ratio_of_medians, ratios
 from metrics_pipeline.bench.paths import DrainPath
 from metrics_pipeline.bench.place import Place
-from metrics_pipeline.bench.readings import Reference, Told
+from metrics_pipeline.bench.readings import Reference
 from metrics_pipeline.bench.stopwatch import Timed, time_path
 from metrics_pipeline.bench.table import Checked
 from metrics_pipeline.errors import SettingError
 from metrics_pipeline.verification.topic_entries import TopicReader
+from metrics_pipeline.verification.verify import ShowProgress
 
 BASES: Final = ("limit-1", "limit-2", "connect", "connect-baseline")
 """What the others are divided by."""
@@ -152,7 +153,7 @@ def drain(
     records: int,
     rounds: int,
     names: Sequence[str],
-    told: Told,
+    progress: ShowProgress,
     say: Callable[[str], None] = lambda _line: None,
     make: MakePath = paths.make,
     bad_every: int = 0,
@@ -167,7 +168,7 @@ def drain(
         records: to publish.
         rounds: of every path.
         names: of the paths.
-        told: told how far it is.
+        progress: told how far it is.
         say: told each run's rate.
         make: makes a path; replaced by tests.
         bad_every: when not 0, the topic is then filled anew with one bad record in as many, and the COPY sink's paths
@@ -184,11 +185,11 @@ def drain(
     stamp = datetime.now(UTC)
     try:
         simulated = readings.simulated(settings, records, stamp)
-        readings.fill(settings, simulated, records, told, baseline=baseline)
+        readings.fill(settings, simulated, records, progress, baseline=baseline)
         with readings.read_reference(
-            settings, settings.data_dir, told, batch_rows=settings.sink_flush_rows
+            settings, settings.data_dir, progress, batch_rows=settings.sink_flush_rows
         ) as reference:
-            _take_turns(place, result, names, reference, told, say, make)
+            _take_turns(place, result, names, reference, progress, say, make)
     finally:
         if baseline:
             readings.drop_baseline_topic(settings)
@@ -196,10 +197,10 @@ def drain(
         result.paths += tuple(name + BAD for name in copying)
         readings.empty_topic(settings)
         rounds_of_them = readings.spoilt(readings.simulated(settings, records, stamp), bad_every)
-        readings.fill(settings, rounds_of_them, records, told)
+        readings.fill(settings, rounds_of_them, records, progress)
         bad = -(-records // bad_every)
-        with readings.read_reference(settings, settings.data_dir, told, bad=bad) as reference:
-            _take_turns(place, result, copying, reference, told, say, make, suffix=BAD)
+        with readings.read_reference(settings, settings.data_dir, progress, bad=bad) as reference:
+            _take_turns(place, result, copying, reference, progress, say, make, suffix=BAD)
     return result
 
 
@@ -208,7 +209,7 @@ def _take_turns(
     result: Drain,
     names: Sequence[str],
     reference: Reference,
-    told: Told,
+    progress: ShowProgress,
     say: Callable[[str], None],
     make: MakePath,
     suffix: str = "",
@@ -218,7 +219,7 @@ def _take_turns(
         for number in range(result.rounds):
             for name in order(names, number):
                 label = name + suffix
-                told(f"preparing {label}", 0, 0)
+                progress(f"preparing {label}", 0, 0)
                 table.empty(connection)
                 table.activate(connection, "connect")
                 table.start_sink_at(connection, reference.low)
@@ -227,10 +228,10 @@ def _take_turns(
                 first = target - result.records
 
                 def show(passed: int, label: str = label, number: int = number, first: int = first) -> None:
-                    told(f"round {number + 1} of {result.rounds}: {label}", max(0, passed - first), result.records)
+                    progress(f"round {number + 1} of {result.rounds}: {label}", max(0, passed - first), result.records)
 
                 timed = time_path(place, connection, path, target, show)
-                told(f"comparing after {label}", 0, 0)
+                progress(f"comparing after {label}", 0, 0)
                 known = any(run.path == label for run in result.runs)
                 checked = table.check(settings, reference, full=not known)
                 result.runs.append(Run(label, number + 1, timed, checked))

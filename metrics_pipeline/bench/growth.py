@@ -13,9 +13,9 @@ from metrics_pipeline.bench import live, readings, surroundings, table
 from metrics_pipeline.bench.live import catch_up, end_of
 from metrics_pipeline.bench.paths import ConnectPath, CopyPath, DrainPath
 from metrics_pipeline.bench.place import Place
-from metrics_pipeline.bench.readings import Told
 from metrics_pipeline.bench.stopwatch import time_path
 from metrics_pipeline.settings import Settings, SinkKind
+from metrics_pipeline.verification.verify import ShowProgress
 
 RATE: Final[Mapping[SinkKind, int]] = {"connect": 10_000, "copy": 20_000}
 """Messages a second while latency is measured: well below what the sink can store."""
@@ -64,7 +64,7 @@ def growth(
     rows: int,
     steps: int,
     changed: Mapping[str, Any],
-    told: Told,
+    progress: ShowProgress,
     say: Callable[[str], None] = lambda _line: None,
 ) -> dict[str, Any]:
     """Let the table grow in equal steps, and measure at each.
@@ -75,7 +75,7 @@ def growth(
         rows: at the end, not counting those that latency is measured by.
         steps: how many.
         changed: the user's own changes of producer settings.
-        told: told how far it is.
+        progress: told how far it is.
         say: told the outcome of each step.
 
     Returns:
@@ -100,22 +100,22 @@ def growth(
         summaries.ingestion_rate(settings)
         for number, end in enumerate(ends(settings, chunk, steps, stamp), 1):
             name = f"step {number} of {steps}"
-            readings.fill(settings, readings.simulated(settings, chunk, end), chunk, told)
+            readings.fill(settings, readings.simulated(settings, chunk, end), chunk, progress)
             table.settle(connection)
             target = end_of(place)
 
             def show(passed: int, name: str = name, target: int = target) -> None:
-                told(f"{name}: storing", max(0, chunk - (target - passed)), chunk)
+                progress(f"{name}: storing", max(0, chunk - (target - passed)), chunk)
 
             timed = time_path(place, connection, path(), target, show)
-            told(f"{name}: the summaries", 0, 0)
+            progress(f"{name}: the summaries", 0, 0)
             tick, _ = _tick(settings)
             watched = path()
             try:
                 watched.start()
                 _warm_up(place, watched)
                 trial = live.run(
-                    place, watched, connection, RATE[sink], WATCH_SECONDS, told, changed=changed, keep=True
+                    place, watched, connection, RATE[sink], WATCH_SECONDS, progress, changed=changed, keep=True
                 )
             finally:
                 watched.stop()

@@ -16,9 +16,9 @@ from metrics_pipeline.bench.figures import quantiles, slope
 from metrics_pipeline.bench.paths import ConnectPath, CopyPath, DrainPath
 from metrics_pipeline.bench.place import Place
 from metrics_pipeline.bench.produce import FAST
-from metrics_pipeline.bench.readings import Told
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.settings import SinkKind
+from metrics_pipeline.verification.verify import ShowProgress
 
 TRIAL_SECONDS: Final = 20
 """How long a rate is tried at most while the highest is searched."""
@@ -179,7 +179,7 @@ def end_of(place: Place) -> int:
     return sum(high for _, high in kafka.watermarks(place.settings).values())
 
 
-def catch_up(path: DrainPath, target: int, told: Callable[[int], None], patience: float = 120.0) -> None:
+def catch_up(path: DrainPath, target: int, progress: Callable[[int], None], patience: float = 120.0) -> None:
     """Wait until a path has passed all records.
 
     Raises:
@@ -191,7 +191,7 @@ def catch_up(path: DrainPath, target: int, told: Callable[[int], None], patience
             best, since = passed, time.monotonic()
         elif time.monotonic() - since > patience:
             raise ServiceError(f"{path.name}: no progress for {patience:.0f} s, {target - passed:,} records left")
-        told(target - passed)
+        progress(target - passed)
         time.sleep(path.interval)
 
 
@@ -201,7 +201,7 @@ def run(
     connection: postgres.Connection,
     rate: int,
     seconds: int,
-    told: Told,
+    progress: ShowProgress,
     *,
     changed: Mapping[str, Any] | None = None,
     compare: bool = False,
@@ -215,7 +215,7 @@ def run(
         connection: see `sinking`.
         rate: messages a second.
         seconds: how long.
-        told: told how far it is.
+        progress: told how far it is.
         changed: the user's own changes of producer settings.
         compare: whether to compare the table with the topic key by key; else only the number of rows is.
         keep: whether to leave the rows in the table that are there.
@@ -250,13 +250,13 @@ def run(
             lag = end_of(place) - path.passed()
             closed, after, ended = table.clock(connection), meter.read(), time.monotonic()
             trial.looks.append(Look(ended - begun, max(0, lag)))
-            told(f"{rate:,} messages/s, lag {max(0, lag):,}", min(seconds, int(ended - begun)), seconds)
+            progress(f"{rate:,} messages/s, lag {max(0, lag):,}", min(seconds, int(ended - begun)), seconds)
             if lag > HOPELESS_SECONDS * rate:
                 trial.problem = f"{lag:,} records waited after {ended - begun:.0f} s"
                 producer.close()
         last = producer.wait()
         beats = [beat for beat in producer.beats if beat.at >= first.at + SETTLE_SECONDS and not beat.done]
-    catch_up(path, end_of(place), lambda left: told(f"{left:,} records to store", 0, 0))
+    catch_up(path, end_of(place), lambda left: progress(f"{left:,} records to store", 0, 0))
     trial.seconds = ended - begun
     if len(beats) > 1 and trial.seconds:
         span, messages = beats[-1].at - beats[0].at, beats[-1].acknowledged - beats[0].acknowledged
@@ -276,8 +276,8 @@ def run(
     if trial.rows != trial.acknowledged:
         trial.findings = (f"{trial.rows:,} rows of {trial.acknowledged:,} acknowledged messages",)
     if compare and not keep:
-        with readings.read_reference(place.settings, place.settings.data_dir, told, start=start) as reference:
-            told("comparing", 0, 0)
+        with readings.read_reference(place.settings, place.settings.data_dir, progress, start=start) as reference:
+            progress("comparing", 0, 0)
             trial.findings += table.check(place.settings, reference, full=True).findings
         trial.compared = True
     if trial.problem is None:
@@ -291,7 +291,7 @@ def live(
     rate: int | None,
     seconds: int,
     changed: Mapping[str, Any],
-    told: Told,
+    progress: ShowProgress,
     say: Callable[[str], None] = lambda _line: None,
 ) -> dict[str, Any]:
     """Measure at a rate; or search the highest that holds, and measure at it and at half of it.
@@ -302,7 +302,7 @@ def live(
         rate: messages a second; None for the highest.
         seconds: that a measurement lasts.
         changed: the user's own changes of producer settings.
-        told: told how far it is.
+        progress: told how far it is.
         say: told each run's outcome.
 
     Returns:
@@ -317,7 +317,7 @@ def live(
     with sinking(place, sink) as (path, connection):
 
         def at(each: int, how_long: int, *, final: bool) -> Trial:
-            trial = run(place, path, connection, each, how_long, told, changed=changed, compare=final)
+            trial = run(place, path, connection, each, how_long, progress, changed=changed, compare=final)
             (measured if final else tried).append(trial)
             say(line(trial))
             return trial

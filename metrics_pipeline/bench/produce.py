@@ -11,8 +11,8 @@ from metrics_pipeline.bench import cpu, load, surroundings
 from metrics_pipeline.bench.figures import Spread
 from metrics_pipeline.bench.load import Beat
 from metrics_pipeline.bench.place import Place
-from metrics_pipeline.bench.readings import Told
 from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.verification.verify import ShowProgress
 
 FAST: Final[Mapping[str, Any]] = {
     "producer_publish_interval": 0,
@@ -54,14 +54,14 @@ def figures(beats: Sequence[Beat]) -> dict[str, Any]:
     }
 
 
-def produce(place: Place, seconds: int, changed: Mapping[str, Any], told: Told) -> dict[str, Any]:
+def produce(place: Place, seconds: int, changed: Mapping[str, Any], progress: ShowProgress) -> dict[str, Any]:
     """Run one producer for some seconds; the result is one JSON object.
 
     Args:
         place: where the broker is.
         seconds: how long.
         changed: the user's own changes of producer settings, by field name; they win over `FAST`.
-        told: told how far it is.
+        progress: told how far it is.
 
     Raises:
         PipelineError: the producer failed, or a message was not acknowledged.
@@ -74,7 +74,7 @@ def produce(place: Place, seconds: int, changed: Mapping[str, Any], told: Told) 
         before, begun = meter.read(), time.monotonic()
         counted = running.beats[-1].acknowledged
         while running.alive():
-            told("producing", min(seconds, int(time.monotonic() - begun)), seconds)
+            progress("producing", min(seconds, int(time.monotonic() - begun)), seconds)
             time.sleep(0.2)
         after = meter.read()
         last = running.wait()

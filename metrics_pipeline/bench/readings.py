@@ -27,6 +27,7 @@ from metrics_pipeline.producer.publisher import producer_config
 from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline.verification.spill import RECORD, Rows, Spill, buckets_for, mixed
 from metrics_pipeline.verification.topic_entries import TopicDecoder, TopicReader
+from metrics_pipeline.verification.verify import ShowProgress
 
 BASELINE_TOPIC: Final = "bench-baseline"
 """The same readings, each message with its schema inside."""
@@ -37,8 +38,6 @@ ROUND: Final = timedelta(milliseconds=250)
 WAIT_SECONDS: Final = 120.0
 
 Pair = tuple[bytes, bytes]
-Told = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is (0: unknown)."""
 
 
 # --- Into the topic ----------------------------------------------------------------------------------------------
@@ -88,7 +87,9 @@ _KEY_HEAD: Final = _head(connect_schema_key())
 _VALUE_HEAD: Final = _head(connect_schema_value())
 
 
-def fill(settings: Settings, rounds: Iterable[list[Pair]], count: int, told: Told, *, baseline: bool = False) -> None:
+def fill(
+    settings: Settings, rounds: Iterable[list[Pair]], count: int, progress: ShowProgress, *, baseline: bool = False
+) -> None:
     """Publish readings to the topic, and with `baseline` the same ones to its topic; returns when the broker has all.
 
     Raises:
@@ -104,7 +105,7 @@ def fill(settings: Settings, rounds: Iterable[list[Pair]], count: int, told: Tol
             if baseline:
                 _hand_over(producer, BASELINE_TOPIC, with_schema(readings))
             done += len(readings)
-            told("filling the topic", done, count)
+            progress("filling the topic", done, count)
         left = producer.flush(WAIT_SECONDS)
     finally:
         producer.close()
@@ -264,7 +265,7 @@ class Reference:
 def read_reference(
     settings: Settings,
     folder: Path,
-    told: Told,
+    progress: ShowProgress,
     *,
     batch_rows: int = 0,
     start: Mapping[int, int] | None = None,
@@ -275,7 +276,7 @@ def read_reference(
     Args:
         settings: where the broker is.
         folder: where the files go, without a name, so that nothing stays behind.
-        told: told how far it is.
+        progress: told how far it is.
         batch_rows: rows of a batch; the last ones of each partition have fewer. 0 for no batches.
         start: first offset by partition; default: the first one there is.
         bad: how many records are not of the wire format on purpose; then there can be no batches.
@@ -305,7 +306,7 @@ def read_reference(
             if len(waiting[partition]) == batch_rows:
                 reference.keep(partition, waiting[partition])
                 waiting[partition].clear()
-        told("reading the topic", reference.count + reference.bad, total)
+        progress("reading the topic", reference.count + reference.bad, total)
     for partition, left in waiting.items():
         if left:
             reference.keep(partition, left)

@@ -88,7 +88,7 @@ def time_path(
     connection: postgres.Connection,
     path: DrainPath,
     target: int,
-    told: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> Timed:
     """Let a path store what the topic holds beyond what the table does, and end it.
 
@@ -97,7 +97,7 @@ def time_path(
         connection: of the superuser, autocommit, to the database of the readings.
         path: not started yet.
         target: the sum of the offsets that it is to reach.
-        told: told how far it is, as a sum of offsets.
+        progress: told how far it is, as a sum of offsets.
 
     Raises:
         ServiceError: it does not begin, does not advance, or has failed.
@@ -109,7 +109,7 @@ def time_path(
         meter = cpu.CpuMeter({**place.processes, **path.processes()})
         _await_first_page(connection, path, size)
         before = meter.read()
-        _await_target(path, target, told)
+        _await_target(path, target, progress)
         seen, after = table.clock(connection), meter.read()
     finally:
         path.stop()
@@ -129,14 +129,14 @@ def _await_first_page(connection: postgres.Connection, path: DrainPath, size: in
         time.sleep(GLANCE_SECONDS)
 
 
-def _await_target(path: DrainPath, target: int, told: Callable[[int], None]) -> None:
+def _await_target(path: DrainPath, target: int, progress: Callable[[int], None]) -> None:
     best, since = -1, time.monotonic()
     while (passed := path.passed()) < target:
-        told(passed)
+        progress(passed)
         now = time.monotonic()
         if passed > best:
             best, since = passed, now
         elif now - since > STALL_SECONDS:
             raise ServiceError(f"{path.name}: no progress for {STALL_SECONDS:.0f} s, {target - passed:,} records left")
         time.sleep(path.interval)
-    told(passed)
+    progress(passed)
