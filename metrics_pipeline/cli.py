@@ -374,7 +374,7 @@ def rejects_replay(
     offset: Annotated[int | None, typer.Option("--offset", help="with --partition: one record")] = None,
     every: Annotated[bool, typer.Option("--all", help="all that wait")] = False,
 ) -> None:
-    """Publish again the rejected records that are valid readings now; exit code 0 only when all were acknowledged."""
+    """Publish again the rejected records that have become valid readings; exit code 0 only when all were acknowledged."""
     from metrics_pipeline import rejects
 
     if (partition is None) != (offset is None):

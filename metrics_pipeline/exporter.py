@@ -141,11 +141,11 @@ class PipelineMetrics(Collector):
         if problem is not None:
             self._problems[name] = problem
         if (former is None) != (problem is None):
-            log.warning("%s is %s", name, "well again" if problem is None else f"down: {problem}")
+            log.warning("%s is %s", name, "healthy again" if problem is None else f"down: {problem}")
 
 
 class _Reader:
-    """Asks with a session of the read-only role, which is opened anew after an error."""
+    """Asks with a session of the read-only role, which is opened again after an error."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -334,7 +334,7 @@ class DagsterSource:
 
 
 class Exporter(WebServer):
-    """`/metrics` for Prometheus, `/health` for whoever looks after the exporter itself.
+    """`/metrics` for Prometheus, `/health` for those who look after the exporter itself.
 
     Args:
         settings: where the parts are, and the port.

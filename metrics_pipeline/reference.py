@@ -1,6 +1,6 @@
 """What of the documentation is made from the code: `.env.example`, and tables on the pages of `docs/`.
 
-`python -m metrics_pipeline.reference` writes them anew; a test fails while one of them is stale.
+`python -m metrics_pipeline.reference` writes them again; a test fails while one of them is stale.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def rewritten(page: str) -> str:
-    """A page's text with every table that is made from the code made anew.
+    """A page's text with every table that is made from the code brought up to date.
 
     A table stands between `<!-- made from the code: settings GROUP -->` or `… commands -->` and `<!-- end -->`.
     """

@@ -1,4 +1,4 @@
-"""The records that the COPY sink rejected: looked at, published again when they are valid by now, and deleted when they are old."""
+"""The records that the COPY sink rejected: looked at, published again when they have become valid, and deleted when they are old."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def replay(
     on_progress: Callable[[Snapshot], None] | None = None,
     **options: Any,
 ) -> Replayed:
-    """Publish rejected records that are valid readings by now once more, and note it when all are acknowledged.
+    """Publish again the rejected records that have become valid readings, and note it when all are acknowledged.
 
     Those that the sink refuses again are rejected at their new place.
 

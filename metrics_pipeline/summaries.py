@@ -169,7 +169,7 @@ def _absorb(conn: Connection) -> int:
             _run(conn, "absorb_changed")
             _run(conn, "absorb_removed")
     else:
-        log.warning("counting all readings anew: the table was truncated, rewritten or restored since the last tick")
+        log.warning("counting all readings again: the table was truncated, rewritten or restored since the last tick")
         for table in _TABLES:
             conn.execute(f"DELETE FROM {table}")  # noqa: S608  # a constant
         conn.execute("UPDATE summary_state SET rows = 0")

@@ -171,7 +171,7 @@ def drain(
         progress: told how far it is.
         say: told each run's rate.
         make: makes a path; replaced by tests.
-        bad_every: when not 0, the topic is then filled anew with one bad record in as many, and the COPY sink's paths
+        bad_every: when not 0, the topic is then filled again with one bad record in as many, and the COPY sink's paths
             drain that, too: no other path isolates a bad record.
 
     Raises:

@@ -49,7 +49,7 @@ SHARES: Final = {
 
 
 def share_out(folder: Path) -> list[str]:
-    """Write every secret that is missing, and every share anew; a secret in the environment wins over the stored one.
+    """Write every secret that is missing, and every share again; a secret in the environment wins over the stored one.
 
     Returns:
         The names of the secrets that are new or were changed by the environment.

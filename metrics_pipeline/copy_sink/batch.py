@@ -27,10 +27,17 @@ _MICROSECOND: Final = timedelta(microseconds=1)
 class ConsumedMessage(Protocol):
     """What is used of `confluent_kafka.Message`."""
 
-    def key(self) -> bytes | None: ...  # noqa: D102
-    def value(self) -> bytes | None: ...  # noqa: D102
-    def partition(self) -> int: ...  # noqa: D102
-    def offset(self) -> int: ...  # noqa: D102
+    def key(self) -> bytes | None:
+        """Its key, if it has one."""
+
+    def value(self) -> bytes | None:
+        """Its value; a tombstone has none."""
+
+    def partition(self) -> int:
+        """The partition it was read from."""
+
+    def offset(self) -> int:
+        """Its place there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class Failpoints:
                 self._chances[name] = float(chance)
             except ValueError as error:
                 raise SettingError(f"{VARIABLE}: {entry!r} must be NAME=PROBABILITY") from error
-        self._random = random.Random()  # noqa: S311
+        self._random = random.Random()  # noqa: S311  # when it dies is no secret
 
     def reach(self, name: str) -> None:
         """Die here, now and then, if asked to."""

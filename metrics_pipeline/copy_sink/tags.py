@@ -11,7 +11,7 @@ from metrics_pipeline.errors import RecordError
 from metrics_pipeline.metric import check_tags
 
 LARGEST: Final = 1 << 15
-"""Distinct texts that are remembered; beyond it everything is forgotten and learnt anew."""
+"""Distinct texts that are remembered; beyond it everything is forgotten and learnt again."""
 LONGEST: Final = 512
 """Bytes of a text that is worth remembering."""
 
@@ -45,7 +45,7 @@ class TagTable:
         return number
 
     def forget(self) -> None:
-        """Begin anew when too much is remembered. Batches made before keep the list that their numbers count in."""
+        """Start over when too much is remembered. Batches made before keep the list that their numbers count in."""
         if len(self.encoded) > LARGEST or len(self.numbers) > LARGEST:
             self.encoded = []
             self.numbers = _Numbers(self)

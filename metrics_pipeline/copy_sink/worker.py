@@ -1,7 +1,7 @@
 """One worker: consumes its share of the partitions, decodes, and has a thread of its own write what was decoded.
 
 Where a partition stands is known from the database alone. What this process remembers of it, its *place*, is an assumption
-that the next transaction tests (compare-and-set); when it proves wrong, the place is forgotten and read anew. Each place has an
+that the next transaction tests (compare-and-set); when it proves wrong, the place is forgotten and read again. Each place has an
 epoch: a chunk consumed under a former epoch (before a rebalance, a fencing, a seek) is never written.
 """
 
@@ -112,7 +112,7 @@ class Partitions:
                 self._places.pop(number, None)
 
     def forget(self, partitions: Iterable[int]) -> None:
-        """These stay ours, but where they stand must be read anew."""
+        """These stay ours, but where they stand must be read again."""
         self.gain([number for number in partitions if number in self._places])
 
     def unknown(self) -> list[int]:
@@ -229,7 +229,7 @@ class Writer:
 
         Args:
             batch: what was consumed.
-            give_up: asked after each failure; the batch is then left for whoever comes next.
+            give_up: asked after each failure; the batch is then left to the next owner of its partitions.
 
         Returns:
             The part that is in the database now, or None.
@@ -247,14 +247,14 @@ class Writer:
                 written = self._store.write(batch)
             except FencedError as fenced:
                 counts.fenced += 1
-                log.warning("%s: they are read anew", fenced)
+                log.warning("%s: where they stand is read again", fenced)
                 self._places.forget(fenced.partitions)
                 continue
             except (psycopg.Error, PipelineError) as error:
                 self._failed(error, "a batch is tried again")
                 if give_up():
                     return None
-                self._sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
+                self._sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311  # jitter is no secret
                 delay = min(delay * 2, LONGEST_DELAY)
                 if self._is_written(batch):
                     # Only the answer to COMMIT was lost; what it said of rejects is lost with it, so these are counted as decoded.
@@ -350,7 +350,7 @@ class CopyWorker:
                 self._state("waiting", _reason(error))
                 self.report.counts.retries[kind_of(error)] += 1
                 log.warning("starting over: %s", self.report.reason)
-                self._stop.wait(delay * random.uniform(0.5, 1.0))  # noqa: S311
+                self._stop.wait(delay * random.uniform(0.5, 1.0))  # noqa: S311  # jitter is no secret
                 delay = min(delay * 2, LONGEST_DELAY)
         self._state("stopped", "")
         self._store.close()
@@ -463,11 +463,11 @@ class CopyWorker:
             error = message.error()
             if error is None:
                 good.append(message)
-            elif error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):  # noqa: SLF001
+            elif error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):  # noqa: SLF001  # librdkafka's own codes
                 self._places.forget([message.partition()])
             elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 raise ServiceError(f"topic {TOPIC} does not exist: run the `provision` job")
-            elif error.code() == KafkaError._MAX_POLL_EXCEEDED or error.fatal():  # noqa: SLF001
+            elif error.code() == KafkaError._MAX_POLL_EXCEEDED or error.fatal():  # noqa: SLF001  # librdkafka's own codes
                 raise KafkaException(error)
             else:
                 log.warning("consumer: %s", error.str())
@@ -520,7 +520,7 @@ class CopyWorker:
                 )
         elif self._places_store.skip(number, offset, low):
             log.error(
-                "partition %s ends at offset %s, and %s were stored: the topic was made anew; reading it from its beginning",
+                "partition %s ends at offset %s, and %s were stored: the topic was recreated; reading it from its beginning",
                 number,
                 high,
                 offset,

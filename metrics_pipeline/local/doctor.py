@@ -105,7 +105,7 @@ def _jars(settings: Settings) -> Finding:
     altered = [jar.file_name for jar in there if jars.sha256(folder / jar.file_name) != jar.sha256]
     if altered:
         return Finding(
-            "jars", f"altered: {', '.join(altered)} in {folder}; delete them, `up` fetches them anew", ok=False
+            "jars", f"altered: {', '.join(altered)} in {folder}; delete them, `up` fetches them again", ok=False
         )
     return Finding("jars", f"{len(there)} of {len(needed)} in {folder}; `up` fetches the rest", ok=True)
 

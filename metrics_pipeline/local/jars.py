@@ -140,7 +140,7 @@ def _is_locked(path: Path, jar: LockedJar) -> bool:
     path.unlink()
     raise InstallError(
         f"{path} was altered: its sha256 is not the one in connect/jars.lock. It has been removed; "
-        "run the command again to fetch it anew"
+        "run the command again to fetch a fresh one"
     )
 
 
@@ -256,7 +256,7 @@ def _made_once(target: Path) -> Iterator[Path | None]:
 
 
 def write_lock() -> None:
-    """Resolve everything anew and write `connect/jars.lock`: for maintainers, after changing a version above."""
+    """Resolve everything from the start and write `connect/jars.lock`: for maintainers, after changing a version above."""
     with tempfile.TemporaryDirectory(prefix="jars-lock-") as scratch:
         context = MavenContext(repo_cache=Path(scratch), local_repos=[])
         roots = [

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 LONGEST_PAUSE = 30.0
 """Seconds between two attempts to bring back a service that keeps ending."""
 STEADY_SECONDS = 60.0
-"""A service that ran this long begins its back-off anew when it ends."""
+"""A service that ran this long begins its back-off from the start when it ends."""
 TICK = 0.5
 
 

@@ -234,7 +234,7 @@ def _family(process: psutil.Process, session: int | None) -> set[psutil.Process]
     with contextlib.suppress(psutil.Error):
         family.update(process.children(recursive=True))
     if session is not None:
-        for pid in psutil.pids():  # not process_iter: it remembers processes whose pid is another one's by now
+        for pid in psutil.pids():  # not process_iter: it remembers processes whose pid another one has meanwhile
             with contextlib.suppress(OSError, psutil.Error):
                 if os.getsid(pid) == session:
                     family.add(psutil.Process(pid))

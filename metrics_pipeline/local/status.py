@@ -115,7 +115,7 @@ class Sampler:
         if len(self._inserted) < 2:
             return None
         (then, before), (last, after) = self._inserted[0], self._inserted[-1]
-        # The counter begins anew after a crash of PostgreSQL.
+        # The counter starts at 0 again after a crash of PostgreSQL.
         return round(max(after - before, 0) / (last - then), 1) if last > then else None
 
     def _broker(self) -> Sample:

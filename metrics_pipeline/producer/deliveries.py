@@ -32,8 +32,8 @@ REFUSED: Final = frozenset(
         KafkaError.UNSUPPORTED_FOR_MESSAGE_FORMAT,
         KafkaError.POLICY_VIOLATION,
         KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001  # librdkafka's own codes have this prefix
-        KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
-        KafkaError._INVALID_ARG,  # noqa: SLF001
+        KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001  # librdkafka's own codes have this prefix
+        KafkaError._INVALID_ARG,  # noqa: SLF001  # librdkafka's own codes have this prefix
     }
 )
 """Errors after which the message is certainly not in the topic; after any other it may be."""
@@ -44,22 +44,27 @@ STOPPING: Final = frozenset(
         KafkaError.CLUSTER_AUTHORIZATION_FAILED,
         KafkaError.TOPIC_EXCEPTION,
         KafkaError.UNKNOWN_TOPIC_OR_PART,
-        KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
-        KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
-        KafkaError._FATAL,  # noqa: SLF001
+        KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001  # librdkafka's own codes have this prefix
+        KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001  # librdkafka's own codes have this prefix
+        KafkaError._FATAL,  # noqa: SLF001  # librdkafka's own codes have this prefix
     }
 )
 """Errors that every message to come would meet as well."""
 
-PURGED_FROM_QUEUE: Final = KafkaError._PURGE_QUEUE  # noqa: SLF001
+PURGED_FROM_QUEUE: Final = KafkaError._PURGE_QUEUE  # noqa: SLF001  # librdkafka's own codes have this prefix
 
 
 class DeliveredMessage(Protocol):
     """What a delivery report says about its message; confluent_kafka's `Message` has more."""
 
-    def partition(self) -> int | None: ...  # noqa: D102
-    def offset(self) -> int | None: ...  # noqa: D102
-    def key(self) -> bytes | None: ...  # noqa: D102
+    def partition(self) -> int | None:
+        """The partition it went to, if that is known."""
+
+    def offset(self) -> int | None:
+        """Its place there, if that is known."""
+
+    def key(self) -> bytes | None:
+        """Its key, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)

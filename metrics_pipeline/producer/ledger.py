@@ -89,7 +89,7 @@ class RunLedger:
         """Write totals, and the ranges that are not written yet, in one transaction.
 
         Raises:
-            BusyError: the lock is somebody else's by now.
+            BusyError: somebody else has the lock meanwhile.
             ServiceError: PostgreSQL cannot be used; nothing was written, or it is not known.
         """
         connection = self._session()

@@ -35,11 +35,20 @@ SAMPLE_SECONDS: Final = 0.25
 class KafkaClient(Protocol):
     """What is used of `confluent_kafka.Producer`."""
 
-    def produce_batch(self, topic: str, messages: list[dict[str, Any]], *, on_delivery: Any) -> int: ...  # noqa: D102
-    def poll(self, timeout: float) -> int: ...  # noqa: D102
-    def purge(self, in_queue: bool, in_flight: bool, blocking: bool) -> None: ...  # noqa: D102
-    def list_topics(self, *, timeout: float) -> Any: ...  # noqa: D102
-    def close(self) -> Any: ...  # noqa: D102
+    def produce_batch(self, topic: str, messages: list[dict[str, Any]], *, on_delivery: Any) -> int:
+        """Queue messages; how many of them were taken."""
+
+    def poll(self, timeout: float) -> int:
+        """Make the callbacks that are due, or wait so many seconds for one."""
+
+    def purge(self, in_queue: bool, in_flight: bool, blocking: bool) -> None:
+        """Give up messages; each is then reported as failed."""
+
+    def list_topics(self, *, timeout: float) -> Any:
+        """The cluster's metadata."""
+
+    def close(self) -> Any:
+        """End the client."""
 
 
 def producer_config(settings: Settings) -> dict[str, Any]:
@@ -50,7 +59,7 @@ def producer_config(settings: Settings) -> dict[str, Any]:
         "enable.idempotence": True,
         "max.in.flight.requests.per.connection": settings.kafka_max_in_flight,
         "compression.type": settings.producer_compression,
-        # As Java clients do it: one key, one partition, whoever writes it.
+        # As Java clients do it: one key, one partition, no matter who writes it.
         "partitioner": "murmur2_random",
         # Long enough to fill a request, short beside the broker's answer.
         "linger.ms": 5,

@@ -192,7 +192,7 @@ def sink_drift(settings: Settings) -> list[str]:
         if place.offsets.get(number, 0) > high:
             differences.append(
                 f"the COPY sink's offset in partition {number} is {place.offsets[number]}, and the topic ends at {high}: "
-                "it was made anew, and a process of the COPY sink that runs begins at its start"
+                "it was recreated, and a process of the COPY sink that runs begins at its start"
             )
     return differences
 

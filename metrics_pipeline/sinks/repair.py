@@ -120,7 +120,7 @@ class SinkRepair:
 
     Args:
         settings: where Connect, the broker and PostgreSQL are.
-        state: what `dump` returned after the tick before; anything else begins anew.
+        state: what `dump` returned after the tick before; with anything else it starts over.
         client: Connect.
         offsets: where the sink stands.
         database: why PostgreSQL takes no connection, or None.
@@ -139,7 +139,7 @@ class SinkRepair:
         database: Callable[[Settings], str | None] = database_problem,
         position: Callable[[Settings], sinks.Position] = sinks.position,
         clock: Callable[[], float] = time.time,
-        jitter: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311
+        jitter: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311  # jitter is no secret
     ) -> None:
         self._settings = settings
         self._client = client or connector.client(settings, patience=2.0)
@@ -161,7 +161,7 @@ class SinkRepair:
                 return copying
             sink = self._client.state(CONNECTOR)
             if sink.connector in ("MISSING", "PAUSED", "STOPPED"):
-                # A person's doing: leave it, and begin anew when it is back.
+                # A person's doing: leave it, and start over when it is back.
                 self._state = RepairState(active="connect")
                 return Tick(f"{sink.problems[0]}: not touched; the `provision` job brings it back", healthy=False)
             offsets = self._offsets(self._settings)
@@ -196,7 +196,7 @@ class SinkRepair:
         if stuck := self._stuck(offsets, now):
             return self._restart_stuck(stuck, now)
         if state.running_since and now - state.running_since > STALL_SECONDS:
-            self._begin_anew()
+            self._start_over()
         elif not state.gave_up and sink.running and not self._held_up(offsets):
             # Not before what held it up moved: a task that fails at its first record shows RUNNING for a moment, too.
             state.restarts, state.not_before = 0, 0.0
@@ -214,7 +214,7 @@ class SinkRepair:
         if offsets is not None:
             self._watch(offsets, now)
         if state.gave_up and self._signature(sink) != state.signature:
-            self._begin_anew()
+            self._start_over()
         if state.gave_up:
             return Tick(state.gave_up, healthy=False)
         problems = "; ".join(sink.problems)
@@ -262,7 +262,7 @@ class SinkRepair:
         at = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds")
         return Restart(at, action, reason, self._state.restarts)
 
-    def _begin_anew(self) -> None:
+    def _start_over(self) -> None:
         """Forget failures, but not where the partitions stand and since when."""
         state = self._state
         state.restarts, state.not_before = 0, 0.0
@@ -271,7 +271,7 @@ class SinkRepair:
             place.failures = 0
 
     def _watch(self, offsets: Offsets, now: float) -> None:
-        """Note where each partition stands; begin anew when one that made the repair give up has moved."""
+        """Note where each partition stands; start over when one that made the repair give up has moved."""
         state = self._state
         before = state.places
         state.places = {
@@ -284,7 +284,7 @@ class SinkRepair:
             if not offsets.waiting.get(number):
                 place.since = now
         if any(offsets.committed.get(number) != offset for number, offset in state.gave_up_at.items()):
-            self._begin_anew()
+            self._start_over()
 
     def _held_up(self, offsets: Offsets) -> list[int]:
         """Partitions with records waiting that the last restarts did not move."""

@@ -142,7 +142,7 @@ class TopicReader:
         )
 
     def _skipped(self, consumer: Consumer, partition: int, first: int, after: int) -> None:
-        """Note why there are no records in a range of offsets: deleted by now, or never there."""
+        """Note why there are no records in a range of offsets: deleted meanwhile, or never there."""
         low, _ = ends(consumer, TopicPartition(self.topic, partition))
         if low > first:
             self.low[partition] = after

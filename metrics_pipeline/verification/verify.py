@@ -131,7 +131,7 @@ def verify(
     with ExitStack() as spills:
         with postgres.connect(settings, "metrics_reader") as connection:
             estimate = take_snapshot(connection)
-            # All that the snapshot shows was in the topic by now.
+            # All that the snapshot shows is in the topic already.
             marks = kafka.watermarks(settings)
             low = {partition: first for partition, (first, _) in marks.items()}
             stop = {partition: end for partition, (_, end) in marks.items()}
