@@ -7,7 +7,7 @@ ORDER ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test unit integration chaos lint types docs wheel lock clean
+.PHONY: help up down test unit integration chaos lint types docs wheel dg workflows lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -55,6 +55,10 @@ docs: $(VENV)/.dev  ## the documents as a site in site/; a broken link fails
 
 wheel: $(VENV)/.dev  ## the package to install elsewhere, in dist/
 	@$(BIN)/python -m build --no-isolation
+
+dg: export DG_CLI_CONFIG := $(CURDIR)/.dg-cli.toml
+dg: $(VENV)/.dev  ## Dagster's own tool (ARGS="check defs", "list defs", "dev -p 3072")
+	@$(BIN)/dg $(ARGS)
 
 lock: $(VENV)/.dev  ## resolve the dependencies again, with hashes, for every supported Python
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock' --upgrade pyproject.toml --group pyproject.toml:build -o requirements/runtime.txt
