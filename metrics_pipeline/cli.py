@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,6 +86,21 @@ def main() -> None:
 
 def _say(text: str) -> None:
     out.print(text, markup=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        _say(f"metrics-pipeline {metadata.version('metrics-pipeline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="the installed version")
+    ] = False,
+) -> None:
+    """What stands before the command."""
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,11 @@ def test_every_option_and_argument_is_explained(name: str, run: Run) -> None:
 
 def test_without_arguments_it_helps(run: Run) -> None:
     assert "Usage" in run().out
+
+
+def test_its_version_is_that_of_the_project(run: Run) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert run("--version") == Ended(0, f"{project['name']} {project['version']}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["status", "--nonsense"], ["migrate", "sideways"]])
