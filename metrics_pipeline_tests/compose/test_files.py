@@ -675,7 +675,7 @@ def test_health_check_of_our_images_imports_little() -> None:
 
 
 def test_the_workflow_runs_compose_for_real() -> None:
-    text = (ROOT / ".github/workflows/compose.yml").read_text("utf-8")
+    text = (ROOT / ".github/workflows/compose.yaml").read_text("utf-8")
     yaml.safe_load(text)
     for piece in ("docker compose config", "docker compose up", "metrics-pipeline verify", "promtool"):
         assert piece in text, piece
