@@ -63,6 +63,7 @@ class CleanCheckout:
             if name and (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
+        (folder / ".venv").mkdir()  # as after `make`; dg compares it with the one that is activated
         home.mkdir()
         watch.mkdir()
         (watch / "sitecustomize.py").write_text(WATCH)
