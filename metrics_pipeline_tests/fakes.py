@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import threading
 import time
 import zlib
@@ -30,6 +32,39 @@ def until(condition: Callable[[], object], seconds: float = 5) -> bool:
             return True
         time.sleep(0.005)
     return False
+
+
+class FakeClock:
+    """A monotonic clock that goes on only while somebody sleeps, and what is to happen by it."""
+
+    LONGEST = 3600.0
+    """Seconds after which a sleeper is taken to wait for ever."""
+
+    def __init__(self) -> None:
+        self.now = self.begun = 1000.0
+        self._plans: list[tuple[float, int, Callable[[], object]]] = []
+        self._count = itertools.count()
+
+    def __call__(self) -> float:
+        return self.now
+
+    @property
+    def passed(self) -> float:
+        """Seconds since it was made."""
+        return self.now - self.begun
+
+    def at(self, seconds: float, action: Callable[[], object]) -> None:
+        """Do something once that much time has passed, in the thread that sleeps then."""
+        heapq.heappush(self._plans, (self.begun + seconds, next(self._count), action))
+
+    def sleep(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self._plans and self._plans[0][0] <= end:
+            moment, _, action = heapq.heappop(self._plans)
+            self.now = max(self.now, moment)
+            action()
+        self.now = max(self.now, end)
+        assert self.passed < self.LONGEST, "it does not end"
 
 
 DeliveryReport = Callable[[KafkaError | None, "FakeMessage"], None]
@@ -68,6 +103,8 @@ class FakeTopic:
         errors: error of a delivery by key.
         purges: whether a purge gives reports.
         fatal: an error that makes the client useless, given with the next poll.
+        clock: by which reports come.
+        sleep: lets it go on.
         log: keys by partition, at their offsets.
     """
 
@@ -81,6 +118,8 @@ class FakeTopic:
     errors: dict[bytes, KafkaError] = field(default_factory=dict)
     purges: bool = True
     fatal: KafkaError | None = None
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
     log: dict[int, list[bytes]] = field(default_factory=dict)
     clients: list[FakeKafkaClient] = field(default_factory=list)
 
@@ -106,13 +145,14 @@ class FakeKafkaClient:
         self.most_outstanding = 0
         self.batches: list[int] = []
         self.times: list[float] = []
+        self.polls = 0
         self.closed = False
         self.threads: set[int] = set()
 
     def produce_batch(self, topic: str, messages: list[dict[str, Any]], *, on_delivery: Any) -> int:
         assert topic == TOPIC
         assert not self.closed
-        now = time.monotonic()
+        now = self.topic.clock()
         self.threads.add(threading.get_ident())
         self.batches.append(len(messages))
         self.times.append(now)
@@ -132,16 +172,17 @@ class FakeKafkaClient:
     def poll(self, timeout: float) -> int:
         assert not self.closed
         assert timeout <= 0.2  # from 0.2 s on the real one waits for all of it
-        deadline = time.monotonic() + timeout
+        self.polls += 1
+        deadline = self.topic.clock() + timeout
         if self.topic.fatal is not None:
             fatal, self.topic.fatal = self.topic.fatal, None
             self.config["error_cb"](fatal)
         while True:
             served = self._serve()
-            wait = deadline - time.monotonic()
+            wait = deadline - self.topic.clock()
             if served or wait <= 0:
                 return served
-            time.sleep(min(wait, 0.001))
+            self.topic.sleep(min(wait, 0.001))
 
     def _serve(self) -> int:
         served = 0
@@ -149,7 +190,7 @@ class FakeKafkaClient:
             self.topic.answering
             and self.topic.connected
             and self.outstanding
-            and self.outstanding[0][0] <= time.monotonic()
+            and self.outstanding[0][0] <= self.topic.clock()
         ):
             _, message, report = self.outstanding.popleft()
             served += 1
@@ -201,6 +242,8 @@ class FakePostgres:
     Attributes:
         down: whether a connection or a statement fails.
         hangs: whether a statement waits.
+        slow: called by each write: lets time go by.
+        refused: how many connections and statements failed.
         holder: application name of the session that holds the lock.
         rows: by run and partition; `offsets` is a set.
         writes: states in the order in which they were written.
@@ -209,6 +252,8 @@ class FakePostgres:
 
     down: bool = False
     hangs: bool = False
+    slow: Callable[[], object] = lambda: None
+    refused: int = 0
     holder: str | None = None
     rows: dict[tuple[UUID, int], dict[str, Any]] = field(default_factory=dict)
     writes: list[str] = field(default_factory=list)
@@ -219,6 +264,7 @@ class FakePostgres:
         """Stands in for `postgres.connect`."""
         assert role == "metrics_producer"
         if self.down:
+            self.refused += 1
             raise ServiceError("PostgreSQL at fake cannot be reached")
         self.sessions.append(FakeSession(self, options["application_name"]))
         return self.sessions[-1]
@@ -245,6 +291,7 @@ class FakeSession:
             time.sleep(0.01)
         if self.broken or self.server.down:
             self.broken = True
+            self.server.refused += 1
             raise psycopg.OperationalError("the connection is lost")
 
     def execute(self, statement: str, parameters: Any = None) -> Any:
@@ -276,6 +323,7 @@ class FakeSession:
     def executemany(self, statement: str, rows: Sequence[Mapping[str, Any]]) -> None:
         assert statement == postgres.query("record_run")
         self._check()
+        self.server.slow()
         for row in rows:
             place = row["run_id"], row["partition"]
             before = self.server.rows.get(place, {}).get("offsets", set())

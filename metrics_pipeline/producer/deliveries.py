@@ -116,7 +116,9 @@ class Deliveries:
     its report whenever `sample` was called before.
     """
 
-    def __init__(self, on_sample: Callable[[bytes, float], None] | None = None) -> None:
+    def __init__(
+        self, on_sample: Callable[[bytes, float], None] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.handed_over = 0
         """Messages given to the client."""
         self.reported = 0
@@ -129,6 +131,7 @@ class Deliveries:
         self._partitions: dict[int, _Partition] = {}
         self._lock = threading.Lock()
         self._on_sample = on_sample
+        self._clock = clock
         self._wants_sample = False
 
     @property
@@ -157,7 +160,7 @@ class Deliveries:
             if self._wants_sample and self._on_sample is not None:
                 self._wants_sample = False
                 if key := message.key():
-                    self._on_sample(key, time.monotonic())
+                    self._on_sample(key, self._clock())
         else:
             self._fail(error, message.partition())
 

@@ -61,6 +61,7 @@ class LatencyProbe:
         observe: Callable[[float], None] = lambda _: None,
         *,
         connect: Callable[..., postgres.Connection] = postgres.connect,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare.
 
@@ -68,10 +69,12 @@ class LatencyProbe:
             settings: where PostgreSQL is.
             observe: gets each latency, in seconds.
             connect: how to connect; replaced by tests.
+            clock: that of the acknowledgements, in seconds.
         """
         self._settings = settings
         self._observe = observe
         self._connect = connect
+        self._clock = clock
         self._connection: postgres.Connection | None = None
         self._offered: deque[tuple[bytes, float]] = deque()
         self._waiting: list[tuple[_Key, float]] = []
@@ -101,7 +104,7 @@ class LatencyProbe:
 
     def latency(self) -> Latency:
         """The median and the 99th percentile over the last minute."""
-        now = time.monotonic()
+        now = self._clock()
         with self._lock:
             while self._measured and self._measured[0][0] < now - WINDOW_SECONDS:
                 self._measured.popleft()
@@ -111,30 +114,39 @@ class LatencyProbe:
             return Latency(None, None)
         return Latency(values[(len(values) - 1) // 2], values[-(len(values) // 100) - 1])
 
+    def look(self) -> float:
+        """See once which of the keys can be read; the thread that was started does it again and again.
+
+        Returns:
+            Seconds until the next look.
+        """
+        with self._lock:
+            while self._offered:
+                key, since = self._offered.popleft()
+                self._waiting.append((_key_of(key), since))
+        if not self._waiting:
+            return POLL_SECONDS
+        try:
+            visible = self._visible([key for key, _ in self._waiting])
+        except (PipelineError, psycopg.Error) as error:
+            log.debug("latency samples dropped: %s", error)
+            self._disconnect()
+            with self._lock:
+                self._waiting.clear()
+            return RETRY_SECONDS
+        now = self._clock()
+        with self._lock:
+            seen = [now - since for place, (_, since) in enumerate(self._waiting) if place in visible]
+            self._measured.extend((now, latency) for latency in seen)
+            self._waiting = [waiting for place, waiting in enumerate(self._waiting) if place not in visible]
+        for latency in seen:
+            self._observe(latency)
+        return POLL_SECONDS
+
     def _run(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            with self._lock:
-                while self._offered:
-                    key, since = self._offered.popleft()
-                    self._waiting.append((_key_of(key), since))
-            if not self._waiting:
-                continue
-            try:
-                visible = self._visible([key for key, _ in self._waiting])
-            except (PipelineError, psycopg.Error) as error:
-                log.debug("latency samples dropped: %s", error)
-                self._disconnect()
-                with self._lock:
-                    self._waiting.clear()
-                self._stop.wait(RETRY_SECONDS)
-                continue
-            now = time.monotonic()
-            with self._lock:
-                seen = [now - since for place, (_, since) in enumerate(self._waiting) if place in visible]
-                self._measured.extend((now, latency) for latency in seen)
-                self._waiting = [waiting for place, waiting in enumerate(self._waiting) if place not in visible]
-            for latency in seen:
-                self._observe(latency)
+        pause = POLL_SECONDS
+        while not self._stop.wait(pause):
+            pause = self.look()
         self._disconnect()
 
     def _visible(self, keys: list[_Key]) -> set[int]:

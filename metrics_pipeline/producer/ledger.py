@@ -30,6 +30,10 @@ LOCK_KEY: Final = int.from_bytes(b"producer", "big")
 """Key of the advisory lock in the database of the readings."""
 
 WRITE_SECONDS: Final = 1.0
+AGAIN_SECONDS: Final = 0.2
+"""Between two attempts at the last write."""
+GRACE_SECONDS: Final = 1.0
+"""How much longer than its bound the last write is waited for: then PostgreSQL hangs."""
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,7 @@ class RunLedger:
         source: Source,
         *,
         connect: Callable[..., postgres.Connection] = postgres.connect,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare; nothing is connected before `open`.
 
@@ -56,11 +61,13 @@ class RunLedger:
             run_id: names the run.
             source: a simulated run takes the lock, a replay may run beside it.
             connect: how to connect; replaced by tests.
+            clock: monotonic, in seconds.
         """
         self._settings = settings
         self._run_id = run_id
         self._source: Source = source
         self._connect = connect
+        self._clock = clock
         self._connection: postgres.Connection | None = None
         self._locks = source == "simulated"
         self._started_at = datetime.now(UTC)
@@ -129,13 +136,13 @@ class RunLedger:
             state: how the run ended.
             timeout: seconds in which PostgreSQL may come back.
         """
-        self._last = tally, state, time.monotonic() + timeout
+        self._last = tally, state, self._clock() + timeout
         self._ending.set()
         if self._thread is None:
             self.start(lambda: tally)
         if self._thread is not None:
             # A server that hangs would hold this thread for ever: its own limits do not count then.
-            self._thread.join(timeout + 1)
+            self._thread.join(timeout + GRACE_SECONDS)
             if self._thread.is_alive():
                 return f"PostgreSQL did not answer within {timeout:g} s"
         self.close()
@@ -150,15 +157,21 @@ class RunLedger:
     def _keep(self, tally: Callable[[], Tally]) -> None:
         pause = WRITE_SECONDS
         while not self._ending.wait(pause):
-            begun = time.monotonic()
-            self._try(tally(), "running")
-            # Long lists of ranges, or a slow server, must not keep PostgreSQL busy with this.
-            pause = max(WRITE_SECONDS, 10 * (time.monotonic() - begun))
+            pause = self._keep_up(tally())
         while self._last is not None:
             final, state, deadline = self._last
-            if self._try(final, state) is None or time.monotonic() > deadline:
+            if self._try(final, state) is None or self._clock() > deadline:
                 return
-            time.sleep(0.2)
+            time.sleep(AGAIN_SECONDS)
+
+    def _keep_up(self, tally: Tally) -> float:
+        """Write, and say how long to wait before the next time.
+
+        Long lists of ranges, or a slow server, must not keep PostgreSQL busy with this.
+        """
+        begun = self._clock()
+        self._try(tally, "running")
+        return max(WRITE_SECONDS, 10 * (self._clock() - begun))
 
     def _try(self, tally: Tally, state: State) -> str | None:
         try:

@@ -89,6 +89,7 @@ class Publisher:
         round_seconds: float = 0.0,
         run_seconds: float = float("inf"),
         messages_per_second: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare; nothing is connected before `run`.
 
@@ -103,6 +104,7 @@ class Publisher:
             round_seconds: from the begin of one list to the begin of the next.
             run_seconds: when to end.
             messages_per_second: bound; the lists of the source are cut into smaller ones to keep to it.
+            clock: monotonic, in seconds; the client's `poll` is what lets time pass.
         """
         self.state = "starting"
         """starting, running or stopping."""
@@ -115,9 +117,10 @@ class Publisher:
         self._paused = paused
         self._round_seconds = round_seconds
         self._messages_per_second = messages_per_second
+        self._clock = clock
         self._run_seconds = run_seconds
         self._run_until = float("inf")
-        self._begun = self._owed_since = self._acknowledged_at = time.monotonic()
+        self._begun = self._owed_since = self._acknowledged_at = self._clock()
         self._flush_until: float | None = None
         self._acknowledged = 0
         self._counted: deque[tuple[float, int]] = deque()
@@ -128,15 +131,15 @@ class Publisher:
     def stalled_seconds(self) -> float:
         """How long the broker has been owing an answer; 0 when it owes none."""
         if self.state == "starting":
-            return time.monotonic() - self._begun
+            return self._clock() - self._begun
         if self._deliveries.in_flight > 0:
-            return time.monotonic() - max(self._owed_since, self._acknowledged_at)
+            return self._clock() - max(self._owed_since, self._acknowledged_at)
         return 0.0
 
     def acknowledged_per_second(self) -> float:
         """Over the last ten seconds."""
         since, before = self._counted[0] if self._counted else (self._begun, 0)
-        return (self._deliveries.acknowledged - before) / max(time.monotonic() - since, 0.001)
+        return (self._deliveries.acknowledged - before) / max(self._clock() - since, 0.001)
 
     def run(self) -> None:
         """Publish, then wait for the outstanding acknowledgements within PRODUCER_FLUSH_SECONDS.
@@ -145,7 +148,7 @@ class Publisher:
             ServiceError: the broker does not answer, has no such topic, or takes no more messages.
             PipelineError: what `watch` or the source raised.
         """
-        self._begun = self._owed_since = self._acknowledged_at = time.monotonic()
+        self._begun = self._owed_since = self._acknowledged_at = self._clock()
         self._run_until = self._begun + self._run_seconds
         self._client = self._make_client(producer_config(self._settings) | {"error_cb": self._on_error})
         try:
@@ -172,7 +175,7 @@ class Publisher:
             ServiceError: the broker does not answer, or there is no such topic.
         """
         servers = self._settings.bootstrap_servers
-        deadline = time.monotonic() + START_SECONDS
+        deadline = self._clock() + START_SECONDS
         while not self._stop():
             self._client.poll(0)
             try:
@@ -193,18 +196,18 @@ class Publisher:
                 if topic.partitions and all(partition.leader >= 0 for partition in topic.partitions.values()):
                     return
                 problem = f"topic {TOPIC} has partitions without a leader: see `metrics-pipeline logs broker`"
-            if time.monotonic() > deadline:
+            if self._clock() > deadline:
                 raise ServiceError(problem)
             self._client.poll(TICK_SECONDS)
 
     def _publish(self) -> None:
-        due = time.monotonic()
+        due = self._clock()
         while not self._ending():
             if self._paused():
-                due = time.monotonic()
+                due = self._clock()
                 self._poll(TICK_SECONDS)
                 continue
-            wait = due - time.monotonic()
+            wait = due - self._clock()
             if wait > 0:
                 self._poll(min(wait, TICK_SECONDS))
                 continue
@@ -218,28 +221,28 @@ class Publisher:
                 self._keep_to_rate(messages, self._messages_per_second)
             else:
                 self._hand_over(messages)
-            due = max(due + self._round_seconds, time.monotonic() - CATCH_UP_SECONDS)
+            due = max(due + self._round_seconds, self._clock() - CATCH_UP_SECONDS)
 
     def _keep_to_rate(self, messages: list[Message], rate: float) -> None:
         """Hand over pieces of at most a tick's worth; without delay once the run ends."""
         size = max(1, int(rate * TICK_SECONDS))
         for start in range(0, len(messages), size):
             piece = messages[start : start + size]
-            due = time.monotonic() + len(piece) / rate
+            due = self._clock() + len(piece) / rate
             self._hand_over(piece)
-            while (wait := due - time.monotonic()) > 0 and not self._ending():
+            while (wait := due - self._clock()) > 0 and not self._ending():
                 self._poll(min(wait, TICK_SECONDS))
 
     def _ending(self) -> bool:
         """Whether to take no more from the source; the first time, the time for flushing begins."""
-        if not self._stop() and time.monotonic() < self._run_until:
+        if not self._stop() and self._clock() < self._run_until:
             return False
         if self._flush_until is None:
-            self._flush_until = time.monotonic() + self._settings.producer_flush_seconds
+            self._flush_until = self._clock() + self._settings.producer_flush_seconds
         return True
 
     def _out_of_time(self) -> bool:
-        return self._ending() and self._flush_until is not None and time.monotonic() > self._flush_until
+        return self._ending() and self._flush_until is not None and self._clock() > self._flush_until
 
     def _hand_over(self, messages: list[Message]) -> None:
         """Give messages to the Kafka client, batch by batch, never more at once than the bound.
@@ -262,7 +265,7 @@ class Publisher:
                             return
                         self._poll(TICK_SECONDS)
                     if deliveries.in_flight == 0:
-                        self._owed_since = time.monotonic()
+                        self._owed_since = self._clock()
                     accepted = self._client.produce_batch(TOPIC, batch, on_delivery=deliveries.report)
                     deliveries.handed_over += accepted
                     left -= accepted
@@ -303,7 +306,7 @@ class Publisher:
             PipelineError: the run cannot go on.
         """
         self._client.poll(timeout)
-        now = time.monotonic()
+        now = self._clock()
         acknowledged = self._deliveries.acknowledged
         if acknowledged != self._acknowledged:
             self._acknowledged, self._acknowledged_at = acknowledged, now
@@ -328,14 +331,14 @@ class Publisher:
 
     def _drain(self) -> None:
         """Wait for the outstanding reports within the bound, give up the rest, and close the client."""
-        until = self._flush_until or time.monotonic() + self._settings.producer_flush_seconds
-        while self._deliveries.in_flight and time.monotonic() < until:
+        until = self._flush_until or self._clock() + self._settings.producer_flush_seconds
+        while self._deliveries.in_flight and self._clock() < until:
             self._poll(TICK_SECONDS)
         if self._deliveries.in_flight:
             # In confluent-kafka 2.16 `blocking` means its opposite; the reports are waited for here either way.
             self._client.purge(in_queue=True, in_flight=True, blocking=False)
-            until = time.monotonic() + PURGE_SECONDS
-            while self._deliveries.in_flight and time.monotonic() < until:
+            until = self._clock() + PURGE_SECONDS
+            while self._deliveries.in_flight and self._clock() < until:
                 self._poll(TICK_SECONDS)
         self._deliveries.abandon()
         # It flushes without a limit of its own.

@@ -110,6 +110,7 @@ class Producer:
         make_client: Callable[[dict[str, Any]], KafkaClient] = confluent_kafka.Producer,
         ledger: RunLedger | None = None,
         probe: LatencyProbe | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare; nothing is connected before `run`.
 
@@ -126,6 +127,7 @@ class Producer:
             make_client: makes the Kafka client; replaced by tests.
             ledger: replaced by tests.
             probe: replaced by tests.
+            clock: monotonic, in seconds; that of the publisher and of the latencies, too.
         """
         simulation = kind == "simulated"
         self.stop = stop or threading.Event()
@@ -134,10 +136,11 @@ class Producer:
         """How the run ended: complete once `run` returned or raised."""
         self._settings = settings
         self._kind: Source = kind
+        self._clock = clock
         self._on_progress = on_progress
         metrics = ProducerMetrics(self.snapshot)
-        self._probe = probe or LatencyProbe(settings, metrics.latency.observe)
-        self._ledger = ledger or RunLedger(settings, self.run_id, kind)
+        self._probe = probe or LatencyProbe(settings, metrics.latency.observe, clock=clock)
+        self._ledger = ledger or RunLedger(settings, self.run_id, kind, clock=clock)
         self._lag = LagWatch(lag, settings.producer_max_lag) if lag else None
         self._server: HealthServer | None = None
         if simulation if serve is None else serve:
@@ -145,7 +148,7 @@ class Producer:
             self._server = HealthServer(
                 settings.producer_port, self.snapshot, metrics.registry, stall, settings.listen_host
             )
-        self._deliveries = Deliveries(self._probe.offer)
+        self._deliveries = Deliveries(self._probe.offer, clock)
         self._publisher = Publisher(
             settings,
             simulated(settings) if source is None else source,
@@ -157,8 +160,9 @@ class Producer:
             round_seconds=settings.producer_publish_interval / 1000 if simulation else 0.0,
             run_seconds=settings.producer_run_seconds if simulation else float("inf"),
             messages_per_second=messages_per_second,
+            clock=clock,
         )
-        self._begun = time.monotonic()
+        self._begun = clock()
         self._worked = False
         self._ended: State | None = None
         self._interrupt: BaseException | None = None
@@ -193,11 +197,11 @@ class Producer:
         return self._interrupt is not None or self.stop.is_set()
 
     def _wait(self) -> None:
-        next_progress = time.monotonic() + PROGRESS_SECONDS
+        next_progress = self._clock() + PROGRESS_SECONDS
         while not self._worked:
             time.sleep(TICK_SECONDS / 2)
-            if self._on_progress and self._interrupt is None and time.monotonic() >= next_progress:
-                next_progress = time.monotonic() + PROGRESS_SECONDS
+            if self._on_progress and self._interrupt is None and self._clock() >= next_progress:
+                next_progress = self._clock() + PROGRESS_SECONDS
                 self._on_progress(self.snapshot())
 
     def snapshot(self) -> Snapshot:
@@ -208,7 +212,7 @@ class Producer:
         return Snapshot(
             run_id=self.run_id,
             state="paused" if paused else state,
-            seconds=time.monotonic() - self._begun,
+            seconds=self._clock() - self._begun,
             acknowledged=sum(count.acknowledged for count in counts),
             failed=sum(count.failed for count in counts),
             unknown=sum(count.unknown for count in counts),
@@ -235,7 +239,7 @@ class Producer:
             self._worked = True
 
     def _run_to_its_end(self) -> None:
-        self._begun = time.monotonic()
+        self._begun = self._clock()
         state: State = "failed"
         problem = None
         try:
@@ -263,7 +267,7 @@ class Producer:
             run_id=self.run_id,
             source=self._kind,
             state=state,
-            seconds=time.monotonic() - self._begun,
+            seconds=self._clock() - self._begun,
             acknowledged=sum(count.acknowledged for count in counts.values()),
             failed=sum(count.failed for count in counts.values()),
             unknown=sum(count.unknown for count in counts.values()),

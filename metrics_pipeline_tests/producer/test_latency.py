@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from metrics_pipeline.producer import latency
 from metrics_pipeline.producer.latency import Latency, LatencyProbe
 from metrics_pipeline.settings import Settings
-from metrics_pipeline_tests.fakes import FakePostgres, until
+from metrics_pipeline_tests.fakes import FakeClock, FakePostgres, until
 
 TIME = "2026-11-22T16:00:00Z"
 
@@ -31,14 +30,14 @@ def observed() -> list[float]:
 
 
 @pytest.fixture
-def watching(server: FakePostgres, observed: list[float], monkeypatch: pytest.MonkeyPatch) -> Iterator[LatencyProbe]:
-    monkeypatch.setattr(latency, "POLL_SECONDS", 0.005)
-    monkeypatch.setattr(latency, "RETRY_SECONDS", 0.01)
-    made = LatencyProbe(Settings(), observed.append, connect=server.connect)
-    made.start()
-    yield made
-    made.stop()
-    assert all(session.closed for session in server.sessions)
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def probe(server: FakePostgres, observed: list[float], clock: FakeClock) -> LatencyProbe:
+    """One that looks when a test says so."""
+    return LatencyProbe(Settings(), observed.append, connect=server.connect, clock=clock)
 
 
 def see(server: FakePostgres, *devices: str) -> None:
@@ -47,77 +46,95 @@ def see(server: FakePostgres, *devices: str) -> None:
 
 
 def test_it_measures_from_the_acknowledgement_to_the_first_select_that_sees_the_key(
-    server: FakePostgres, observed: list[float], watching: LatencyProbe
+    server: FakePostgres, observed: list[float], probe: LatencyProbe, clock: FakeClock
 ) -> None:
-    watching.offer(key("a"), time.monotonic() - 2)
-    watching.offer(key("b"), time.monotonic() - 1)
-    assert until(lambda: server.sessions)
-    assert watching.latency() == Latency(None, None)
+    probe.offer(key("a"), clock() - 2)
+    probe.offer(key("b"), clock() - 1)
+    probe.look()
+    assert server.sessions
+    assert probe.latency() == Latency(None, None)
+    clock.sleep(0.5)
     see(server, "b")
-    assert until(lambda: len(observed) == 1)
+    probe.look()
+    assert observed == [1.5]
+    clock.sleep(0.5)
     see(server, "a")
-    assert until(lambda: len(observed) == 2)
-    assert observed[0] == pytest.approx(1, abs=0.5)
-    assert observed[1] == pytest.approx(2, abs=0.5)
-    measured = watching.latency()
-    assert (measured.p50, measured.p99) == (observed[0], observed[1])
+    probe.look()
+    assert observed == [1.5, 3]
+    assert probe.latency() == Latency(1.5, 3)
 
 
-def test_quantiles(server: FakePostgres, observed: list[float], watching: LatencyProbe) -> None:
+def test_quantiles(server: FakePostgres, probe: LatencyProbe, clock: FakeClock) -> None:
     devices = [str(n) for n in range(200)]
     see(server, *devices)
-    now = time.monotonic()
     for n, device in enumerate(devices):
-        watching.offer(key(device), now - 10 * (n + 1))
-        assert until(lambda: len(observed) > n)  # noqa: B023  # called before the loop goes on
-    measured = watching.latency()
-    assert measured.p50 == pytest.approx(1000, abs=9)
-    assert measured.p99 == pytest.approx(1980, abs=9)
+        probe.offer(key(device), clock() - 10 * (n + 1))
+        probe.look()
+    assert probe.latency() == Latency(1000, 1980)
 
 
-def test_only_the_last_minute_counts(
-    server: FakePostgres, observed: list[float], watching: LatencyProbe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_last_minute_counts(server: FakePostgres, probe: LatencyProbe, clock: FakeClock) -> None:
     see(server, "a")
-    watching.offer(key("a"), time.monotonic())
-    assert until(lambda: observed)
-    assert watching.latency().p50 is not None
-    monkeypatch.setattr(latency, "WINDOW_SECONDS", 0.0)
-    assert watching.latency() == Latency(None, None)
+    probe.offer(key("a"), clock() - 1)
+    probe.look()
+    clock.sleep(60)
+    assert probe.latency() == Latency(1, 1)
+    clock.sleep(0.1)
+    assert probe.latency() == Latency(None, None)
 
 
-def test_a_sink_that_stands_still_does_not_look_fast(server: FakePostgres, watching: LatencyProbe) -> None:
-    watching.offer(key("a"), time.monotonic() - 30)
-    assert until(lambda: watching.latency().p50 is not None)
-    assert watching.latency().p99 == pytest.approx(30, abs=1)
+def test_a_sink_that_stands_still_does_not_look_fast(probe: LatencyProbe, clock: FakeClock) -> None:
+    probe.offer(key("a"), clock())
+    clock.sleep(5)
+    probe.look()
+    assert probe.latency() == Latency(None, None)  # it may still come in time
+    clock.sleep(25)
+    assert probe.latency() == Latency(30, 30)
 
 
-def test_few_are_watched_at_once(server: FakePostgres, observed: list[float], watching: LatencyProbe) -> None:
+def test_few_are_watched_at_once(
+    server: FakePostgres, observed: list[float], probe: LatencyProbe, clock: FakeClock
+) -> None:
     devices = [str(n) for n in range(500)]
     for device in devices:
-        watching.offer(key(device), time.monotonic())
+        probe.offer(key(device), clock())
     see(server, *devices)
-    assert until(lambda: len(observed) == latency.MOST_WAITING)
-    time.sleep(0.05)
+    probe.look()
+    probe.look()
     assert len(observed) == latency.MOST_WAITING
-    watching.offer(key("0"), time.monotonic())  # and there is room again
-    assert until(lambda: len(observed) == latency.MOST_WAITING + 1)
+    probe.offer(key("0"), clock())  # and there is room again
+    probe.look()
+    assert len(observed) == latency.MOST_WAITING + 1
 
 
 def test_errors_of_postgres_cost_samples_only(
-    server: FakePostgres, observed: list[float], watching: LatencyProbe
+    server: FakePostgres, observed: list[float], probe: LatencyProbe, clock: FakeClock
 ) -> None:
-    watching.offer(key("a"), time.monotonic())
-    assert until(lambda: server.sessions)
+    probe.offer(key("a"), clock())
+    assert probe.look() == latency.POLL_SECONDS
     server.restart()
     server.down = True
-    time.sleep(0.05)
+    assert probe.look() == latency.RETRY_SECONDS
     see(server, "a", "b")
     server.down = False
+    probe.look()
+    assert observed == []
+    probe.offer(key("b"), clock())
+    probe.look()
+    assert len(observed) == 1
+    assert len(server.sessions) == 2
 
-    def measured() -> bool:
-        watching.offer(key("b"), time.monotonic())
-        return bool(observed)
 
-    assert until(measured)
-    assert len(server.sessions) > 1
+def test_its_thread_looks_again_and_again_and_closes_its_session(
+    server: FakePostgres, observed: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "POLL_SECONDS", 0.005)
+    probe = LatencyProbe(Settings(), observed.append, connect=server.connect)
+    probe.start()
+    for number, device in enumerate("ab", 1):
+        probe.offer(key(device), time.monotonic())
+        see(server, device)
+        assert until(lambda: len(observed) == number)  # noqa: B023  # called before the loop goes on
+    probe.stop()
+    assert 0 <= max(observed) < 5
+    assert [session.closed for session in server.sessions] == [True]

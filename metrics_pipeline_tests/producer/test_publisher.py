@@ -1,9 +1,12 @@
-"""The publish loop on a Kafka client in memory: bounds, batches, pace, and an account of every message."""
+"""The publish loop on a Kafka client in memory: bounds, batches, pace, and an account of every message.
+
+Time goes on only while the loop waits, so nothing here is slow, and every pace is exact.
+"""
 
 from __future__ import annotations
 
+import itertools
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,19 +21,32 @@ from metrics_pipeline.producer import publisher
 from metrics_pipeline.producer.deliveries import Deliveries
 from metrics_pipeline.producer.publisher import Message, Publisher, producer_config
 from metrics_pipeline.settings import Settings
-from metrics_pipeline_tests.fakes import FakeTopic, until
+from metrics_pipeline_tests.fakes import FakeClock, FakeTopic
 
 
 def messages(count: int, first: int = 0) -> list[Message]:
     return [(b"key %d" % n, b"value") for n in range(first, first + count)]
 
 
+def endless(count: int = 10) -> Iterator[list[Message]]:
+    for round_ in itertools.count():
+        yield messages(count, round_ * count)
+
+
 class Run:
     """A publisher over a topic in memory, with what it did."""
 
-    def __init__(self, source: Iterable[list[Message]], topic: FakeTopic | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        source: Iterable[list[Message]],
+        topic: FakeTopic | None = None,
+        clock: FakeClock | None = None,
+        **options: Any,
+    ) -> None:
         names = {name: options.pop(name) for name in list(options) if name.startswith(("producer_", "kafka_"))}
+        self.clock = clock or FakeClock()
         self.topic = topic or FakeTopic()
+        self.topic.clock, self.topic.sleep = self.clock, self.clock.sleep
         self.deliveries = Deliveries()
         self.stop = threading.Event()
         self.publisher = Publisher(
@@ -39,6 +55,7 @@ class Run:
             self.deliveries,
             self.topic.client,
             stop=self.stop.is_set,
+            clock=self.clock,
             **options,
         )
 
@@ -46,14 +63,14 @@ class Run:
         self.publisher.run()
         return self
 
-    def start(self) -> threading.Thread:
-        thread = threading.Thread(target=self.publisher.run)
-        thread.start()
-        return thread
-
     @property
     def client(self) -> Any:
         return self.topic.clients[0]
+
+    @property
+    def times(self) -> list[float]:
+        """When the client was given messages, from the begin on."""
+        return [moment - self.clock.begun for moment in self.client.times]
 
     def total(self, what: str) -> int:
         return sum(getattr(counts, what) for counts in self.deliveries.tally().values())
@@ -96,69 +113,58 @@ def test_batch_size_is_what_the_client_gets_at_a_time(size: int) -> None:
 @pytest.mark.parametrize("interval", [0.02, 0.05])
 def test_publish_interval_is_the_time_from_round_to_round(interval: float) -> None:
     run = Run([messages(10)] * 6, round_seconds=interval).run()
-    begun = run.client.times
-    assert len(begun) == 6
-    assert begun[-1] - begun[0] >= 5 * interval - 0.001
-    assert begun[-1] - begun[0] < 5 * interval + 1
+    assert run.times == pytest.approx([n * interval for n in range(6)])
 
 
 def test_a_late_round_does_not_shift_the_ones_after_it() -> None:
+    clock = FakeClock()
+
     def source() -> Iterator[list[Message]]:
         for n in range(9):
             if n == 2:
-                time.sleep(0.45)  # three rounds are late
+                clock.sleep(0.45)  # three rounds are late
             yield messages(1)
 
-    run = Run(source(), round_seconds=0.15).run()
-    begun = run.client.times
-    assert begun[-1] - begun[0] < 8 * 0.15 + 0.3  # 0.45 s later, if it drifted
-    assert begun[4] - begun[2] < 0.2  # caught up
+    run = Run(source(), clock=clock, round_seconds=0.15).run()
+    assert run.times == pytest.approx([0, 0.15, 0.75, 0.75, 0.75, 0.75, 0.9, 1.05, 1.2])
 
 
-def test_catching_up_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher, "CATCH_UP_SECONDS", 0.0)
+def test_catching_up_has_a_limit() -> None:
+    clock, late = FakeClock(), publisher.CATCH_UP_SECONDS + 6
 
     def source() -> Iterator[list[Message]]:
-        for n in range(4):
+        for n in range(8):
             if n == 1:
-                time.sleep(0.8)
+                clock.sleep(late)
             yield messages(1)
 
-    begun = Run(source(), round_seconds=0.2).run().client.times
-    assert begun[2] - begun[1] < 0.2
-    assert begun[3] - begun[2] > 0.1
+    run = Run(source(), clock=clock, round_seconds=4).run()
+    # What is due ten seconds before, six and two are made up for; the first ten seconds' worth is not.
+    begin = 4 + late
+    assert run.times == pytest.approx([0, begin, begin, begin, begin, begin + 2, begin + 6, begin + 10])
 
 
 def test_interval_zero_does_not_wait() -> None:
-    begun = time.monotonic()
-    Run([messages(1)] * 200).run()
-    assert time.monotonic() - begun < 2
+    run = Run([messages(1)] * 200).run()
+    assert run.times == [0] * 200
 
 
 def test_run_seconds_end_the_run() -> None:
-    def endless() -> Iterator[list[Message]]:
-        while True:
-            yield messages(5)
-
-    begun = time.monotonic()
-    run = Run(endless(), round_seconds=0.01, run_seconds=0.3).run()
-    assert 0.3 <= time.monotonic() - begun < 1.5
-    assert run.total("acknowledged") >= 50
-    assert run.accounted() == {"acknowledged": run.total("acknowledged")}
+    run = Run(endless(5), round_seconds=0.01, run_seconds=0.305).run()
+    assert 0.305 <= run.clock.passed < 0.305 + 0.01
+    assert run.accounted() == {"acknowledged": 31 * 5}
 
 
 def test_messages_per_second_bounds_a_replay() -> None:
     run = Run([messages(60)], messages_per_second=200).run()
-    assert 0.19 <= run.client.times[-1] - run.client.times[0] < 1.5  # two gaps between three pieces
-    assert max(run.client.batches) == 20  # a tick's worth, so that the pace is even
+    assert run.times == pytest.approx([0, 0.1, 0.2])
+    assert run.client.batches == [20] * 3  # a tick's worth, so that the pace is even
     assert run.accounted() == {"acknowledged": 60}
 
 
 def test_flush_seconds_bound_the_wait_for_outstanding_acknowledgements() -> None:
-    run = Run([messages(10)], FakeTopic(answering=False), producer_flush_seconds=1)
-    begun = time.monotonic()
-    run.run()
-    assert 1 <= time.monotonic() - begun < 3
+    run = Run([messages(10)], FakeTopic(answering=False), producer_flush_seconds=7).run()
+    assert 7 <= run.clock.passed < 7.2
     assert run.accounted() == {"unknown": 10}
     assert run.client.closed
 
@@ -214,12 +220,6 @@ def test_delivery_failures_are_counted_and_the_run_goes_on() -> None:
 
 
 def test_a_topic_that_is_gone_ends_the_run() -> None:
-    def endless() -> Iterator[list[Message]]:
-        n = 0
-        while True:
-            yield messages(10, n)
-            n += 10
-
     topic = FakeTopic(errors={b"key 50": KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART)})
     run = Run(endless(), topic, round_seconds=0.001)
     with pytest.raises(ServiceError, match=r"takes no more messages for topic metrics.*UNKNOWN_TOPIC_OR_PART"):
@@ -268,11 +268,10 @@ def test_a_stopped_run_closes_its_source() -> None:
             closed.append(True)
 
     run = Run(source(), round_seconds=0.01)
-    thread = run.start()
-    assert until(lambda: run.total("acknowledged") > 50)
-    run.stop.set()
-    thread.join(5)
+    run.clock.at(0.055, run.stop.set)
+    run.run()
     assert closed
+    assert run.accounted() == {"acknowledged": 60}
 
 
 def test_what_watch_raises_ends_the_run_and_the_rest_of_the_round_is_failed() -> None:
@@ -294,8 +293,7 @@ def test_purged_in_flight_is_unknown_and_purged_from_the_queue_is_failed(connect
     assert run.accounted() == {what: 10}
 
 
-def test_a_purge_without_reports_leaves_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher, "PURGE_SECONDS", 0.2)
+def test_a_purge_without_reports_leaves_unknown() -> None:
     run = Run([messages(10)], FakeTopic(answering=False, purges=False), producer_flush_seconds=1).run()
     assert run.accounted() == {"unknown": 10}
 
@@ -308,22 +306,18 @@ def test_a_stop_publishes_what_was_taken_and_takes_no_more() -> None:
             taken.append(1000)
             yield messages(1000)
 
-    run = Run(source(), FakeTopic(latency=0.01), round_seconds=0.05)
-    thread = run.start()
-    assert until(lambda: run.total("acknowledged") > 1500)
-    run.stop.set()
-    thread.join(10)
-    assert run.accounted() == {"acknowledged": sum(taken)}
+    run = Run(source(), FakeTopic(latency=0.01), round_seconds=0.05, kafka_batch_size=100, producer_queue_concurrency=1)
+    run.clock.at(0.125, run.stop.set)  # in the middle of the second round
+    run.run()
+    assert taken == [1000, 1000]
+    assert run.accounted() == {"acknowledged": 2000}
 
 
 def test_a_stop_while_the_broker_is_silent_ends_within_the_bound() -> None:
     run = Run([messages(10_000)], FakeTopic(answering=False), producer_flush_seconds=1)
-    thread = run.start()
-    assert until(lambda: run.deliveries.in_flight == 2000)
-    begun = time.monotonic()
-    run.stop.set()
-    thread.join(10)
-    assert time.monotonic() - begun < 4
+    run.clock.at(30, run.stop.set)
+    run.run()
+    assert 31 <= run.clock.passed < 31.5
     # The broker may have the 2,000 that were sent; the 8,000 never left.
     assert run.accounted() == {"unknown": 2000, "failed": 8000}
 
@@ -357,56 +351,57 @@ def test_every_message_taken_is_accounted_for(
 
 def test_an_empty_round_is_asked_for_again_soon() -> None:
     rounds = iter([[], [], messages(3)])
-    begun = time.monotonic()
     run = Run(rounds, round_seconds=0.5).run()
     assert run.accounted() == {"acknowledged": 3}
-    assert run.client.times[0] - begun < 0.5  # an empty round is none
+    assert run.times == pytest.approx([0.002])  # an empty round is none
 
 
 def test_paused_publishes_nothing_until_it_is_over() -> None:
-    paused = True
-    run = Run([messages(10)] * 3, paused=lambda: paused)
-    thread = run.start()
-    assert until(lambda: run.publisher.state == "running")
-    time.sleep(0.2)
-    assert run.topic.stored == []
-    assert run.publisher.stalled_seconds() == 0  # the broker owes nothing
-    paused = False
-    thread.join(5)
+    clock = FakeClock()
+    run = Run([messages(10)] * 3, clock=clock, paused=lambda: clock.passed < 20)
+    seen: list[tuple[str, int, float]] = []
+    clock.at(
+        19, lambda: seen.append((run.publisher.state, len(run.topic.stored), run.publisher.stalled_seconds()))
+    )  # the broker owes nothing
+    run.run()
+    assert seen == [("running", 0, 0)]
+    assert run.times[0] == pytest.approx(20, abs=publisher.TICK_SECONDS)
     assert len(run.topic.stored) == 30
 
 
 def test_a_paused_run_can_be_stopped() -> None:
     run = Run([messages(10)] * 3, paused=lambda: True)
-    thread = run.start()
-    time.sleep(0.05)
-    run.stop.set()
-    thread.join(2)
-    assert not thread.is_alive()
+    run.clock.at(20, run.stop.set)
+    run.run()
+    assert run.topic.stored == []
+    assert run.clock.passed == pytest.approx(20, abs=2 * publisher.TICK_SECONDS)
 
 
 # --- The start, and what can be seen from outside ----------------------------------------------------------------
 
 
-def test_an_unreachable_broker_is_named_with_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher, "START_SECONDS", 0.3)
+def test_an_unreachable_broker_is_named_with_the_setting() -> None:
     run = Run([messages(1)], FakeTopic(reachable=False))
     with pytest.raises(
         ServiceError, match=r"broker:1 cannot be reached \(Connection refused\): .*KAFKA_URL.*KAFKA_PORT"
     ):
         run.run()
+    assert run.clock.passed == pytest.approx(publisher.START_SECONDS, abs=2 * publisher.TICK_SECONDS)
     assert run.client.closed
 
 
 def test_a_broker_that_comes_up_is_waited_for() -> None:
     topic = FakeTopic(reachable=False)
     run = Run([messages(1)], topic)
-    thread = run.start()
-    time.sleep(0.2)
-    assert run.publisher.state == "starting"
-    assert run.publisher.stalled_seconds() >= 0.2
-    topic.reachable = True
-    thread.join(5)
+    seen: list[tuple[str, float]] = []
+
+    def come_up() -> None:
+        seen.append((run.publisher.state, run.publisher.stalled_seconds()))
+        topic.reachable = True
+
+    run.clock.at(12, come_up)
+    run.run()
+    assert seen == [("starting", 12)]
     assert run.accounted() == {"acknowledged": 1}
 
 
@@ -417,33 +412,46 @@ def test_a_missing_topic_is_named_with_the_next_step() -> None:
 
 def test_a_stop_before_the_broker_answers_is_heard() -> None:
     run = Run([messages(1)], FakeTopic(reachable=False))
-    thread = run.start()
-    time.sleep(0.1)
-    run.stop.set()
-    thread.join(3)
-    assert not thread.is_alive()
+    run.clock.at(2, run.stop.set)
+    run.run()
+    assert run.clock.passed == pytest.approx(2, abs=publisher.TICK_SECONDS)
     assert run.accounted() == {}
 
 
-def test_a_stall_counts_from_the_last_answer_or_the_first_message_without_one() -> None:
+def test_a_stall_counts_from_the_first_message_without_an_answer() -> None:
     topic = FakeTopic(answering=False)
-    run = Run([messages(10)], topic, producer_flush_seconds=5)
-    thread = run.start()
-    assert until(lambda: run.deliveries.in_flight == 10)
-    before = run.publisher.stalled_seconds()
-    time.sleep(0.3)
-    assert before + 0.29 <= run.publisher.stalled_seconds()
-    topic.answering = True
-    thread.join(5)
+    run = Run([messages(10)], topic, producer_flush_seconds=50)
+    seen: list[float] = []
+    for moment in (3, 30):
+        run.clock.at(moment, lambda: seen.append(run.publisher.stalled_seconds()))
+    run.clock.at(40, lambda: setattr(topic, "answering", True))
+    run.run()
+    assert seen == [3, 30]
     assert run.publisher.stalled_seconds() == 0
 
 
-def test_acknowledged_per_second() -> None:
-    run = Run([messages(100)] * 8, round_seconds=0.1)
-    thread = run.start()
-    time.sleep(0.7)
-    assert 200 < run.publisher.acknowledged_per_second() < 2500
-    thread.join(5)
+def test_a_stall_counts_from_the_last_answer() -> None:
+    topic = FakeTopic(latency=0.5)  # so that something is always on its way
+    run = Run(endless(), topic, round_seconds=0.1, run_seconds=30, producer_flush_seconds=1)
+    seen: list[float] = []
+    run.clock.at(4, lambda: seen.append(run.publisher.stalled_seconds()))
+    run.clock.at(5, lambda: setattr(topic, "answering", False))
+    run.clock.at(25, lambda: seen.append(run.publisher.stalled_seconds()))
+    run.run()
+    assert seen == pytest.approx([0, 20], abs=0.11)
+
+
+def test_acknowledged_per_second_is_that_of_the_last_ten_seconds() -> None:
+    def source() -> Iterator[list[Message]]:
+        for n in range(200):
+            yield messages(100 if n < 100 else 20)
+
+    run = Run(source(), round_seconds=0.1)
+    seen: list[float] = []
+    for moment in (1, 9.95, 19.95):
+        run.clock.at(moment, lambda: seen.append(run.publisher.acknowledged_per_second()))
+    run.run()
+    assert seen == pytest.approx([1000, 1000, 200], rel=0.15)
 
 
 def test_on_librdkafka_itself() -> None:

@@ -10,9 +10,9 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
@@ -31,7 +31,7 @@ from metrics_pipeline.producer.ledger import RunLedger, Source
 from metrics_pipeline.producer.publisher import Message
 from metrics_pipeline.producer.run import Producer, RunReport, run_producer
 from metrics_pipeline.settings import ProducerSettings, Settings
-from metrics_pipeline_tests.fakes import FakePostgres, FakeTopic, until
+from metrics_pipeline_tests.fakes import FakeClock, FakePostgres, FakeTopic, until
 
 
 class Interrupted(BaseException):
@@ -42,8 +42,9 @@ class Interrupted(BaseException):
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "WRITE_SECONDS", 0.02)
     monkeypatch.setattr(guards, "LAG_SECONDS", 0.02)
+    monkeypatch.setattr(ledger, "AGAIN_SECONDS", 0.02)
     monkeypatch.setattr(producer, "PROGRESS_SECONDS", 0.1)
-    monkeypatch.setattr(producer, "LEDGER_SECONDS", 0.5)
+    monkeypatch.setattr(producer, "LEDGER_SECONDS", 0.1)
 
 
 def free_port() -> int:
@@ -84,6 +85,14 @@ class World:
             **self.options(settings, kind, run_id),
             **options,
         )
+
+    def simulated(self, clock: FakeClock, **options: Any) -> Producer:
+        """A run of the simulated fleet by a clock that goes on only while the run waits."""
+        self.topic.clock, self.topic.sleep = clock, clock.sleep
+        made = self.producer(clock=clock, **options)
+        begin = datetime(2026, 11, 22, 16, tzinfo=UTC)
+        made._publisher._source = producer.simulated(made._settings, lambda: begin + timedelta(seconds=clock.passed))
+        return made
 
     @contextmanager
     def running(self, **options: Any) -> Iterator[Producer]:
@@ -140,14 +149,15 @@ def messages(count: int, first: int = 0) -> list[Message]:
 
 
 def test_a_simulated_run_ends_after_its_time_and_everything_is_written_down(world: World) -> None:
-    made = world.producer(producer_run_seconds=1)
-    begun = time.monotonic()
+    clock = FakeClock()
+    made = world.simulated(clock, producer_run_seconds=7, producer_publish_interval=100)
     report = made.run()
-    assert 1 <= time.monotonic() - begun < 4
+    assert 7 <= clock.passed <= 7.1
+    assert report.seconds == clock.passed
     assert report is made.report
     assert report.clean
     assert report.state == "finished"
-    assert report.acknowledged == len(world.topic.stored) > 50 * 50
+    assert 70 * 50 <= report.acknowledged == len(world.topic.stored) <= 71 * 60
     assert len(set(world.topic.stored)) == report.acknowledged
     world.check(report)
     assert "finished after" in report.summary()
@@ -336,10 +346,13 @@ def test_all_kafka_work_is_done_outside_of_the_callers_thread(world: World) -> N
 def test_signal_handlers_are_left_alone(world: World) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     seen = []
-    world.producer(
-        producer_run_seconds=1,
-        on_progress=lambda _: seen.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]),
-    ).run()
+
+    def look(_: Snapshot) -> None:
+        seen.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
+        made.stop.set()
+
+    made = world.producer(on_progress=look)
+    made.run()
     assert seen
     assert all(found == handlers for found in seen)
 
@@ -367,8 +380,15 @@ def test_a_signal_as_the_thread_starts_leaves_none_blocked(monkeypatch: pytest.M
 
 def test_progress_is_told_again_and_again(world: World) -> None:
     seen: list[Snapshot] = []
-    world.producer(producer_run_seconds=1, on_progress=seen.append).run()
-    assert len(seen) >= 3
+
+    def progress(snapshot: Snapshot) -> None:
+        seen.append(snapshot)
+        if len(seen) == 4:
+            made.stop.set()
+
+    made = world.producer(on_progress=progress)
+    made.run()
+    assert len(seen) >= 4
     assert all(later.seconds - former.seconds > 0.08 for former, later in itertools.pairwise(seen))
     assert seen[0].state in ("starting", "running")
     assert seen[0].acknowledged < seen[-1].acknowledged
@@ -388,7 +408,7 @@ def test_metrics_and_devices_of_a_round(world: World, metrics: tuple[int, int], 
         "producer_run_seconds": 1,
         "producer_publish_interval": 20,
     }
-    report = world.producer(**names).run()
+    report = world.simulated(FakeClock(), **names).run()
     batches = world.topic.clients[0].batches
     assert sum(batches) == report.acknowledged
     assert metrics[0] <= min(batches) <= max(batches) <= metrics[1]
@@ -401,15 +421,21 @@ def test_metrics_and_devices_of_a_round(world: World, metrics: tuple[int, int], 
 
 
 def test_publish_interval_paces_a_simulated_run(world: World) -> None:
-    world.producer(producer_publish_interval=200, producer_run_seconds=1).run()
-    times = world.topic.clients[0].times
-    assert 4 <= len(times) <= 6
-    assert times[-1] - times[0] >= (len(times) - 2) * 0.2  # the first one may be late
+    clock = FakeClock()
+    world.simulated(clock, producer_publish_interval=200, producer_run_seconds=1).run()
+    times = [moment - clock.begun for moment in world.topic.clients[0].times]
+    assert times[:5] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8], abs=0.01)
+    assert len(times) <= 6
 
 
 def test_seed_and_fleet_size_reach_the_fleet(world: World) -> None:
-    world.producer(
-        producer_seed=5, producer_fleet_size=2, producer_min_devices=1, producer_max_devices=2, producer_run_seconds=1
+    world.simulated(
+        FakeClock(),
+        producer_seed=5,
+        producer_fleet_size=2,
+        producer_min_devices=1,
+        producer_max_devices=2,
+        producer_run_seconds=1,
     ).run()
     from metrics_pipeline.producer.generator import Fleet
 
@@ -418,13 +444,17 @@ def test_seed_and_fleet_size_reach_the_fleet(world: World) -> None:
 
 
 def test_stall_seconds_decide_when_health_is_503(world: World) -> None:
-    with world.running(producer_stall_seconds=1) as made:
-        assert until(lambda: len(world.topic.stored) > 100)
+    clock = FakeClock()
+    with world.running(producer_stall_seconds=30, clock=clock) as made:
+        assert until(lambda: made.snapshot().acknowledged)
         assert world.get("/health").status_code == 200
         world.topic.answering = False
-        assert until(lambda: made.snapshot().stalled_seconds > 0.5)
+        clock.sleep(1)  # another round is due
+        assert until(lambda: made.snapshot().in_flight)
+        clock.sleep(29)
         assert world.get("/health").status_code == 200
-        assert until(lambda: world.get("/health").status_code == 503)
+        clock.sleep(2)
+        assert world.get("/health").status_code == 503
         assert "no acknowledgement" in world.get("/health").json()["reason"]
         world.topic.answering = True
         assert until(lambda: world.get("/health").status_code == 200)
@@ -432,28 +462,35 @@ def test_stall_seconds_decide_when_health_is_503(world: World) -> None:
 
 def test_a_broker_that_never_answered_is_503_too(world: World) -> None:
     world.topic.reachable = False
-    with world.running(producer_stall_seconds=1):
-        assert until(lambda: world.server.rows)
-        assert until(lambda: world.get("/health").status_code == 503)
+    clock = FakeClock()
+    with world.running(producer_stall_seconds=10, clock=clock):
+        assert until(lambda: world.topic.clients)
+        assert until(lambda: world.get("/health").status_code == 200)
+        clock.sleep(11)
+        assert world.get("/health").status_code == 503
         assert world.get("/status").json()["state"] == "starting"
 
 
 def test_max_lag_pauses_the_run_which_stays_healthy_and_says_so(world: World) -> None:
-    lag = 0
-    with world.running(producer_max_lag=1000, producer_stall_seconds=1, lag=lambda: lag) as made:
-        assert until(lambda: len(world.topic.stored) > 100)
+    lag, clock = 0, FakeClock()
+    with world.running(producer_max_lag=1000, producer_stall_seconds=30, lag=lambda: lag, clock=clock) as made:
+        assert until(lambda: world.topic.stored)
         lag = 1000
         assert until(lambda: world.get("/status").json()["state"] == "paused")
         assert until(lambda: made.snapshot().in_flight == 0)
         before = len(world.topic.stored)
-        time.sleep(1.2)
+        clock.sleep(60)
+        (client,) = world.topic.clients
+        polls = client.polls
+        assert until(lambda: client.polls > polls + 2)  # it has seen that another round would be due
         assert len(world.topic.stored) == before
         health = world.get("/health")
         assert health.status_code == 200
         assert "PRODUCER_MAX_LAG is 1,000" in health.json()["paused"]
         lag = 999
+        assert until(lambda: world.get("/status").json()["paused"] is None)
+        clock.sleep(1)
         assert until(lambda: len(world.topic.stored) > before)
-        assert world.get("/status").json()["paused"] is None
 
 
 def test_disk_free_limit_stops_a_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,16 +526,16 @@ def test_status_and_metrics_tell_of_the_run(world: World) -> None:
 
 
 def test_a_replay_answers_only_when_asked_to(world: World) -> None:
-    def slowly() -> Iterator[list[Message]]:
-        for n in range(100):
-            time.sleep(0.01)
-            yield messages(1, n)
+    def unending() -> Iterator[list[Message]]:
+        yield messages(1)
+        while True:
+            yield []
 
-    with world.running(source=slowly(), kind="replay"):
+    with world.running(source=unending(), kind="replay"):
         assert until(lambda: world.topic.stored)
         with pytest.raises(requests.ConnectionError):
             world.get("/health")
-    with world.running(source=slowly(), kind="replay", serve=True):
+    with world.running(source=unending(), kind="replay", serve=True):
         assert until(lambda: len(world.topic.clients) == 2)
         assert world.get("/health").status_code == 200
 
