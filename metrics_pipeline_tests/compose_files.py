@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ def project(*files: Path, variables: Mapping[str, str] | None = None) -> dict[st
     """
     merged: dict[str, Service] = {}
     for file in files or (MAIN,):
-        document = yaml.safe_load(file.read_text("utf-8"))
-        parts = [yaml.safe_load((ROOT / part["path"]).read_text("utf-8")) for part in document.get("include", ())]
+        document = _document(file)
+        parts = [_document(ROOT / part["path"]) for part in document.get("include", ())]
         for services in (part["services"] for part in (*parts, document)):
             for name, service in services.items():
                 whole = _extended(service, file.parent)
@@ -65,11 +66,18 @@ def project(*files: Path, variables: Mapping[str, str] | None = None) -> dict[st
     return replaced
 
 
+@cache
+def _document(file: Path) -> dict[str, Any]:
+    """A file as it is; whoever merges it makes anew what differs."""
+    found: dict[str, Any] = yaml.safe_load(file.read_text("utf-8"))
+    return found
+
+
 def _extended(service: Service, folder: Path) -> Service:
     if "extends" not in service:
         return service
     own = {key: value for key, value in service.items() if key != "extends"}
-    base = yaml.safe_load((folder / service["extends"]["file"]).read_text("utf-8"))["services"]
+    base = _document(folder / service["extends"]["file"])["services"]
     whole: Service = _merge(base[service["extends"]["service"]], own)
     return whole
 

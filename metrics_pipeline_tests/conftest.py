@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import stamina
 
 from metrics_pipeline.settings import ROOT, Settings
 
@@ -37,6 +38,13 @@ def occupancy() -> list[Path]:
     if not files:
         pytest.skip("the occupancy data set is not beside this checkout")
     return files
+
+
+@pytest.fixture
+def without_backoff() -> Iterator[None]:
+    """A request to a Connect that is away is tried three times, and at once."""
+    with stamina.set_testing(True, attempts=3):
+        yield
 
 
 @dataclass(frozen=True)

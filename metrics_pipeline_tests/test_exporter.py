@@ -143,7 +143,9 @@ def test_many_scrapes_ask_once(made: Callable[..., PipelineMetrics]) -> None:
     assert len(asked) == 2
 
 
-def test_with_nothing_running_every_part_is_down_and_the_scrape_succeeds() -> None:
+@pytest.mark.usefixtures("without_backoff")
+def test_with_nothing_running_every_part_is_down_and_the_scrape_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "METADATA_SECONDS", 0.3)
     settings = nowhere()
     server = Exporter(settings)
     server.start()

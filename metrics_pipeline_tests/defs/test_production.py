@@ -479,6 +479,7 @@ def test_the_repair_sensor_restarts_records_and_remembers(
     assert json.loads(line)["by"] == "sensor"
 
 
+@pytest.mark.usefixtures("without_backoff")
 def test_the_repair_sensor_says_when_connect_is_away(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local import broker, live
 from metrics_pipeline.local.status import Sample, Sampler, is_healthy
 from metrics_pipeline.settings import Settings, SinkKind
-from metrics_pipeline.sinks.connector import sink_state
 from metrics_pipeline_tests.fake_http import Request, listening
 
 NOBODY = 1
@@ -51,10 +49,8 @@ class Parts:
 
 
 @pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
+def parts(monkeypatch: pytest.MonkeyPatch, without_backoff: None) -> Iterator[Parts]:
     monkeypatch.setattr(broker, "look", lambda _settings: (False, "no answer"))
-    # Asked again for two seconds otherwise, whenever it answers with an error.
-    monkeypatch.setattr("metrics_pipeline.local.status.sink_state", partial(sink_state, patience=0.1))
     made = Parts()
 
     def respond(request: Request) -> None:

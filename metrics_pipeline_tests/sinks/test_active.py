@@ -162,6 +162,7 @@ def test_a_worker_that_comes_late_is_waited_for(world: World, monkeypatch: pytes
     assert world.ensure("copy")[0] == "changed"
 
 
+@pytest.mark.usefixtures("without_backoff")
 def test_no_connect_is_fine_where_none_was_asked_for(world: World) -> None:
     world.tables.sessions = 1
     port = int(NOWHERE.rpartition(":")[2])
@@ -279,6 +280,7 @@ def test_members_of_the_group_keep_their_offsets(world: World) -> None:
     assert world.commits == {0: 40, 1: 50}
 
 
+@pytest.mark.usefixtures("without_backoff")
 def test_the_copy_sink_stays_while_there_is_no_connect(world: World) -> None:
     world.tables.active, world.tables.offsets = "copy", {0: 90}
     with pytest.raises(ServiceError, match="cannot be reached"):

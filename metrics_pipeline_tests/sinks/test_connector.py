@@ -214,6 +214,7 @@ def test_the_worker_that_answered_last_is_asked_first(fake: FakeConnect, dead: s
     assert client._urls == [fake.url, dead]
 
 
+@pytest.mark.usefixtures("without_backoff")
 def test_when_all_workers_are_away_each_is_named(dead: str) -> None:
     other = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(ServiceError, match=r"cannot be reached \(Connection refused\)") as caught:
@@ -236,6 +237,7 @@ def test_a_worker_that_hangs_is_not_asked_again_but_the_other_is(
         assert client.version() == fake.version
 
 
+@pytest.mark.usefixtures("without_backoff")
 def test_a_change_that_the_groups_leader_is_not_there_for_is_tried_again(
     fake: FakeConnect, monkeypatch: pytest.MonkeyPatch
 ) -> None:

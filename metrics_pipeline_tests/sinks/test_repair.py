@@ -33,6 +33,7 @@ class World:
     state: str | None = None
     position: Position = field(default_factory=Position)
     away: bool = False
+    settings: Settings = field(default_factory=Settings)
 
     def look(self, settings: Settings) -> Position:
         if self.away:
@@ -50,7 +51,7 @@ class World:
         """Some time later, by a repair that knows only what the one before wrote down: so a sensor runs it."""
         self.now += seconds
         sink = SinkRepair(
-            Settings(),
+            self.settings,
             self.state,
             client=ConnectClient(self.connect.url, patience=0.1),
             offsets=self.offsets,
