@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 GO ?= go
 # Of the integration tests: the same every time, so that what fails can be seen again. ORDER=default is another each time.
 ORDER ?= 1
+# What the tests took longest for: a wait that somebody builds in is seen.
+DURATIONS := --durations=25 --durations-min=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -35,11 +37,11 @@ down: $(VENV)/.runtime  ## stop a pipeline that runs in the background
 
 test: lint types unit integration  ## everything that CI checks
 
-unit: $(VENV)/.dev  ## unit tests, seconds
-	@$(BIN)/python -m pytest -m 'not integration' $(ARGS)
+unit: $(VENV)/.dev  ## unit tests, which need no service
+	@$(BIN)/python -m pytest -m 'not integration' $(DURATIONS) $(ARGS)
 
 integration: $(VENV)/.dev  ## tests on the real embedded stack
-	@$(BIN)/python -m pytest -m integration --randomly-seed=$(ORDER) $(ARGS)
+	@$(BIN)/python -m pytest -m integration --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
 
 chaos: $(VENV)/.dev  ## the COPY sink under crashes, restarts and pauses at full length, half an hour (ARGS=crashes for one)
 	@$(BIN)/python -m metrics_pipeline_tests.chaos $(ARGS)
