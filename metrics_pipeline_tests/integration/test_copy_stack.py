@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
+from metrics_pipeline import postgres
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.local.state import StackState
 from metrics_pipeline.sinks import connector
@@ -21,7 +22,10 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 @pytest.fixture
 def place(stack: RunningStack) -> Iterator[Pipeline]:
     """A pipeline with the COPY sink that is not up yet; where its Connect would be is that of another stack."""
-    with own_pipeline(SINK="copy", CONNECT_PORT=str(stack.settings.connect_port)) as pipeline:
+    # Runs that end by themselves meanwhile, each followed by the next one.
+    with own_pipeline(
+        SINK="copy", CONNECT_PORT=str(stack.settings.connect_port), PRODUCER_RUN_SECONDS="20"
+    ) as pipeline:
         yield pipeline
 
 
@@ -50,16 +54,10 @@ def test_the_copy_sink_in_connects_place_and_back(place: Pipeline, stack: Runnin
 
     killed = place.child("sink")
     killed.send_signal(signal.SIGKILL)
-    psutil.wait_procs([killed], timeout=10)
+    place.wait_for_another("sink", killed.pid)
     place.wait("brought back", flows("copy"))
-    assert place.child("sink").pid != killed.pid
 
-    keeper = StackState.read(place.data).keeper
-    assert keeper is not None
-    process = keeper.find()
-    assert process is not None
-    process.kill()
-    psutil.wait_procs([process], timeout=10)
+    place.kill_keeper()
     sink = place.child("sink").pid
     again = place.cli("up", "--detach", timeout=400)
     assert "COPY sink was running already: " in again.stdout, again.stdout + again.stderr
@@ -67,12 +65,7 @@ def test_the_copy_sink_in_connects_place_and_back(place: Pipeline, stack: Runnin
     place.wait("adopted", flows("copy"))
 
     # A keeper of another SINK ends what is no part of its stack, and lets Connect begin where the COPY sink ended.
-    keeper = StackState.read(place.data).keeper
-    assert keeper is not None
-    process = keeper.find()
-    assert process is not None
-    process.kill()
-    psutil.wait_procs([process], timeout=10)
+    place.kill_keeper()
     place.environment.update(SINK="connect", CONNECT_PORT=str(free_ports(1)[0]))
     back = place.cli("up", "--detach", timeout=400)
     assert back.returncode == 0, back.stdout + back.stderr
@@ -81,4 +74,10 @@ def test_the_copy_sink_in_connects_place_and_back(place: Pipeline, stack: Runnin
     assert not psutil.pid_exists(sink)
     place.wait("stored by Kafka Connect", flows("connect"))
     assert connector.sink_state(stack.settings).running, "another stack's connector was touched"
+    with postgres.connect(place.settings(), "metrics_reader", autocommit=True) as connection:
+        runs = connection.execute(
+            "SELECT count(DISTINCT run_id) FROM producer_runs WHERE state = 'finished'"
+        ).fetchone()
+    assert runs is not None
+    assert runs[0] >= 1, "no run ended by itself"
     place.verify()

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,21 @@ from metrics_pipeline.local.account import postgres_home, unprivileged
 from metrics_pipeline.local.dagster import graphql
 from metrics_pipeline.local.environment import isolated, replaced
 from metrics_pipeline.local.state import StackState
+from metrics_pipeline.local.status import Sampler, is_healthy
 from metrics_pipeline.settings import Settings
+from metrics_pipeline_tests.fakes import until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+POLL_SECONDS = 0.3
+LOAD = {
+    # Little enough that each test soon verifies all that has piled up since the first one.
+    "PRODUCER_PUBLISH_INTERVAL": "500",
+    "PRODUCER_MIN_METRICS": "500",
+    "PRODUCER_MAX_METRICS": "1500",
+    # No test waits for the end of a run, or meets the time between two.
+    "PRODUCER_RUN_SECONDS": "3600",
+}
 
 
 @dataclass(frozen=True)
@@ -59,19 +71,19 @@ class Pipeline:
             check=False,
         )
 
-    def status(self) -> dict[str, Any]:
-        """The sample that `status --json` prints."""
-        sample: dict[str, Any] = json.loads(self.cli("status", "--json").stdout)
-        return sample
-
     def wait(self, what: str, condition: Callable[[dict[str, Any]], bool], limit: float = 90) -> float:
-        """Wait until a sample satisfies the condition; the seconds it took."""
+        """Wait until a sample satisfies the condition; the seconds it took.
+
+        Its rates count from the begin of the wait: what was stored before is no sign of life.
+        """
         began = time.monotonic()
         sample: dict[str, Any] = {}
-        while time.monotonic() - began < limit:
-            sample = self.status()
-            if condition(sample):
-                return time.monotonic() - began
+        with closing(Sampler(self.settings())) as sampler:
+            while time.monotonic() - began < limit:
+                sample = sampler.sample()
+                if condition(sample):
+                    return time.monotonic() - began
+                time.sleep(POLL_SECONDS)
         pytest.fail(f"not {what} after {limit:.0f} s: {json.dumps(sample)}")
 
     def wait_healthy(self, limit: float = 90) -> float:
@@ -91,6 +103,24 @@ class Pipeline:
         assert found is not None, f"{name} does not run"
         return found
 
+    def wait_for_another(self, name: str, former: int) -> None:
+        """Wait until the keeper looks after another process of a service."""
+
+        def another() -> bool:
+            found = StackState.read(self.data).children[name].find()
+            return found is not None and found.pid != former
+
+        assert until(another, 60), f"{name} is not another one after 60 s"
+
+    def kill_keeper(self) -> None:
+        """End the keeper, and nothing else."""
+        keeper = StackState.read(self.data).keeper
+        assert keeper is not None
+        process = keeper.find()
+        assert process is not None
+        process.kill()
+        assert until(lambda: keeper.find() is None)
+
     def settings(self) -> Settings:
         """As its processes read them."""
         with replaced(self.environment):
@@ -106,8 +136,7 @@ class Pipeline:
 def own_pipeline(**variables: str) -> Iterator[Pipeline]:
     """Folder and ports of a pipeline that is not up yet, set to these variables besides; ended by `down`."""
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-up-"))
-    # Half of the usual rate: each test verifies all that has piled up since the first one.
-    own = {"PIPELINE_MEMORY_GB": "4", "PRODUCER_RUN_SECONDS": "60", "PRODUCER_PUBLISH_INTERVAL": "500"} | variables
+    own = {"PIPELINE_MEMORY_GB": "4"} | LOAD | variables
     pipeline = Pipeline(dict(os.environ) | isolated(folder) | own, folder / "data")
     try:
         yield pipeline
@@ -132,25 +161,28 @@ def test_it_runs_and_verifies(pipeline: Pipeline) -> None:
     pipeline.wait(
         "fast", lambda s: (s["acknowledged_per_second"] or 0) > 1000 and s["latency_seconds"]["p99"] is not None
     )
+    said = pipeline.cli("status", "--json")
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert is_healthy(json.loads(said.stdout))
     pipeline.verify()
 
 
 def test_ctrl_c_while_it_starts_ends_quietly() -> None:
     """A person who thinks better of it is told of no failure."""
     with own_pipeline() as place:
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-m", "metrics_pipeline", "up"],
             env=place.environment,
             cwd=place.data.parent,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        )
-        assert process.stdout is not None
-        first = next(line for line in process.stdout if " is up: " in line or " has started" in line)
-        process.send_signal(signal.SIGINT)
-        rest = process.stdout.read()
-        assert process.wait(60) == 130, first + rest
+        ) as process:
+            assert process.stdout is not None
+            first = next(line for line in process.stdout if " is up: " in line or " has started" in line)
+            process.send_signal(signal.SIGINT)
+            rest = process.stdout.read()
+            assert process.wait(60) == 130, first + rest
         assert "error:" not in rest
         assert "SIGINT: stopping everything in order" in rest
         assert StackState.read(place.data).children == {}
@@ -177,10 +209,7 @@ def test_a_run_terminated_in_dagster_is_flushed_counted_and_followed_by_another(
     def started(but: str = "") -> str | None:
         return next((run for run, status in runs().items() if status == "STARTED" and run != but), None)
 
-    # A fresh one, which does not end by itself meanwhile.
-    former = started() or ""
-    pipeline.wait("started by the sensor", lambda _: started(but=former) is not None, 120)
-    run = started(but=former)
+    run = started()
     assert run is not None
     pipeline.wait("at work", lambda s: (s["acknowledged_per_second"] or 0) > 1000)
     assert graphql(settings, TERMINATE, id=run)["terminateRun"]["__typename"] == "TerminateRunSuccess"
@@ -202,9 +231,8 @@ def test_a_killed_service_comes_back(pipeline: Pipeline, name: str) -> None:
     pipeline.wait_healthy()
     process = pipeline.child(name)
     process.kill()
-    time.sleep(2)
+    pipeline.wait_for_another(name, process.pid)
     pipeline.wait_healthy()
-    assert pipeline.child(name).pid != process.pid
     pipeline.verify()
 
 
@@ -227,17 +255,15 @@ def test_postgres_restarted_by_hand(pipeline: Pipeline) -> None:
         "-w",
     ]
     subprocess.run(command, check=True, capture_output=True, cwd="/", timeout=60, env={"LANG": "C.UTF-8"}, **who)
+    pipeline.wait_for_another("postgres", old.pid)
     pipeline.wait_healthy()
-    assert pipeline.child("postgres").pid != old.pid
     pipeline.verify()
 
 
 def test_a_killed_keeper_is_followed_by_one_that_takes_over(pipeline: Pipeline) -> None:
     pipeline.wait_healthy()
     state = StackState.read(pipeline.data)
-    assert state.keeper is not None
-    os.kill(state.keeper.pid, signal.SIGKILL)
-    time.sleep(1)
+    pipeline.kill_keeper()
     assert pipeline.child("broker").is_running()
     again = pipeline.cli("up", "--detach", timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -256,12 +282,11 @@ def test_no_secret_shows(pipeline: Pipeline) -> None:
     ]
     secrets = [value.strip("'\"") for _, value in lines]
     assert len(secrets) == 7
-    sample = pipeline.status()
+    settings = pipeline.settings()
     places = {f"log {path.name}": path.read_text(errors="replace") for path in (pipeline.data / "logs").glob("*.log")}
     for process in psutil.process_iter(["cmdline"]):
         places[f"ps {process.pid}"] = " ".join(process.info["cmdline"] or [])
-    connect, dagster, producer = sample["connect"]["url"], sample["dagster"]["url"], sample["producer"]["url"]
-    settings = pipeline.settings()
+    connect, dagster, producer = settings.connect_rest, settings.dagster_http, settings.producer_http
     for path in (
         "/",
         "/connectors?expand=info&expand=status",
