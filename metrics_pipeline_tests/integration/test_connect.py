@@ -68,7 +68,7 @@ class Sink:
         deadline = time.monotonic() + seconds
         while (found := self.rows()) != count:
             assert time.monotonic() < deadline, f"{found} rows of {count}; {self.client.state(NAME).problems}"
-            time.sleep(0.5)
+            time.sleep(0.2)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def _forget_group(admin: AdminClient, group: str) -> None:
                 return
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.5)  # its members leave one after the other
+            time.sleep(0.2)  # its members leave one after the other
         else:
             return
 
@@ -195,7 +195,7 @@ def test_sessions_that_postgresql_ends_are_repaired_and_nothing_is_lost(sink: Si
     while sink.rows() != 60_000:
         assert time.monotonic() < deadline, repairer.tick().message
         actions += [event.action for event in repairer.tick().events]
-        time.sleep(0.5)
+        time.sleep(0.2)
     assert "restart failed tasks" in actions
     assert "give up" not in actions
 
@@ -214,7 +214,7 @@ def test_a_record_that_cannot_be_stored_is_named_and_can_be_skipped(sink: Sink) 
     deadline = time.monotonic() + 120
     while "stopped trying" not in (said := repairer.tick().message):
         assert time.monotonic() < deadline, said
-        time.sleep(0.5)
+        time.sleep(0.2)
     assert f"at topic {TOPIC}, partition 1, offset 500: " in said
     assert 'invalid byte sequence for encoding "UTF8": 0x00' in said
     # As docs/troubleshooting.md tells a person to do.
@@ -237,7 +237,7 @@ def _call(method: str, url: str, body: Any = None) -> None:
         answer = requests.request(method, url, json=body, timeout=30)
         if answer.ok:
             return
-        time.sleep(0.5)
+        time.sleep(0.2)
     answer.raise_for_status()
 
 

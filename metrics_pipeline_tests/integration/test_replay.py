@@ -28,7 +28,7 @@ def replay(stack: RunningStack, files: list[Path], device: str, readings: int) -
     deadline = time.monotonic() + 120
     while kafka.consumer_lag(stack.settings).total:
         assert time.monotonic() < deadline, "the sink does not catch up"
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 Stored = dict[tuple[datetime, int], bytes]
@@ -97,7 +97,7 @@ def test_a_bad_line_stops_the_command_after_what_stands_before_it(stack: Running
     deadline = time.monotonic() + 60
     while (len(stored(stack, "stops")), len(stored(stack, "skips"))) != (1, 2):
         assert time.monotonic() < deadline
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def test_what_cannot_be_replayed_is_one_line(stack: RunningStack, tmp_path: Path) -> None:
