@@ -71,7 +71,7 @@ class TopicReader:
             consumer.assign([TopicPartition(self.topic, partition, offset) for partition, offset in at.items()])
             heard = time.monotonic()
             while at:
-                messages = consumer.consume(10_000, timeout=0.5)
+                messages = consumer.consume(10_000, timeout=0.2)  # the last ones are waited for this long
                 if messages:
                     heard = time.monotonic()
                 elif time.monotonic() - heard > STALL_SECONDS:

@@ -228,7 +228,7 @@ def _wait_for_sink(settings: Settings, ends: Mapping[int, int], timeout: float, 
                 f"the sink ({active.kind(settings)}) has not advanced for {timeout:.0f} s and is {sum(behind.values()):,} records "
                 "behind: see `metrics-pipeline status`, then verify again"
             )
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def _folder(settings: Settings, needed: int) -> Path:
