@@ -20,6 +20,7 @@ from typing import Any, Final
 from uuid import UUID, uuid4
 
 import psutil
+import psycopg
 from confluent_kafka import KafkaError, Producer
 
 from metrics_pipeline import kafka
@@ -389,20 +390,25 @@ def _stopped_inside_a_transaction(place: Place, sink: Sink, seconds: float = 120
     """Stop a worker while it holds its rows of `sink_offsets`; which one."""
     deadline = time.monotonic() + seconds
     workers = sink.status()["workers"]
-    while time.monotonic() < deadline:
-        number = random.randrange(len(workers))
-        process = psutil.Process(workers[number]["pid"])
-        process.suspend()
-        time.sleep(0.1)  # what it had asked for is answered
-        inside = place.one(
-            "SELECT count(*) FROM pg_stat_activity "
-            "WHERE application_name = %s AND backend_xid IS NOT NULL AND (state LIKE 'idle in%%' OR wait_event = 'ClientRead')",
-            f"metrics-pipeline sink {workers[number]['name']}",
-        )
-        if inside:
-            return process, number
-        process.resume()
-        time.sleep(random.uniform(0.01, 0.3))
+    numbers = {f"metrics-pipeline sink {worker['name']}": number for number, worker in enumerate(workers)}
+    writing = (
+        "SELECT application_name FROM pg_stat_activity WHERE application_name = ANY(%s) AND backend_xid IS NOT NULL"
+    )
+    inside = f"{writing} AND (state LIKE 'idle in%%' OR wait_event = 'ClientRead')"
+    with psycopg.connect(place.settings.admin_url(place.settings.metrics_database), autocommit=True) as connection:
+        while time.monotonic() < deadline:
+            found = connection.execute(writing, [list(numbers)]).fetchall()
+            if not found:
+                time.sleep(0.002)
+                continue
+            (name,) = random.choice(found)
+            process = psutil.Process(workers[numbers[name]]["pid"])
+            process.suspend()
+            time.sleep(0.1)  # what it had asked for is answered
+            if connection.execute(inside, [[name]]).fetchall():
+                return process, numbers[name]
+            process.resume()
+            time.sleep(random.uniform(0.01, 0.3))
     raise VoidError(f"no worker was met inside a transaction in {seconds:.0f} s")
 
 

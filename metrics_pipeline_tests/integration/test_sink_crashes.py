@@ -64,7 +64,7 @@ def test_postgres_and_broker_restart_under_load(place: Place) -> None:
 
 
 def test_workers_come_and_go(place: Place) -> None:
-    passed(scenarios.comings_and_goings(place, 20, session_ms=SESSION_MS, rate=RATE))
+    passed(scenarios.comings_and_goings(place, 12, session_ms=SESSION_MS, rate=RATE))
 
 
 def test_a_worker_that_was_stopped_finds_itself_replaced(place: Place) -> None:
@@ -77,7 +77,7 @@ def test_an_answer_to_commit_that_is_lost_is_no_doubt(place: Place) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is told by Linux only")
 def test_big_messages_do_not_fill_the_memory(place: Place) -> None:
-    passed(scenarios.memory(place, 300_000, 200))
+    passed(scenarios.memory(place, 100_000, 200))
 
 
 @pytest.mark.parametrize(
