@@ -8,6 +8,7 @@ process however that ends.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +24,9 @@ from metrics_pipeline.errors import BusyError, PipelineError, ServiceError
 from metrics_pipeline.producer.deliveries import NO_PARTITION, DeliveryCounts, Ranges, Tally
 from metrics_pipeline.settings import Settings
 
-Source = Literal["simulated", "replay"]
+Source = str
+"""By which way the readings of a run came: `simulated`, `replay`, or a word of one's own as `SOURCE_WORD` has it."""
+SOURCE_WORD: Final = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 State = Literal["running", "finished", "stopped", "failed"]
 
 LOCK_KEY: Final = int.from_bytes(b"producer", "big")
@@ -59,10 +62,17 @@ class RunLedger:
         Args:
             settings: where PostgreSQL is.
             run_id: names the run.
-            source: a simulated run takes the lock, a replay may run beside it.
+            source: a simulated run takes the lock, every other may run beside it.
             connect: how to connect; replaced by tests.
             clock: monotonic, in seconds.
+
+        Raises:
+            ValueError: the source is no `SOURCE_WORD`.
         """
+        if not SOURCE_WORD.fullmatch(source):
+            raise ValueError(
+                f"a run's source is one word of up to 40 characters (a-z, 0-9, - and _, a letter first), not {source[:60]!r}"
+            )
         self._settings = settings
         self._run_id = run_id
         self._source: Source = source

@@ -41,7 +41,7 @@ class RunReport:
 
     Attributes:
         run_id: names the run in the ledger.
-        source: simulated or replay.
+        source: what the ledger calls it.
         state: finished, stopped on request, or failed.
         seconds: how long it took.
         acknowledged: messages in the topic.
@@ -92,7 +92,7 @@ class Producer:
     """One run: publishes what the source gives until the source ends, the time is up, or `stop` is set.
 
     A simulated run publishes a round every PRODUCER_PUBLISH_INTERVAL for PRODUCER_RUN_SECONDS, is the only one of its
-    kind, and answers on PRODUCER_PORT. A replay ends with its source.
+    kind, and answers on PRODUCER_PORT. Any other, such as a replay, ends with its source.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class Producer:
         Args:
             settings: everything that can be set.
             source: lists of keys and values; default: the simulated fleet.
-            kind: what the ledger calls the source.
+            kind: what the ledger calls the source; a word of one's own will do.
             run_id: names the run; default: a new one.
             stop: set it to end the run. No signal handlers are installed.
             on_progress: called about every second in the thread that runs; what it raises ends the run.
-            messages_per_second: bound for a replay; default: as fast as it goes.
+            messages_per_second: bound for a run that is not simulated; default: as fast as it goes.
             lag: the sink's lag in records; default: no guard.
             serve: whether to answer on PRODUCER_PORT; default: for simulated runs.
             make_client: makes the Kafka client; replaced by tests.

@@ -33,6 +33,9 @@ from metrics_pipeline.verification.topic_entries import TopicDecoder, TopicReade
 EXAMPLES = 10
 """Keys named of each kind of finding."""
 
+LEDGER_SECONDS = 3.0
+"""By when a run has written down what it was acknowledged: it writes about every second."""
+
 ShowProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is (0: unknown)."""
 
@@ -49,7 +52,7 @@ class VerifyReport:
         undecodable: messages that are not the wire format, by reason.
         unaccounted: such messages that the sink had passed and that stand neither among the dead letters nor the rejects.
         acknowledged: what the producers' runs counted, over all runs still in the ledger.
-        unclaimed: records that no run wrote down: of other producers, or of a run that was killed.
+        unclaimed: records that no run wrote down: of other producers, or the last ones of a run that was killed.
         anomalies: signs that an acknowledged record is not in the topic.
         retained: first offset and the offset after the last compared, per partition.
         examples: findings, up to ten of each kind, one line each.
@@ -126,6 +129,7 @@ def verify(
         claims = read_claims(connection)
         begun = connection.execute("SELECT now()").fetchone()
     ends = {partition: high for partition, (_, high) in kafka.watermarks(settings).items()}
+    written = time.monotonic() + LEDGER_SECONDS
     _wait_for_sink(settings, ends, timeout, progress)
 
     with ExitStack() as spills:
@@ -170,7 +174,7 @@ def verify(
         undecodable=decoder.reasons,
         unaccounted=len(missing),
         acknowledged=sum(claim.acknowledged for claim in claims),
-        unclaimed=unclaimed(claims, reader.low, ends),
+        unclaimed=_unclaimed(settings, reader.low, ends, written),
         anomalies=anomalies(claims, ends, reader.holes),
         retained={partition: (reader.low[partition], stop[partition]) for partition in marks},
         examples=[_line(finding, settings) for finding in comparison.findings]
@@ -192,6 +196,21 @@ def read_claims(connection: postgres.Connection) -> list[Claim]:
         Claim(run_id, partition, acknowledged, [(start, end) for start, end in ranges])
         for run_id, partition, acknowledged, ranges in rows
     ]
+
+
+def _unclaimed(settings: Settings, low: Mapping[int, int], ends: Mapping[int, int], until: float) -> int:
+    """Records below `ends` that no run wrote down, even after a run that still writes had until then to do so.
+
+    The claims that `anomalies` looks at are too old for this: what was acknowledged in the second before `ends` was taken
+    stood in no ledger then.
+    """
+    while True:
+        with postgres.connect(settings, "metrics_reader") as connection, reading("producer_runs"):
+            runs = connection.execute(postgres.query("exporter_producer"), {"seconds": LEDGER_SECONDS}).fetchone()
+            count = unclaimed(read_claims(connection), low, ends)
+        if not count or runs != (True,) or time.monotonic() > until:
+            return count
+        time.sleep(0.2)
 
 
 def unaccounted(

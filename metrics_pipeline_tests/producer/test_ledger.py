@@ -41,6 +41,23 @@ def test_a_run_is_there_from_its_start(server: FakePostgres) -> None:
     book.close()
 
 
+def test_a_source_of_ones_own_needs_no_lock(server: FakePostgres) -> None:
+    first, other = made(server, source="greenhouse-2"), made(server, OTHER, source="g" * 40)
+    first.open()
+    other.open()
+    assert [row["source"] for row in server.rows.values()] == ["greenhouse-2", "g" * 40]
+    assert server.holder is None
+    first.close()
+    other.close()
+
+
+@pytest.mark.parametrize("source", ["", "Greenhouse", "2nd", "two words", "é", "g" * 41, "new\nline", "simulated\n"])
+def test_a_source_that_is_no_word_is_refused(server: FakePostgres, source: str) -> None:
+    with pytest.raises(ValueError, match="one word of up to 40 characters"):
+        made(server, source=source)
+    assert server.rows == {}
+
+
 def test_it_is_kept_up_to_date_and_finished(server: FakePostgres) -> None:
     tally = {0: DeliveryCounts(2, ranges=[(0, 2)])}
     book = made(server)
