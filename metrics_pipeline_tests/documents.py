@@ -22,6 +22,13 @@ def fences(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 
+def listings(path: Path) -> dict[str, str]:
+    """Programs by their file's name, which a comment in their first line says."""
+    text = path.read_text("utf-8")
+    found = re.findall(r"^```\w+\n((?:#|//) (\w+\.\w+)\n.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return {name: program for program, name in found}
+
+
 def prose(path: Path) -> str:
     """The text without fenced blocks and comments."""
     text = re.sub(r"^```.*?^```$", "", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)

@@ -373,7 +373,7 @@ def _numbers(text: Array, at: Array) -> tuple[Array, Array, Array]:
     value = scaled.astype(np.float64) / 1e8
     value = np.where(negative, -value, value)
     # Whether `-0` is a float or an integer is the strict decoder's business.
-    wrong |= negative & ~has_point & (scaled == 0)
+    wrong |= short & negative & ~has_point & (scaled == 0)
 
     others = np.flatnonzero(~short & ~wrong)
     if len(others):
