@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -183,42 +184,55 @@ def test_whatever_the_bridge_writes_takes_the_fast_road(monkeypatch: pytest.Monk
 def test_the_bridge_lets_go_of_what_it_refuses(
     topic: str, payload: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client, mqtt = Recorder(), Session()
-    executed("bridge.py", client, monkeypatch)["forward"](mqtt, client, Sent(topic, payload))
+    client, mqtt, waiting = Recorder(), Session(), deque[Any]()
+    bridge = executed("bridge.py", client, monkeypatch)
+    bridge["forward"](client, waiting, Sent(topic, payload, 7))
+    bridge["acknowledge"](mqtt, waiting)
     assert client.wires == []
-    assert mqtt.acknowledged == [(7, 1)]
+    assert mqtt.acknowledged == [7]
     assert capsys.readouterr().err.startswith(f"refused {topic}: ")
 
 
-def test_the_bridge_acknowledges_what_kafka_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
-    good = Sent("sensors/kitchen/temperature", b'{"at":"2026-11-22T17:00:00+01:00","value":21.5}')
-    client, mqtt = Recorder(), Session()
-    forward = executed("bridge.py", client, monkeypatch)["forward"]
-    forward(mqtt, client, good)
+def test_the_bridge_acknowledges_in_order_what_kafka_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, mqtt, waiting = Recorder(), Session(), deque[Any]()
+    bridge = executed("bridge.py", client, monkeypatch)
+    for mid in range(4):
+        bridge["forward"](client, waiting, Sent(TOPIC, b"bad" if mid == 2 else PAYLOAD, mid))
+    bridge["acknowledge"](mqtt, waiting)
     assert mqtt.acknowledged == []
-    client.poll(0)
-    assert mqtt.acknowledged == [(7, 1)]
-    client.error = confluent_kafka.KafkaError(3)
-    forward(mqtt, client, good)
+    for told, expected in ((1, []), (0, [0, 1, 2]), (2, [0, 1, 2, 3])):
+        client.waiting[told](None, None)
+        bridge["acknowledge"](mqtt, waiting)
+        assert mqtt.acknowledged == expected
+    assert not waiting
+
+
+def test_the_bridge_ends_when_kafka_does_not_take_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, mqtt, waiting = Recorder(error=confluent_kafka.KafkaError(3)), Session(), deque[Any]()
+    bridge = executed("bridge.py", client, monkeypatch)
+    bridge["forward"](client, waiting, Sent(TOPIC, PAYLOAD, 7))
     with pytest.raises(confluent_kafka.KafkaException):
         client.poll(0)
-    assert mqtt.acknowledged == [(7, 1)]
+    bridge["acknowledge"](mqtt, waiting)
+    assert mqtt.acknowledged == []
+
+
+TOPIC, PAYLOAD = "sensors/kitchen/temperature", b'{"at":"2026-11-22T17:00:00+01:00","value":21.5}'
 
 
 class Session:
     """Stands for the MQTT client."""
 
     def __init__(self) -> None:
-        self.acknowledged: list[tuple[int, int]] = []
+        self.acknowledged: list[int] = []
 
     def ack(self, mid: int, qos: int) -> None:
-        self.acknowledged.append((mid, qos))
+        assert qos == 1
+        self.acknowledged.append(mid)
 
 
 class Sent:
     """An MQTT message."""
 
-    mid, qos = 7, 1
-
-    def __init__(self, topic: str, payload: bytes) -> None:
-        self.topic, self.payload = topic, payload
+    def __init__(self, topic: str, payload: bytes, mid: int) -> None:
+        self.topic, self.payload, self.mid, self.qos = topic, payload, mid, 1
