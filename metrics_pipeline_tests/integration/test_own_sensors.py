@@ -30,8 +30,8 @@ from metrics_pipeline.metric import MetricName, Reading, decode
 from metrics_pipeline.replay.cells import device_id
 from metrics_pipeline.settings import TOPIC
 from metrics_pipeline.verification.partitioner import partition
-from metrics_pipeline.verification.topic_entries import Reader
-from metrics_pipeline.verification.verify import Report, verify
+from metrics_pipeline.verification.topic_entries import TopicReader
+from metrics_pipeline.verification.verify import VerifyReport, verify
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.documents import fences, listings, page
 from metrics_pipeline_tests.integration.test_sink_poison import one_worker
@@ -57,7 +57,7 @@ class Place:
 
     stack: RunningStack
     folder: Path
-    before: Report
+    before: VerifyReport
     marks: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -81,7 +81,7 @@ class Place:
         stop = {number: high for number, (_, high) in kafka.watermarks(self.stack.settings).items()}
         return {
             (message.key() or b"", message.value() or b""): message.partition() or 0
-            for batch in Reader(self.stack.settings, TOPIC).read(self.marks, stop)
+            for batch in TopicReader(self.stack.settings, TOPIC).read(self.marks, stop)
             for message in batch
         }
 

@@ -114,7 +114,9 @@ def test_the_last_write_waits_for_postgres_within_its_bound(server: FakePostgres
     book.open()
     book.start(dict)
     server.down = True
-    assert book.finish({0: DeliveryCounts(1, ranges=[(0, 1)])}, "finished", 0.05) == "PostgreSQL at fake cannot be reached"
+    assert (
+        book.finish({0: DeliveryCounts(1, ranges=[(0, 1)])}, "finished", 0.05) == "PostgreSQL at fake cannot be reached"
+    )
     assert (RUN, 0) not in server.rows
     assert server.refused > 1
 

@@ -1,4 +1,4 @@
--- All readings there are, for summaries that begin anew.
+-- All readings there are, for summaries that begin again.
 INSERT INTO summary_delta
 SELECT
     device_id,

@@ -1,4 +1,4 @@
--- Look for the extremes that are in doubt among the slots, which are right by now.
+-- Look for the extremes that are in doubt among the slots, which are right at this point.
 WITH doubted AS (
     DELETE FROM summary_stale RETURNING *
 )

@@ -1,4 +1,4 @@
--- How many readings are there? What the summaries have counted and the logs add; null when they must begin anew.
+-- How many readings are there? What the summaries have counted and the logs add; null when they must count again.
 WITH pending AS MATERIALIZED (
     SELECT DISTINCT xmin AS version, created_at FROM summary_inserts
 ),

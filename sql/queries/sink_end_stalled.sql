@@ -1,5 +1,5 @@
 -- End sessions of other COPY sink workers that hold a transaction open and wait for their client.
--- Theirs is a worker that was stopped or cut off; it finds out when it comes back, and begins anew at the database's offsets.
+-- Theirs is a worker that was stopped or cut off; it finds out when it comes back, and begins again at the database's offsets.
 SELECT count(pg_terminate_backend(a.pid))
 FROM pg_stat_activity AS a
 WHERE

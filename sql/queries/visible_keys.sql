@@ -1,4 +1,4 @@
--- Which of the sampled keys can be read by now? (Places in the arrays, from 1.)
+-- Which of the sampled keys can be read already? (Places in the arrays, from 1.)
 SELECT sample.place
 FROM unnest(%(devices)s::uuid[], %(times)s::timestamptz[], %(metrics)s::smallint[])
     WITH ORDINALITY AS sample (device_id, published_at, metric_name, place)
