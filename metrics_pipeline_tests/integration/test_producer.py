@@ -185,7 +185,7 @@ def child(stack: RunningStack, run_id: UUID) -> subprocess.Popen[bytes]:
     """A producer in a process of its own, with the fleet of the settings."""
     code = (
         "import sys, uuid\n"
-        "from metrics_pipeline.producer import Producer\n"
+        "from metrics_pipeline.producer.run import Producer\n"
         "from metrics_pipeline.settings import Settings\n"
         "Producer(Settings.load(disk_free_limit_gb=0), run_id=uuid.UUID(sys.argv[1])).run()\n"
     )
