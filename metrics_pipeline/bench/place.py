@@ -141,20 +141,20 @@ def here(settings: Settings, say: Say, *, connect: bool = True) -> Iterator[Plac
         try:
             if had_connector:
                 client.delete(CONNECTOR)
-            _clear(settings)
+            clear(settings)
             yield Place(
                 settings, environment.for_python(settings), processes, temporary=False, load_before=os.getloadavg()[0]
             )
         finally:
             with _undisturbed():
-                _clear(settings)
+                clear(settings)
                 with postgres.connect_admin(settings, settings.metrics_database) as connection:
                     activate(connection, active)
                 if had_connector:
                     ensure_connector(settings)
 
 
-def _clear(settings: Settings) -> None:
+def clear(settings: Settings) -> None:
     """Nothing in the topic, nothing in the table, and the COPY sink stands at the topic's end."""
     ends = empty_topic(settings)
     with postgres.connect_admin(settings, settings.metrics_database) as connection:
@@ -190,7 +190,7 @@ def _as_interrupt(cancel: Callable[[], None]) -> Iterator[None]:
 
     def handle(_number: int, _frame: FrameType | None) -> None:
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, _do_nothing)
         cancel()
         raise KeyboardInterrupt
 
@@ -202,10 +202,14 @@ def _as_interrupt(cancel: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    """A handler instead of SIG_IGN, which a service that starts in this moment would inherit, and could then only be killed."""
+
+
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """No second Ctrl-C leaves half of it behind."""
-    former = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    former = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
     try:
         yield
     finally:
