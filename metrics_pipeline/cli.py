@@ -274,14 +274,14 @@ def migrate_status() -> None:
     """Which migrations are applied; exit code 1 when some are not, or the database has some that are not here."""
     from metrics_pipeline import postgres
 
-    migrations = postgres.migration_status(Settings.load())
-    for version in migrations.applied:
+    state = postgres.migration_status(Settings.load())
+    for version in state.applied:
         _say(f"applied  {version}")
-    for version in migrations.pending:
+    for version in state.pending:
         _say(f"pending  {version}")
-    for version in migrations.missing:
+    for version in state.missing:
         _say(f"unknown  {version}: applied by a newer metrics-pipeline; use that one")
-    raise typer.Exit(0 if migrations.at_head else 1)
+    raise typer.Exit(0 if state.at_head else 1)
 
 
 @migrations.command("rollback")

@@ -18,8 +18,6 @@ from metrics_pipeline.errors import RecordError, SettingError
 DEVICE_NAMESPACE: Final = UUID("87eca42d-fcfc-4e77-8282-70a42a8b3eea")
 """Namespace of the UUIDv5 that a device gets by its name. Never change it: the same name must stay the same device."""
 
-"""What a local time that occurs twice means, when clocks are put back."""
-
 _UNIX: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _is_uuid: Final = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}").fullmatch
 _is_number: Final = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII).fullmatch
