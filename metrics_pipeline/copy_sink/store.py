@@ -93,6 +93,7 @@ class Store:
         self._settings = settings
         self._name = f"{APPLICATION} {name}".strip()
         self._failpoints = failpoints or Failpoints("")
+        self._rows = RowWriter(self._failpoints)
         self._connection: postgres.Connection | None = None
         self._upserts_left = 0
         self._upserts_next = 1
@@ -195,29 +196,15 @@ class Store:
         self._failpoints.reach("locked")
         self._advance(session, batch)
         self._failpoints.reach("advanced")
-        rejects, path = batch.rejects, self._path(batch, upsert=upsert)
-        if path == "copy":
-            self._copy(session, COPY, batch.columns, batch.tags)
-        elif path == "upsert":
-            refused = self._upsert(session, batch)
-            if refused is not None:
-                path, rejects = "bisect", rejects + refused
-        self._failpoints.reach("copied")
-        self._reject(session, batch, rejects)
+        written = self._rows.write(session, batch, upsert=upsert)
         self._failpoints.reach("committing")
         session.commit()
         self._failpoints.reach("committed")
-        if path == "copy":
+        if written.path == "copy":
             self._upserts_next = 1
         elif self._upserts_left:
             self._upserts_left -= 1
-        return Written(len(batch.columns) - (len(rejects) - len(batch.rejects)), path, rejects)
-
-    @staticmethod
-    def _path(batch: Batch, *, upsert: bool) -> Path:
-        if not len(batch.columns):
-            return "none"
-        return "upsert" if upsert else "copy"
+        return written
 
     def _lock(self, session: postgres.Connection, batch: Batch) -> None:
         rows = session.execute(
@@ -243,6 +230,52 @@ class Store:
         ).rowcount
         if moved != len(chunks):
             raise FencedError(batch.chunks)
+
+    def _end_stalled(self, session: postgres.Connection) -> None:
+        row = session.execute(postgres.query("sink_end_stalled").encode(), {"seconds": LOCK_SECONDS}).fetchone()
+        session.commit()
+        if row and row[0]:
+            log.warning("ended %s session(s) of stalled workers that held a lock", row[0])
+
+
+class RowWriter:
+    """What a batch becomes within a transaction of somebody else's, who notes in it how far the records are by then.
+
+    Args:
+        failpoints: for tests.
+    """
+
+    def __init__(self, failpoints: Failpoints | None = None) -> None:
+        self._failpoints = failpoints or Failpoints("")
+
+    def write(self, session: postgres.Connection, batch: Batch, *, upsert: bool) -> Written:
+        """Store the readings and keep the rejects; the transaction stays open.
+
+        Args:
+            session: with its transaction.
+            batch: what was decoded.
+            upsert: whether readings may be there already. Records that the database refuses become rejects then; without it,
+                they are raised like any other error.
+
+        Raises:
+            psycopg.Error: PostgreSQL could not work, or (without `upsert`) refused. The transaction has to be rolled back.
+        """
+        rejects, path = batch.rejects, self._path(batch, upsert=upsert)
+        if path == "copy":
+            self._copy(session, COPY, batch.columns, batch.tags)
+        elif path == "upsert":
+            refused = self._upsert(session, batch)
+            if refused is not None:
+                path, rejects = "bisect", rejects + refused
+        self._failpoints.reach("copied")
+        self._reject(session, batch, rejects)
+        return Written(len(batch.columns) - (len(rejects) - len(batch.rejects)), path, rejects)
+
+    @staticmethod
+    def _path(batch: Batch, *, upsert: bool) -> Path:
+        if not len(batch.columns):
+            return "none"
+        return "upsert" if upsert else "copy"
 
     def _copy(
         self, session: postgres.Connection, statement: str, columns: ReadingColumns, tags: Sequence[bytes]
@@ -307,12 +340,6 @@ class Store:
             entries.append((*place, reject.reason, reject.detail, message.key(), message.value()))
         with session.cursor() as cursor:
             cursor.executemany(postgres.query("sink_reject").encode(), entries)
-
-    def _end_stalled(self, session: postgres.Connection) -> None:
-        row = session.execute(postgres.query("sink_end_stalled").encode(), {"seconds": LOCK_SECONDS}).fetchone()
-        session.commit()
-        if row and row[0]:
-            log.warning("ended %s session(s) of stalled workers that held a lock", row[0])
 
 
 def latest(columns: ReadingColumns) -> ReadingColumns:
