@@ -16,7 +16,7 @@ from metrics_pipeline.bench.readings import Reference
 from metrics_pipeline.bench.stopwatch import Timed, time_path
 from metrics_pipeline.bench.table import Checked
 from metrics_pipeline.errors import SettingError
-from metrics_pipeline.verification.topic_entries import TopicReader
+from metrics_pipeline.topic import TopicReader
 from metrics_pipeline.verification.verify import ShowProgress
 
 BASES: Final = ("limit-1", "limit-2", "connect", "connect-baseline")

@@ -25,8 +25,9 @@ from metrics_pipeline.metric import connect_schema_key, connect_schema_value
 from metrics_pipeline.producer.generator import Generator
 from metrics_pipeline.producer.publisher import producer_config
 from metrics_pipeline.settings import TOPIC, Settings
+from metrics_pipeline.topic import TopicReader
 from metrics_pipeline.verification.spill import RECORD, Rows, Spill, buckets_for, mixed
-from metrics_pipeline.verification.topic_entries import TopicDecoder, TopicReader
+from metrics_pipeline.verification.topic_entries import TopicDecoder
 from metrics_pipeline.verification.verify import ShowProgress
 
 BASELINE_TOPIC: Final = "bench-baseline"

@@ -24,11 +24,12 @@ from metrics_pipeline.errors import InstallError, RecordError, ServiceError
 from metrics_pipeline.metric import MetricName, decode
 from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline.sinks import active
+from metrics_pipeline.topic import TopicReader
 from metrics_pipeline.verification.claims import Claim, anomalies, unclaimed
 from metrics_pipeline.verification.comparison import Bounds, Comparison, ComparisonCounts, KeyFinding
 from metrics_pipeline.verification.spill import RECORD, ROW, Spill, buckets_for
 from metrics_pipeline.verification.table_entries import read_rows, reading, take_snapshot
-from metrics_pipeline.verification.topic_entries import TopicDecoder, TopicReader, dead_letters, rejected, together
+from metrics_pipeline.verification.topic_entries import TopicDecoder, dead_letters, rejected, together
 
 EXAMPLES = 10
 """Keys named of each kind of finding."""

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 from metrics_pipeline import postgres
 from metrics_pipeline.copy_sink import tags
 from metrics_pipeline.copy_sink.batch import Batch, BatchReject
-from metrics_pipeline.copy_sink.store import StandbyError, Store
+from metrics_pipeline.copy_sink.store import RowWriter, StandbyError, Store, Written
 from metrics_pipeline.copy_sink.worker import Partitions
 from metrics_pipeline.metric import EPOCH, Reading, decode, encode
 from metrics_pipeline_tests.fake_sink import REFUSED, FakeMessage, FakeSession, Process, Task, World
@@ -476,13 +476,22 @@ class WithoutComparison(Store):
 class OffsetsLast(Store):
     """Commits the readings, and the offsets afterwards."""
 
-    def _reject(self, session: postgres.Connection, batch: Batch, rejects: list[BatchReject]) -> None:
-        super()._reject(session, batch, rejects)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._rows = CommittingWriter(self._failpoints)
+
+
+class CommittingWriter(RowWriter):
+    """Commits what it wrote, and leaves the offsets to the transaction after it."""
+
+    def write(self, session: postgres.Connection, batch: Batch, *, upsert: bool) -> Written:
+        written = super().write(session, batch, upsert=upsert)
         changes = cast("FakeSession", session).changes
         offsets, changes.offsets = changes.offsets, {}
         session.commit()
         self._failpoints.reach("between")
         cast("FakeSession", session).changes.offsets = offsets
+        return written
 
 
 class BlindToOtherSinks(Store):
