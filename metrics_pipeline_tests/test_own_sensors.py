@@ -29,8 +29,13 @@ Wire = tuple[bytes, bytes]
 def fast_share(wires: Sequence[Wire]) -> str:
     """How many of the records the COPY sink's decoder takes by its fast road."""
     keys, values = [key for key, _ in wires], [value for _, value in wires]
+    padding = bytes(canonical.PADDING)
     columns, _ = canonical.parse(
-        keys, values, np.array([*map(len, keys)], np.int64), np.array([*map(len, values)], np.int64), TagTable()
+        b"".join([*keys, padding]),
+        b"".join([*values, padding]),
+        np.array([*map(len, keys)], np.int64),
+        np.array([*map(len, values)], np.int64),
+        TagTable(),
     )
     return f"{len(columns)} of {len(wires)} on the fast road"
 

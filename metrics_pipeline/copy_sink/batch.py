@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Final, Protocol
+from itertools import accumulate, pairwise
+from typing import Any, Final, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from metrics_pipeline.copy_sink.canonical import EMPTY, ReadingColumns, parse
+from metrics_pipeline.copy_sink.canonical import EMPTY, PADDING, ReadingColumns, key_of, parse
 from metrics_pipeline.copy_sink.tags import TagTable
 from metrics_pipeline.errors import RecordError
 from metrics_pipeline.metric import EPOCH, decode
@@ -18,7 +20,7 @@ from metrics_pipeline.metric import EPOCH, decode
 LONGEST: Final = 1 << 16
 """Bytes of a value beyond which it is left to the strict decoder, so that it is not copied about."""
 BLOCK: Final = 5000
-"""Records that are taken apart at a time."""
+"""Records that are taken apart at a time: so many that they stay in the processor's cache, which is twice as fast as all at once."""
 DETAIL: Final = 500
 """Characters kept of what is wrong with a record: its payload is kept whole."""
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -72,6 +74,134 @@ class BatchReject:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class KeptMessage:
+    """What is kept of a message that was let go."""
+
+    number: int
+    at: int
+    key_bytes: bytes | None
+    value_bytes: bytes | None
+
+    def key(self) -> bytes | None:
+        """Its key, if it had one."""
+        return self.key_bytes
+
+    def value(self) -> bytes | None:
+        """Its value, if it had one."""
+        return self.value_bytes
+
+    def partition(self) -> int:
+        """The partition it was read from."""
+        return self.number
+
+    def offset(self) -> int:
+        """Its place there."""
+        return self.at
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Messages of one partition that came one after another.
+
+    Attributes:
+        partition: their own.
+        begin: position of the first one among all.
+        offsets: of each.
+    """
+
+    partition: int
+    begin: int
+    offsets: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Messages that came at once, decoded: what is kept of them when they are let go.
+
+    A message object costs ten times the memory of its row, and to have many of them alive costs time as well. So only the
+    text of the canonical ones is kept, in one piece, in case that PostgreSQL refuses one; of all others key and value.
+
+    Attributes:
+        count: how many messages.
+        runs: where they come from.
+        columns: the good ones; `source` is the position in the part.
+        rejects: the bad ones.
+        tombstones: positions of those that had no value, which means nothing here.
+        text: the values of the canonical ones, one after another.
+        ends: where each value ends in it.
+        others: key and value of the others.
+    """
+
+    count: int
+    runs: Sequence[Run]
+    columns: ReadingColumns
+    rejects: Sequence[BatchReject]
+    tombstones: Sequence[int]
+    text: bytes
+    ends: npt.NDArray[Any]
+    others: Mapping[int, tuple[bytes | None, bytes | None]]
+
+    def message(self, at: int) -> KeptMessage:
+        """The message at a position."""
+        run = self.runs[bisect_right(self.runs, at, key=lambda run: run.begin) - 1]
+        if at in self.others:
+            key, value = self.others[at]
+        else:
+            value = self.text[int(self.ends[at - 1]) if at else 0 : int(self.ends[at])]
+            key = key_of(value)
+        return KeptMessage(run.partition, run.offsets[at - run.begin], key, value)
+
+    def partitions(self) -> npt.NDArray[Any]:
+        """The partition of each message."""
+        return np.repeat(
+            np.array([run.partition for run in self.runs], np.int64), [len(run.offsets) for run in self.runs]
+        )
+
+    def without(self, gone: Iterable[int]) -> Part:
+        """The same part, in which no row, reject or tombstone comes from these partitions."""
+        kept = ~np.isin(self.partitions(), list(gone))
+        return replace(
+            self,
+            columns=self.columns.take(kept[self.columns.source]),
+            rejects=[reject for reject in self.rejects if kept[reject.at]],
+            tombstones=[at for at in self.tombstones if kept[at]],
+        )
+
+
+class KeptMessages(Sequence[ConsumedMessage]):
+    """The messages of several parts, made again when they are asked for."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+        self._begins = list(accumulate((part.count for part in parts), initial=0))
+
+    def __len__(self) -> int:
+        return self._begins[-1]
+
+    @property
+    def begins(self) -> Sequence[int]:
+        """Position of the first message of each part."""
+        return self._begins[:-1]
+
+    @overload
+    def __getitem__(self, at: int) -> ConsumedMessage: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[ConsumedMessage]: ...
+
+    def __getitem__(self, at: int | slice) -> ConsumedMessage | Sequence[ConsumedMessage]:
+        if isinstance(at, slice):
+            return [self[each] for each in range(*at.indices(len(self)))]
+        at = range(len(self))[at]
+        number = bisect_right(self._begins, at) - 1
+        return self._parts[number].message(at - self._begins[number])
+
+    def partitions(self) -> npt.NDArray[Any]:
+        """The partition of each message."""
+        return np.concatenate([part.partitions() for part in self._parts])
+
+
 @dataclass(frozen=True)
 class Batch:
     """Messages of several partitions, to be stored or rejected in one transaction.
@@ -82,7 +212,8 @@ class Batch:
         columns: the good ones; `source` is the position in `messages`.
         tags: encoded tags by number.
         rejects: the bad ones.
-        tombstones: how many messages had no value, which means nothing here.
+        empty: positions of those that had no value, which means nothing here.
+        stamps: the broker's timestamps of some messages, in milliseconds.
     """
 
     chunks: dict[int, Chunk]
@@ -90,25 +221,62 @@ class Batch:
     columns: ReadingColumns
     tags: Sequence[bytes]
     rejects: list[BatchReject]
-    tombstones: int
+    empty: Sequence[int] = ()
+    stamps: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], chunks: dict[int, Chunk], tags: Sequence[bytes]) -> Batch:
+        """Parts after one another."""
+        messages = KeptMessages(parts)
+        placed = list(zip(messages.begins, parts, strict=True))
+        columns = [replace(part.columns, source=part.columns.source + begin) for begin, part in placed]
+        return cls(
+            chunks,
+            messages,
+            ReadingColumns.joined(columns) if columns else EMPTY,
+            tags,
+            [replace(reject, at=reject.at + begin) for begin, part in placed for reject in part.rejects],
+            [at + begin for begin, part in placed for at in part.tombstones],
+        )
+
+    @property
+    def tombstones(self) -> int:
+        """How many messages had no value."""
+        return len(self.empty)
 
     def without(self, partitions: Iterable[int]) -> Batch:
         """The same batch without what comes from these partitions."""
         gone = set(partitions)
         chunks = {number: chunk for number, chunk in self.chunks.items() if number not in gone}
         # By what is left, not by what goes: messages of partitions that went before are still among them.
-        kept = np.array([message.partition() in chunks for message in self.messages], np.bool_)
+        kept = np.isin(_partitions(self.messages), list(chunks))
         return replace(
             self,
             chunks=chunks,
-            columns=self.columns.take(kept[self.columns.source]) if len(self.columns) else self.columns,
+            columns=self.columns.take(kept[self.columns.source]),
             rejects=[reject for reject in self.rejects if kept[reject.at]],
-            tombstones=sum(
-                bool(keep) and message.value() is None for keep, message in zip(kept, self.messages, strict=True)
-            )
-            if self.tombstones
-            else 0,
+            empty=[at for at in self.empty if kept[at]],
         )
+
+
+def _partitions(messages: Sequence[ConsumedMessage]) -> npt.NDArray[Any]:
+    if isinstance(messages, KeptMessages):
+        return messages.partitions()
+    return np.array([message.partition() for message in messages], np.int64)
+
+
+def runs_of(messages: Sequence[ConsumedMessage]) -> list[Run]:
+    """Where messages come from."""
+    numbers = np.array([message.partition() for message in messages], np.int64)
+    begins = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
+    runs = []
+    for begin, end in pairwise(begins):
+        first, last = messages[begin].offset(), messages[end - 1].offset()
+        offsets: Sequence[int] = range(first, last + 1)
+        if len(offsets) != end - begin:  # the topic has gaps, or gave some twice
+            offsets = [message.offset() for message in messages[begin:end]]
+        runs.append(Run(int(numbers[begin]), begin, offsets))
+    return runs
 
 
 class BatchDecoder:
@@ -117,9 +285,28 @@ class BatchDecoder:
     def __init__(self) -> None:
         self._tags = TagTable()
 
+    @property
+    def tags(self) -> Sequence[bytes]:
+        """Encoded tags by number, of all parts since `forget`."""
+        return self._tags.encoded
+
+    def forget(self) -> None:
+        """Before the first part of a batch: forget the tags seen so far when they are too many."""
+        self._tags.forget()
+
     def decode(self, messages: Sequence[ConsumedMessage], chunks: dict[int, Chunk]) -> Batch:
         """Decode all; nothing is dropped: each message is a row, a reject or a tombstone."""
-        self._tags.forget()
+        self.forget()
+        parts = [self.part(messages[at : at + BLOCK]) for at in range(0, len(messages), BLOCK)]
+        return replace(Batch.of(parts, chunks, self.tags), messages=messages)
+
+    def part(self, messages: Sequence[ConsumedMessage], runs: Sequence[Run] | None = None) -> Part:
+        """Decode some messages, at most a few thousand; the same holds.
+
+        Args:
+            messages: not none.
+            runs: where they come from, when that is known.
+        """
         keys: list[Any] = [message.key() for message in messages]
         values: list[Any] = [message.value() for message in messages]
         try:
@@ -134,43 +321,39 @@ class BatchDecoder:
             lengths[odd] = key_lengths[odd] = 0
             for at in np.flatnonzero(odd).tolist():
                 keys[at] = values[at] = b""
-        columns, others = self._canonical(keys, values, key_lengths, lengths)
+        text = b"".join([*values, bytes(PADDING)])
+        key_text = b"".join([*keys, bytes(PADDING)])
+        columns, which = parse(key_text, text, key_lengths, lengths, self._tags)
+        others = {at: (messages[at].key(), messages[at].value()) for at in which.tolist()}
         rejects: list[BatchReject] = []
-        tombstones = 0
-        if len(others):
-            slow, rejects, tombstones = self._strict(messages, others)
+        tombstones: list[int] = []
+        if others:
+            slow, rejects, tombstones = self._strict(others)
             if len(slow):
                 columns = ReadingColumns.joined([columns, slow])
                 columns = columns.take(np.argsort(columns.source, kind="stable"))
-        return Batch(chunks, messages, columns, self._tags.encoded, rejects, tombstones)
-
-    def _canonical(
-        self, keys: list[bytes], values: list[bytes], key_lengths: npt.NDArray[Any], lengths: npt.NDArray[Any]
-    ) -> tuple[ReadingColumns, npt.NDArray[Any]]:
-        """Blocks that stay in the processor's cache: twice as fast as all at once."""
-        parts, others = [], []
-        for begin in range(0, len(values), BLOCK):
-            block = slice(begin, begin + BLOCK)
-            part, rest = parse(keys[block], values[block], key_lengths[block], lengths[block], self._tags)
-            part.source += begin
-            parts.append(part)
-            others.append(rest + begin)
-        return ReadingColumns.joined(parts) if parts else EMPTY, np.concatenate(others) if others else np.empty(
-            0, np.int64
+        return Part(
+            len(messages),
+            runs_of(messages) if runs is None else runs,
+            columns,
+            rejects,
+            tombstones,
+            text,
+            np.cumsum(lengths),
+            others,
         )
 
     def _strict(
-        self, messages: Sequence[ConsumedMessage], which: npt.NDArray[Any]
-    ) -> tuple[ReadingColumns, list[BatchReject], int]:
-        good, readings, rejects, tombstones = [], [], [], 0
-        for at in which.tolist():
-            message = messages[at]
+        self, others: Mapping[int, tuple[bytes | None, bytes | None]]
+    ) -> tuple[ReadingColumns, list[BatchReject], list[int]]:
+        good, readings, rejects, tombstones = [], [], [], []
+        for at, (key, value) in others.items():
             try:
-                readings.append(decode(message.key(), message.value()))
+                readings.append(decode(key, value))
                 good.append(at)
             except RecordError as error:
                 if error.reason == "tombstone":
-                    tombstones += 1
+                    tombstones.append(at)
                 else:
                     rejects.append(BatchReject(at, error.reason, clean(error.detail)))
         if not good:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
-from itertools import repeat
 from typing import Any, Final
 
 import numpy as np
@@ -29,6 +28,7 @@ Array = npt.NDArray[Any]
 _BEGIN: Final = b'{"device_id":"'
 _SECOND: Final = b'","published_at":"'
 _THIRD: Final = b'","metric_name":'
+_FOURTH: Final = b',"value":'
 _UUID_AT: Final = len(_BEGIN)
 _TIME_AT: Final = _UUID_AT + 36 + len(_SECOND)
 _TIME_SHAPES: Final = {20: b"0000-00-00T00:00:00Z", 27: b"0000-00-00T00:00:00.000000Z"}
@@ -37,6 +37,8 @@ _HEAD: Final = 120
 """Bytes of a value that are looked at as one row of a matrix: all up to behind the metric code, in whole words."""
 _NUMBER: Final = 24
 """Longest text of a number, with the comma behind it, that the fast road takes."""
+PADDING: Final = _HEAD + 64
+"""Bytes that must follow the texts given to `parse`, so that none is looked at beyond its end."""
 SHORTEST: Final = _TIME_AT + 20 + len(_THIRD) + len(b'0,"value":0,"tags":[]}')
 
 _WORD: Final = np.dtype("<u8")
@@ -208,14 +210,19 @@ EMPTY: Final = ReadingColumns(
 )
 
 
+def key_of(value: bytes) -> bytes:
+    """The key of a record that is canonical, by its value."""
+    return value[: value.index(_FOURTH)] + b"}"
+
+
 def parse(
-    keys: Sequence[bytes], values: Sequence[bytes], key_lengths: Array, lengths: Array, tags: TagTable
+    keys: bytes, values: bytes, key_lengths: Array, lengths: Array, tags: TagTable
 ) -> tuple[ReadingColumns, Array]:
     """Take apart the canonical ones among some records.
 
     Args:
-        keys: of the messages.
-        values: of the same messages.
+        keys: of the messages, one after another, and `PADDING` bytes.
+        values: of the same messages, likewise.
         key_lengths: of the keys, in bytes.
         lengths: of the values, in bytes.
         tags: gives each text of tags a number, -1 for one that is not strictly an array of storable strings.
@@ -223,9 +230,9 @@ def parse(
     Returns:
         The readings, in order, and the positions of the records that are not canonical.
     """
-    count = len(values)
-    text = np.frombuffer(b"".join([*values, bytes(_HEAD + 64)]), np.uint8)
-    key_text = np.frombuffer(b"".join([*keys, bytes(_HEAD)]), np.uint8)
+    count = len(lengths)
+    text = np.frombuffer(values, np.uint8)
+    key_text = np.frombuffer(keys, np.uint8)
     starts = np.cumsum(lengths) - lengths
     key_starts = np.cumsum(key_lengths) - key_lengths
     heads = _windows(text, _HEAD)[starts]
@@ -236,7 +243,7 @@ def parse(
     for shape, chosen in ((_SHAPES[27], fractions & long_enough), (_SHAPES[20], ~fractions & long_enough)):
         which = np.flatnonzero(chosen)
         if 2 * len(which) > count:  # the usual case: looking at some in vain costs less than copying the others
-            part, good = _rows(shape, heads, text, starts, key_text, key_starts, key_lengths, values, tags)
+            part, good = _rows(shape, heads, text, starts, lengths, key_text, key_starts, key_lengths, values, tags)
             good &= chosen
             part.source = np.arange(count)
             refused.append(np.flatnonzero(chosen & ~good))
@@ -246,10 +253,11 @@ def parse(
                 heads[which],
                 text,
                 starts[which],
+                lengths[which],
                 key_text,
                 key_starts[which],
                 key_lengths[which],
-                [values[at] for at in which.tolist()],
+                values,
                 tags,
             )
             part.source = which
@@ -268,10 +276,11 @@ def _rows(
     heads: Array,
     text: Array,
     starts: Array,
+    lengths: Array,
     key_text: Array,
     key_starts: Array,
     key_lengths: Array,
-    values: Sequence[bytes],
+    values: bytes,
     tags: TagTable,
 ) -> tuple[ReadingColumns, Array]:
     """The columns of values whose time has this shape, and which of them are canonical; the others' entries mean nothing."""
@@ -315,8 +324,8 @@ def _rows(
         bad |= wrong
         at += number_end
         bad |= eights[at].view(_WORD)[:, 0] != _TAGS_MARK
-        tails = map(bytes.__getitem__, values, map(slice, (at + 8 - starts).tolist(), repeat(None)))
-        tag = np.fromiter(map(tags.numbers.__getitem__, tails), np.int64, len(values))
+        tails = map(values.__getitem__, map(slice, (at + 8).tolist(), (starts + lengths).tolist()))
+        tag = np.fromiter(map(tags.numbers.__getitem__, tails), np.int64, len(at))
         bad |= tag < 0
     columns = ReadingColumns(np.empty(0, np.int64), device_id, published_at, code.astype(np.int16), value, tag)
     return columns, ~bad

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, Queue
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ import psycopg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from metrics_pipeline import kafka
-from metrics_pipeline.copy_sink.batch import Batch, BatchDecoder, Chunk
+from metrics_pipeline.copy_sink.batch import Batch, BatchDecoder, Chunk, Part, runs_of
 from metrics_pipeline.copy_sink.counts import WorkerReport
 from metrics_pipeline.copy_sink.failpoint import Failpoints
 from metrics_pipeline.copy_sink.store import FencedError, StandbyError, Store, Written, kind_of, reason_of
@@ -47,8 +47,10 @@ STILL_SECONDS: Final = 5.0
 """How long a partition may rest with records waiting before it is sought again."""
 FIRST_DELAY: Final = 0.05
 LONGEST_DELAY: Final = 5.0
-SAMPLES: Final = 16
-"""Messages of a batch whose latency is observed."""
+_NOWHERE: Final = 1 << 63
+"""Beyond every offset."""
+STAMPS: Final = 4
+"""Messages of those consumed at once whose latency is observed."""
 
 
 @dataclass(slots=True)
@@ -151,43 +153,69 @@ class Partitions:
 
 
 class BatchReader:
-    """Messages into batches: what belongs to a place and where it moves it."""
+    """Messages into batches, decoded as they come: what belongs to a place and where it moves it."""
 
     def __init__(self, places: Partitions) -> None:
         self._places = places
         self._decoder = BatchDecoder()
+        self._parts: list[Part] = []
+        self._chunks: dict[int, Chunk] = {}
+        self._stamps: list[int] = []
 
-    def batch(self, messages: Sequence[Any]) -> Batch | None:
-        """Decode what continues where the places stand, and move them; None when nothing does."""
-        numbers = [message.partition() for message in messages]
-        last = {number: at for at, number in enumerate(numbers)}
-        first = {number: at for at, number in zip(range(len(numbers) - 1, -1, -1), reversed(numbers), strict=True)}
-        chunks: dict[int, Chunk] = {}
+    def add(self, messages: Sequence[Any]) -> None:
+        """Decode what continues where the places stand, and move them; the messages themselves are not needed afterwards."""
+        runs = runs_of(messages)
+        first = {run.partition: run.offsets[0] for run in reversed(runs)}
+        last = {run.partition: run.offsets[-1] for run in runs}
+        moved: dict[int, Chunk] = {}
+        begins: dict[int, int] = {}
         early = False
-        for number, at in last.items():
+        for number, begin in first.items():
             place = self._places.get(number)
             if place is None or place.next is None:
                 continue
-            begin, stop = messages[first[number]].offset(), messages[at].offset() + 1
-            if begin > place.next and not place.fresh:
+            chunk = self._chunks.get(number)
+            if chunk is not None and chunk.epoch != place.epoch:
+                # Consumed before the place was lost: mixed with what comes after it, a gap between the two would go unnoticed.
+                self.drop([number])
+                chunk = None
+            if chunk is None and begin > place.next and not place.fresh:
                 # Records are missing in between. Read again from where we are: if it is the topic's own gap, it shows again.
                 self._places.forget([number])
                 continue
-            if stop > place.next:
-                chunks[number] = Chunk(number, place.epoch, place.next, stop)
+            if (stop := last[number] + 1) > place.next:
+                moved[number] = Chunk(number, place.epoch, chunk.start if chunk else place.next, stop)
+                begins[number] = place.next
                 early = early or begin < place.next
-        if not chunks:
-            return None
-        if early or len(chunks) < len(last):
+        if not moved:
+            return
+        if early or len(moved) < len(last):
             messages = [
-                message
-                for message, number in zip(messages, numbers, strict=True)
-                if (chunk := chunks.get(number)) is not None and message.offset() >= chunk.start
+                message for message in messages if message.offset() >= begins.get(message.partition(), _NOWHERE)
             ]
-        batch = self._decoder.decode(messages, chunks)
-        for number, chunk in chunks.items():
+            runs = runs_of(messages)
+        if not self._parts:
+            self._decoder.forget()
+        self._parts.append(self._decoder.part(messages, runs))
+        for message in messages[:: max(1, len(messages) // STAMPS)]:
+            kind, milliseconds = message.timestamp()
+            if kind:
+                self._stamps.append(milliseconds)
+        for number, chunk in moved.items():
+            self._chunks[number] = chunk
             self._places.set(number, chunk.epoch, chunk.stop)
-        return batch
+
+    def drop(self, partitions: Iterable[int]) -> None:
+        """Forget what was added of these partitions and not yet taken."""
+        gone = {number for number in partitions if self._chunks.pop(number, None) is not None}
+        if gone:
+            self._parts = [part.without(gone) for part in self._parts]
+
+    def take(self) -> Batch | None:
+        """Everything that was added since; None when there is nothing."""
+        parts, chunks, stamps = self._parts, self._chunks, self._stamps
+        self._parts, self._chunks, self._stamps = [], {}, []
+        return replace(Batch.of(parts, chunks, self._decoder.tags), stamps=stamps) if chunks else None
 
 
 class Writer:
@@ -294,10 +322,8 @@ class Writer:
         for reject in written.rejects:
             counts.rejected[reject.reason] += 1
         now = time.time()
-        for message in batch.messages[:: max(1, len(batch.messages) // SAMPLES)]:
-            kind, milliseconds = message.timestamp()  # type: ignore[attr-defined]  # of confluent_kafka's messages
-            if kind:
-                counts.observe(max(0.0, now - milliseconds / 1000))
+        for milliseconds in batch.stamps:
+            counts.observe(max(0.0, now - milliseconds / 1000))
 
 
 class CopyWorker:
@@ -317,7 +343,6 @@ class CopyWorker:
         # The reader's own session: it must not wait for a transaction of the writer.
         self._places_store = Store(settings, f"{name} places")
         self._places = Partitions()
-        self._reader = BatchReader(self._places)
         self._writer = Writer(self._store, self._places, self.report, sleep=self._sleep)
         self._queue: Queue[Batch] = Queue(maxsize=1)
         self._still: dict[int, tuple[int, float]] = {}
@@ -388,26 +413,24 @@ class CopyWorker:
             raise self._failure
 
     def _read(self, consumer: Consumer) -> None:
-        pending: list[Any] = []
-        size, due, at_once = 0, 0.0, CONSUMED_AT_ONCE
+        reader = BatchReader(self._places)
+        count, size, due, at_once = 0, 0, 0.0, CONSUMED_AT_ONCE
         looked = 0.0
         limit, linger = self._settings.sink_flush_rows, self._settings.sink_flush_ms / 1000
         while not self._stop.is_set():
             if self._standby.is_set() or self._failure is not None:
                 return
-            if (sought := self._resolve(consumer)) and pending:
-                # Consumed before the jump: mixed with what comes after it, a gap between the two would go unnoticed.
-                pending = [message for message in pending if message.partition() not in sought]
+            reader.drop(self._resolve(consumer))
             self._commit(consumer)
             now = time.monotonic()
             if now - looked > 1.0:
                 looked = now
                 self._look(consumer)
-            wait = POLL_SECONDS if not pending else max(0.0, min(POLL_SECONDS, due - now))
-            messages = consumer.consume(min(at_once, limit - len(pending)), wait)
+            wait = POLL_SECONDS if not count else max(0.0, min(POLL_SECONDS, due - now))
+            messages = consumer.consume(min(at_once, limit - count), wait)
             if messages:
                 self._failpoints.reach("polled")
-                if not pending:
+                if not count:
                     due = time.monotonic() + linger
                 got = self._good(messages)
                 self.report.counts.polled += len(got)
@@ -415,16 +438,18 @@ class CopyWorker:
                 added = sum(map(_size, got)) if largest > 10_000 else largest * len(got)
                 # A burst of large messages must not fill the memory before it is looked at.
                 at_once = max(10, min(CONSUMED_AT_ONCE, (BATCH_BYTES // 4) // max(1, added // max(1, len(got)))))
-                pending += got
+                if got:
+                    reader.add(got)
+                count += len(got)
                 size += added
-            if pending and (len(pending) >= limit or size >= BATCH_BYTES or time.monotonic() >= due):
-                batch = self._reader.batch(pending)
-                pending, size = [], 0
-                if batch is not None:
+                del messages, got  # before the next ones come: to have many of them alive costs time
+            if count and (count >= limit or size >= BATCH_BYTES or time.monotonic() >= due):
+                count = size = 0
+                if (batch := reader.take()) is not None:
                     self._failpoints.reach("decoded")
                     self._hand_over(consumer, batch)
                 del batch  # the writer's now
-        if pending and (batch := self._reader.batch(pending)) is not None:
+        if (batch := reader.take()) is not None:
             self._hand_over(consumer, batch)
 
     def _hand_over(self, consumer: Consumer, batch: Batch) -> None:

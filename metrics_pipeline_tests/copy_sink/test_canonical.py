@@ -87,8 +87,13 @@ def fast(wires: Sequence[tuple[bytes, bytes]]) -> tuple[dict[int, Stored], list[
     """What the fast road alone takes, and what it leaves."""
     table = TagTable()
     keys, values = [key for key, _ in wires], [value for _, value in wires]
+    padding = bytes(canonical.PADDING)
     columns, others = canonical.parse(
-        keys, values, np.array([*map(len, keys)], np.int64), np.array([*map(len, values)], np.int64), table
+        b"".join([*keys, padding]),
+        b"".join([*values, padding]),
+        np.array([*map(len, keys)], np.int64),
+        np.array([*map(len, values)], np.int64),
+        table,
     )
     taken = stored(columns, table.encoded)
     assert sorted([*taken, *others.tolist()]) == list(range(len(wires)))
