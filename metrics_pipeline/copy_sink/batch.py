@@ -23,6 +23,7 @@ BLOCK: Final = 5000
 """Records that are taken apart at a time: so many that they stay in the processor's cache, which is twice as fast as all at once."""
 DETAIL: Final = 500
 """Characters kept of what is wrong with a record: its payload is kept whole."""
+_PADDING: Final = bytes(PADDING)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
 
@@ -148,7 +149,7 @@ class Part:
         if at in self.others:
             key, value = self.others[at]
         else:
-            value = self.text[int(self.ends[at - 1]) if at else 0 : int(self.ends[at])]
+            value = self.text[int(self.ends[at - 1]) if at else PADDING : int(self.ends[at])]
             key = key_of(value)
         return KeptMessage(run.partition, run.offsets[at - run.begin], key, value)
 
@@ -321,8 +322,8 @@ class BatchDecoder:
             lengths[odd] = key_lengths[odd] = 0
             for at in np.flatnonzero(odd).tolist():
                 keys[at] = values[at] = b""
-        text = b"".join([*values, bytes(PADDING)])
-        key_text = b"".join([*keys, bytes(PADDING)])
+        text = b"".join([_PADDING, *values, _PADDING])
+        key_text = b"".join([_PADDING, *keys, _PADDING])
         columns, which = parse(key_text, text, key_lengths, lengths, self._tags)
         others = {at: (messages[at].key(), messages[at].value()) for at in which.tolist()}
         rejects: list[BatchReject] = []
@@ -339,7 +340,7 @@ class BatchDecoder:
             rejects,
             tombstones,
             text,
-            np.cumsum(lengths),
+            PADDING + np.cumsum(lengths),
             others,
         )
 

@@ -89,8 +89,8 @@ def fast(wires: Sequence[tuple[bytes, bytes]]) -> tuple[dict[int, Stored], list[
     keys, values = [key for key, _ in wires], [value for _, value in wires]
     padding = bytes(canonical.PADDING)
     columns, others = canonical.parse(
-        b"".join([*keys, padding]),
-        b"".join([*values, padding]),
+        b"".join([padding, *keys, padding]),
+        b"".join([padding, *values, padding]),
         np.array([*map(len, keys)], np.int64),
         np.array([*map(len, values)], np.int64),
         table,
