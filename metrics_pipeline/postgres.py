@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sysconfig
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from ipaddress import ip_address
@@ -119,6 +120,15 @@ def connect(
         application_name=application_name or f"metrics-pipeline {role}",
         **options,
     )
+
+
+def hang_up(connection: Connection) -> None:
+    """Cut the line of a session whose server does not answer, so that the thread which waits for it gets an error.
+
+    May be called by any thread; a session that is closed already is left alone.
+    """
+    with suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(connection.fileno())) as line:
+        line.shutdown(socket.SHUT_RDWR)
 
 
 def connect_admin(settings: Settings, database: str = "postgres", **options: Any) -> Connection:

@@ -195,6 +195,11 @@ class Settings(ProducerSettings):
     sink_flush_ms: Annotated[int, Field(ge=1, le=60_000)] = _setting(
         200, "milliseconds after which a worker of the COPY sink writes what it has", "sink"
     )
+    sink_stall_seconds: Annotated[int, Field(ge=5, le=3600)] = _setting(
+        60,
+        "seconds without progress, with records waiting, after which a sink is stuck: it is named, and restarted",
+        "sink",
+    )
 
     postgres_db: str = _setting("metrics", "database of the readings", "services")
     postgres_user: str = _setting("postgres", "superuser, used only to make roles and databases", "services")

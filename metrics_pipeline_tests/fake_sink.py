@@ -259,8 +259,11 @@ class FakeThread:
 class FakeFailpoints:
     """Every named place is a pause."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, **_: object) -> None:
         self._world = world
+
+    def begin(self, step: str) -> None:
+        """Nothing happens there."""
 
     def reach(self, name: str) -> None:
         pause(name)

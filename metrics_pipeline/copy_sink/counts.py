@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from metrics_pipeline.copy_sink.progress import Moment
+
 LATENCY_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper bounds in seconds; one more bucket holds what took longer."""
 
@@ -63,6 +65,7 @@ class WorkerReport:
         counts: what it has done.
         lag: records between where each of its partitions stands in the database and its end, as far as known.
         waiting_seconds: how long it has been failing without a success in between; 0 when all is well.
+        moment: where its threads are, and since when.
     """
 
     state: str = "starting"
@@ -70,7 +73,14 @@ class WorkerReport:
     counts: WorkerCounts = field(default_factory=WorkerCounts)
     lag: dict[int, int] = field(default_factory=dict)
     waiting_seconds: float = 0.0
+    moment: Moment = field(default_factory=Moment)
 
     def as_json(self) -> dict[str, Any]:
         """For `/status`."""
-        return {"state": self.state, "reason": self.reason, "rows": self.counts.rows, "partitions": sorted(self.lag)}
+        return {
+            "state": self.state,
+            "reason": self.reason,
+            "rows": self.counts.rows,
+            "partitions": sorted(self.lag),
+            "step": self.moment.shown(),
+        }

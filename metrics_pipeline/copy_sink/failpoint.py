@@ -1,10 +1,11 @@
-"""Places where a sink under test kills itself, to show that no instruction is a bad one to die at."""
+"""The places that a batch passes: each is noted, and a sink under test kills itself there, to show that none is a bad one to die at."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -19,18 +20,35 @@ MARKS: Final = "METRICS_SINK_FAILPOINT_MARKS"
 PLACES: Final = ("polled", "decoded", "locked", "advanced", "copying", "copied", "committing", "committed")
 """In the order in which a batch passes them; from `locked` to `committing` a transaction is open."""
 
+STEPS: Final[Mapping[str, str]] = {
+    "polled": "decode",
+    "locked": "lock",
+    "advanced": "COPY",
+    "copying": "COPY",
+    "copied": "COPY",
+    "committing": "COMMIT",
+    "committed": "wait",
+}
+"""What follows each of them, if it is a step of its own."""
+
+
+def _nobody(_: str) -> None:
+    """Nobody wants to know."""
+
 
 class Failpoints:
-    """Kills the process (SIGKILL) at named places.
+    """Tells where a batch is, and kills the process (SIGKILL) at named places.
 
     Args:
         text: what the variable holds.
+        at: told of each step that begins, or gets ahead.
 
     Raises:
         SettingError: a name is not among `PLACES`, or a probability is no number.
     """
 
-    def __init__(self, text: str | None = None) -> None:
+    def __init__(self, text: str | None = None, *, at: Callable[[str], object] = _nobody) -> None:
+        self._at = at
         self._chances: dict[str, float] = {}
         for entry in filter(None, (os.environ.get(VARIABLE, "") if text is None else text).split(",")):
             name, _, chance = entry.partition("=")
@@ -42,8 +60,14 @@ class Failpoints:
                 raise SettingError(f"{VARIABLE}: {entry!r} must be NAME=PROBABILITY") from error
         self._random = random.Random()  # noqa: S311  # when it dies is no secret
 
+    def begin(self, step: str) -> None:
+        """A step begins in which nobody dies."""
+        self._at(step)
+
     def reach(self, name: str) -> None:
         """Die here, now and then, if asked to."""
+        if step := STEPS.get(name):
+            self._at(step)
         if self._chances and self._random.random() < self._chances.get(name, 0.0):
             if marks := os.environ.get(MARKS):
                 with Path(marks).open("a") as file:

@@ -18,13 +18,12 @@ from metrics_pipeline.copy_sink import copy_format
 from metrics_pipeline.copy_sink.batch import Batch, BatchReject, clean
 from metrics_pipeline.copy_sink.canonical import ReadingColumns
 from metrics_pipeline.copy_sink.failpoint import Failpoints
+from metrics_pipeline.copy_sink.sessions import APPLICATION
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.settings import TOPIC, Settings
 
 log = logging.getLogger(__name__)
 
-APPLICATION: Final = "metrics-pipeline sink"
-"""What `pg_stat_activity` shows of a worker; its name follows."""
 LOCK_SECONDS: Final = 5
 """How long a batch waits for another worker's lock before that worker's session is looked at."""
 MOST_UPSERTS: Final = 64
@@ -176,6 +175,7 @@ class Store:
 
     def _session(self) -> postgres.Connection:
         if self._connection is None or self._connection.closed:
+            self._failpoints.begin("connect")
             self._connection = postgres.connect(
                 self._settings,
                 "metrics_writer",
@@ -192,6 +192,7 @@ class Store:
         return self._connection
 
     def _write(self, session: postgres.Connection, batch: Batch, *, upsert: bool) -> Written:
+        self._failpoints.begin("lock")
         self._lock(session, batch)
         self._failpoints.reach("locked")
         self._advance(session, batch)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from metrics_pipeline.copy_sink.counts import LATENCY_BUCKETS, WorkerCounts, WorkerReport
+from metrics_pipeline.copy_sink.progress import POSTGRES_STEPS, Stall, stall_of
+from metrics_pipeline.copy_sink.sessions import SessionWatch
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.web import WebServer
 
@@ -33,6 +36,12 @@ log = logging.getLogger(__name__)
 REPORT_SECONDS: Final = 0.5
 UNHEALTHY_SECONDS: Final = 15.0
 """How long a worker may be unable to write before `/health` says so."""
+SUSPICIOUS_SECONDS: Final = 2.0
+"""How long a worker may wait for PostgreSQL, or say nothing, before PostgreSQL is asked about it."""
+START_SECONDS: Final = 30.0
+"""How long a new worker may take until its first report, at least."""
+LONGEST_PATIENCE: Final = 3600.0
+"""How long a worker may be stuck before it is replaced, at most: each one that was replaced in vain doubles the time."""
 END_SECONDS: Final = 40.0
 """How long the workers have to write what they hold, before they are killed: what is not written is delivered again."""
 STEADY_SECONDS: Final = 30.0
@@ -49,8 +58,12 @@ class Slot:
         pipe: where its reports come from; closed with us, which ends it.
         report: the last one.
         began: when the process did, by the monotonic clock.
+        heard: when it reported last; when it began, before it has.
         failures: how many ended early, one after another.
         due: when the next may begin.
+        stall: where it is stuck, if it is.
+        problem: the same for people, with what PostgreSQL says and what is done about it.
+        replaced: how many were replaced because they were stuck, one after another, without having stored anything.
     """
 
     name: str
@@ -58,8 +71,17 @@ class Slot:
     pipe: Connection | None = None
     report: WorkerReport = field(default_factory=WorkerReport)
     began: float = 0.0
+    heard: float = 0.0
     failures: int = 0
     due: float = 0.0
+    stall: Stall | None = None
+    problem: str = ""
+    replaced: int = 0
+
+    @property
+    def state(self) -> str:
+        """What it reports, or that it is stuck."""
+        return "stuck" if self.stall else self.report.state
 
 
 class Supervisor:
@@ -79,6 +101,8 @@ class Supervisor:
         self._slots = [Slot(f"{os.getpid()}/{number}") for number in range(1, workers + 1)]
         self._former = WorkerCounts()
         self._restarts = 0
+        self._stalls: Counter[str] = Counter()
+        self._sessions = SessionWatch(settings)
         self._lock = threading.Lock()
         registry = CollectorRegistry()
         registry.register(_Metrics(self))
@@ -128,13 +152,22 @@ class Supervisor:
         """How often a worker that ended unasked was replaced."""
         return self._restarts
 
+    @property
+    def stalls(self) -> Counter[str]:
+        """How often a worker was stuck, by where."""
+        return Counter(self._stalls)
+
     def _look_after(self, slot: Slot) -> None:
         if slot.process is None:
-            if time.monotonic() >= slot.due:
+            if not self._sessions.ended(slot.name):
+                # Its successor would wait for what it left locked, and be taken for it.
+                self._sessions.ask([slot.name])
+            elif time.monotonic() >= slot.due:
                 self._begin(slot)
             return
         self._hear(slot)
         if slot.process.is_alive():
+            self._examine(slot)
             return
         self._hear(slot)
         log.warning("worker %s ended (exit code %s): replacing it", slot.name, slot.process.exitcode)
@@ -144,6 +177,51 @@ class Supervisor:
         self._restarts += 1
         self._retire(slot)
 
+    def _examine(self, slot: Slot) -> None:
+        """Find out whether a worker is stuck, name it, and replace it where that can help."""
+        report, limit = slot.report, float(self._settings.sink_stall_seconds)
+        silent = time.monotonic() - slot.heard
+        if slot.heard == slot.began:
+            limit = max(limit, START_SECONDS)
+        stall = stall_of(report.moment, limit, silent, waiting=report.state != "running")
+        writer = report.moment.writer
+        asking = writer.seconds if writer.name in POSTGRES_STEPS else 0.0
+        if stall or max(silent, report.waiting_seconds, asking) > SUSPICIOUS_SECONDS:
+            self._sessions.ask([one.name for one in self._slots])
+        if stall is None:
+            if slot.stall:
+                log.warning("worker %s goes on", slot.name)
+            slot.stall, slot.problem = None, ""
+            return
+        if slot.stall is None:
+            self._stalls[stall.step] += 1
+        keeps, what_next = self._keeps(slot, stall, limit)
+        problem = f"worker {slot.name} {stall}{what_next}"
+        if slot.stall is None or not keeps:
+            log.error("%s", problem)
+        slot.stall, slot.problem = stall, problem
+        if not keeps and slot.process is not None:
+            slot.process.kill()
+            slot.replaced += 1
+            self._sessions.end(slot.name)
+
+    def _keeps(self, slot: Slot, stall: Stall, limit: float) -> tuple[bool, str]:
+        """Whether a stuck worker is left alone for now, and what is to be said of it."""
+        if not stall.silent and stall.step in POSTGRES_STEPS:
+            away = self._sessions.problem(2 * SUSPICIOUS_SECONDS)
+            if away is not None:
+                return True, f": PostgreSQL does not answer either ({away})" if away else ""
+            session = self._sessions.seen(slot.name, reader=stall.step == slot.report.moment.reader.name)
+            if session is not None and session.holders:
+                return True, f": {session}"
+            said = f": {session}" if session is not None else ""
+        else:
+            said = ""
+        patience = min(limit * 2.0**slot.replaced, LONGEST_PATIENCE)
+        if stall.seconds < patience:
+            return True, f"{said}; it is replaced after {patience:.0f} s"
+        return False, f"{said}: replacing it, and ending its sessions"
+
     def _begin(self, slot: Slot) -> None:
         ours, theirs = self._context.Pipe()
         slot.process = self._context.Process(
@@ -152,18 +230,23 @@ class Supervisor:
         slot.process.start()
         theirs.close()
         slot.pipe, slot.began = ours, time.monotonic()
+        slot.heard = slot.began
 
     def _hear(self, slot: Slot) -> None:
         with suppress(EOFError, OSError):
             while slot.pipe is not None and slot.pipe.poll():
                 report = slot.pipe.recv()
+                slot.heard = time.monotonic()
                 with self._lock:
                     slot.report = report
+                if report.counts.batches:
+                    slot.replaced = 0
 
     def _retire(self, slot: Slot) -> None:
         with self._lock:
             self._former.add(slot.report.counts)
             slot.report = WorkerReport()
+        slot.stall, slot.problem = None, ""
         if slot.pipe is not None:
             slot.pipe.close()
         slot.process = slot.pipe = None
@@ -191,16 +274,26 @@ class Supervisor:
         return clean
 
     def _problem(self) -> str | None:
+        patience = min(UNHEALTHY_SECONDS, self._settings.sink_stall_seconds)
         for slot in self.report()[1]:
-            if slot.report.waiting_seconds > UNHEALTHY_SECONDS:
-                return f"worker {slot.name} cannot write for {slot.report.waiting_seconds:.0f} s: {slot.report.reason}"
+            if slot.problem:
+                return slot.problem
+            if slot.report.waiting_seconds > patience:
+                waits = f"worker {slot.name} cannot go on for {slot.report.waiting_seconds:.0f} s: {slot.report.reason}"
+                session = self._sessions.seen(slot.name)
+                return f"{waits}: {session}" if session is not None and session.holders else waits
             if slot.failures > 3:
                 return f"worker {slot.name} ended {slot.failures} times in a row"
+            if not self._sessions.ended(slot.name):
+                return (
+                    f"worker {slot.name} was stuck and is gone; PostgreSQL does not answer yet that its sessions are ended, "
+                    f"and then it is replaced: {self._sessions.problem(SUSPICIOUS_SECONDS) or 'it is asked'}"
+                )
         return None
 
     async def _health(self, _: Request) -> Response:
         problem = self._problem()
-        states = sorted({slot.report.state for slot in self._slots})
+        states = sorted({slot.state for slot in self._slots})
         answer = {"healthy": problem is None, "state": ", ".join(states), "reason": problem}
         return JSONResponse(answer, status_code=200 if problem is None else 503)
 
@@ -209,7 +302,13 @@ class Supervisor:
         return JSONResponse(
             {
                 "workers": [
-                    {"name": slot.name, "pid": slot.process.pid if slot.process else None, **slot.report.as_json()}
+                    {
+                        "name": slot.name,
+                        "pid": slot.process.pid if slot.process else None,
+                        **slot.report.as_json(),
+                        "state": slot.state,
+                        "problem": slot.problem or None,
+                    }
                     for slot in slots
                 ],
                 "polled": total.polled,
@@ -221,6 +320,7 @@ class Supervisor:
                 "retries": dict(total.retries),
                 "lag": sum(sum(slot.report.lag.values()) for slot in slots),
                 "restarts": self._restarts,
+                "stalls": dict(self._stalls),
             }
         )
 
@@ -236,7 +336,7 @@ class _Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         total, slots = self._supervisor.report()
-        yield from _counters(total, self._supervisor.restarts)
+        yield from _counters(total, self._supervisor.restarts, self._supervisor.stalls)
         lag = GaugeMetricFamily(
             "metrics_sink_lag", "Records between a worker and the end of its partitions", labels=["partition"]
         )
@@ -245,13 +345,13 @@ class _Metrics(Collector):
                 lag.add_metric([str(partition)], records)
         yield lag
         workers = GaugeMetricFamily("metrics_sink_workers", "Workers by state", labels=["state"])
-        states = [slot.report.state for slot in slots]
+        states = [slot.state for slot in slots]
         for state in sorted(set(states)):
             workers.add_metric([state], states.count(state))
         yield workers
 
 
-def _counters(total: WorkerCounts, restarts: int) -> Iterator[Metric]:
+def _counters(total: WorkerCounts, restarts: int, stalls: Counter[str]) -> Iterator[Metric]:
     for name, text, value in (
         ("polled", "Messages consumed, those delivered again included", total.polled),
         ("rows", "Readings stored", total.rows),
@@ -265,6 +365,7 @@ def _counters(total: WorkerCounts, restarts: int) -> Iterator[Metric]:
         ("rejected", "reason", "Records rejected", total.rejected),
         ("batches", "path", "Transactions committed", total.batches),
         ("retries", "reason", "Attempts that failed", total.retries),
+        ("stalls", "step", "Workers that were stuck, by where", stalls),
     ):
         family = CounterMetricFamily(f"metrics_sink_{name}", text, labels=[label])
         for key, value in sorted(counter.items()):
@@ -304,7 +405,7 @@ def work(name: str, pipe: Connection) -> None:
         with suppress(EOFError, OSError):
             while not ended.wait(REPORT_SECONDS):
                 with suppress(RuntimeError):  # a counter grew meanwhile: half a second later it will not
-                    pipe.send(worker.report)
+                    pipe.send(worker.current())
                 if pipe.poll():
                     pipe.recv()
                     break
@@ -316,4 +417,4 @@ def work(name: str, pipe: Connection) -> None:
     ended.set()
     talker.join(2)
     with suppress(OSError):
-        pipe.send(worker.report)
+        pipe.send(worker.current())

@@ -25,6 +25,7 @@ from metrics_pipeline import kafka
 from metrics_pipeline.copy_sink.batch import Batch, BatchDecoder, Chunk, Part, runs_of
 from metrics_pipeline.copy_sink.counts import WorkerReport
 from metrics_pipeline.copy_sink.failpoint import Failpoints
+from metrics_pipeline.copy_sink.progress import Progress
 from metrics_pipeline.copy_sink.store import FencedError, StandbyError, Store, Written, kind_of, reason_of
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR_GROUP, COPY_GROUP, TOPIC, Settings
@@ -45,6 +46,10 @@ REST_SECONDS: Final = 2.0
 """How long the writer may have nothing to write before it asks PostgreSQL whether it is still its turn."""
 STILL_SECONDS: Final = 5.0
 """How long a partition may rest with records waiting before it is sought again."""
+ANSWER_SECONDS: Final = 1.0
+"""How long the broker may take to tell the end of a partition that rests."""
+SETTLED_SECONDS: Final = 10.0
+"""How long the worker must have gone on since it started over until the cause is taken to be gone."""
 FIRST_DELAY: Final = 0.05
 LONGEST_DELAY: Final = 5.0
 _NOWHERE: Final = 1 << 63
@@ -74,6 +79,8 @@ def consumer_config(settings: Settings) -> dict[str, Any]:
         "group.id": COPY_GROUP,
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
+        # The end of a partition is told, since an offset at its end may be no record but the mark of a transaction.
+        "enable.partition.eof": True,
         # Never a silent jump: where to read is known from the database.
         "auto.offset.reset": "error",
         "partition.assignment.strategy": "cooperative-sticky",
@@ -87,6 +94,9 @@ def consumer_config(settings: Settings) -> dict[str, Any]:
         "fetch.message.max.bytes": 128 << 10,
         "queued.min.messages": 50_000,
         "queued.max.messages.kbytes": 16 << 10,
+        # A broker that takes requests and does not answer is asked on a new connection sooner than after a minute.
+        "socket.timeout.ms": 15_000,
+        "socket.keepalive.enable": True,
         # After the queue was full, go on at once instead of a second later.
         "fetch.queue.backoff.ms": 20,
     }
@@ -222,8 +232,15 @@ class Writer:
     """Batches into the store, tried again until they are in it, or have turned out to be somebody else's."""
 
     def __init__(
-        self, store: Store, places: Partitions, report: WorkerReport, *, sleep: Callable[[float], object] = time.sleep
+        self,
+        store: Store,
+        places: Partitions,
+        report: WorkerReport,
+        *,
+        sleep: Callable[[float], object] = time.sleep,
+        progress: Progress | None = None,
     ) -> None:
+        self._progress = progress or Progress()
         self._store = store
         self._places = places
         self._report = report
@@ -243,11 +260,14 @@ class Writer:
         if now - self._asked < REST_SECONDS:
             return
         self._asked = now
+        self._progress.at("writer", "ask")
         try:
             active = self._store.active()
         except (psycopg.Error, PipelineError) as error:
             self._failed(error, "PostgreSQL is asked again")
             return
+        finally:
+            self._progress.at("writer", "wait")
         self._works()
         if not active:
             raise StandbyError
@@ -282,6 +302,7 @@ class Writer:
                 self._failed(error, "a batch is tried again")
                 if give_up():
                     return None
+                self._progress.at("writer", "retry")
                 self._sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311  # jitter is no secret
                 delay = min(delay * 2, LONGEST_DELAY)
                 if self._is_written(batch):
@@ -293,6 +314,7 @@ class Writer:
             return batch
 
     def _is_written(self, batch: Batch) -> bool:
+        self._progress.at("writer", "ask")
         try:
             return self._store.written(batch)
         except (psycopg.Error, PipelineError) as error:
@@ -306,12 +328,14 @@ class Writer:
         report.counts.retries[kind_of(error)] += 1
         report.state, report.reason = "waiting", reason_of(error)
         report.waiting_seconds = now - self._failing_since
+        self._progress.fails("PostgreSQL", report.reason)
         log.warning("%s: %s", what_next, report.reason)
 
     def _works(self) -> None:
         report = self._report
         self._failing_since, self._asked = None, time.monotonic()
         report.state, report.reason, report.waiting_seconds = "running", "", 0.0
+        self._progress.works("PostgreSQL")
 
     def _done(self, batch: Batch, written: Written) -> None:
         counts = self._report.counts
@@ -336,15 +360,19 @@ class CopyWorker:
 
     def __init__(self, settings: Settings, name: str) -> None:
         self._settings = settings
-        self._failpoints = Failpoints()
+        self._progress = Progress(time.monotonic)
+        # Those of the reader and of the writer: who passes a place is who notes it.
+        self._failpoints = Failpoints(at=self._at)
         self.report = WorkerReport()
         self._name = name
         self._store = Store(settings, name, self._failpoints)
         # The reader's own session: it must not wait for a transaction of the writer.
         self._places_store = Store(settings, f"{name} places")
         self._places = Partitions()
-        self._writer = Writer(self._store, self._places, self.report, sleep=self._sleep)
+        self._writer = self._new_writer()
         self._queue: Queue[Batch] = Queue(maxsize=1)
+        self._ends: dict[int, int] = {}
+        self._heard = time.monotonic()
         self._still: dict[int, tuple[int, float]] = {}
         self._written: deque[dict[int, Chunk]] = deque()
         self._standby = threading.Event()
@@ -355,10 +383,20 @@ class CopyWorker:
         """Let `run` finish what is consumed and return."""
         self._stop.set()
 
+    def current(self) -> WorkerReport:
+        """The report as it is at this moment; may be asked by another thread."""
+        report = replace(self.report, moment=self._progress.moment())
+        if report.state not in ("running", "waiting"):
+            return report
+        if (trouble := self._progress.trouble()) is None:
+            return replace(report, state="running", reason="", waiting_seconds=0.0)
+        return replace(report, state="waiting", reason=trouble[0], waiting_seconds=trouble[1])
+
     def run(self) -> None:
         """Store until `stop`; survives PostgreSQL and the broker going away, and stands by while another sink is active."""
         delay = FIRST_DELAY
         while not self._stop.is_set():
+            self._progress.at("reader", "offsets")
             try:
                 if not self._places_store.active():
                     self._state("standing by", "another sink is active: `provision` with SINK=copy chooses this one")
@@ -366,6 +404,7 @@ class CopyWorker:
                     continue
                 self._session()
                 delay = FIRST_DELAY
+                self._progress.works("worker")
             except StandbyError:
                 continue
             except psycopg.errors.UndefinedTable:
@@ -374,6 +413,8 @@ class CopyWorker:
             except (psycopg.Error, PipelineError, KafkaException) as error:
                 self._state("waiting", _reason(error))
                 self.report.counts.retries[kind_of(error)] += 1
+                self._progress.fails("worker", self.report.reason)
+                self._progress.at("reader", "wait")
                 log.warning("starting over: %s", self.report.reason)
                 self._stop.wait(delay * random.uniform(0.5, 1.0))  # noqa: S311  # jitter is no secret
                 delay = min(delay * 2, LONGEST_DELAY)
@@ -396,6 +437,7 @@ class CopyWorker:
             self._drain()
             self._commit(consumer)
         finally:
+            self._progress.at("reader", "writer")
             over.set()
             self._places.lose(self._places.all())
             with suppress(Empty):
@@ -405,8 +447,9 @@ class CopyWorker:
             if writer.is_alive():
                 # PostgreSQL does not answer it. It keeps what it has; two on one connection would mix up their transactions.
                 self._store = Store(self._settings, self._name, self._failpoints)
-                self._writer = Writer(self._store, self._places, self.report, sleep=self._sleep)
+                self._writer = self._new_writer()
                 self._queue = Queue(maxsize=1)
+            self._progress.at("reader", "leave")
             consumer.close()
             self.report.lag = {}
         if self._failure is not None:
@@ -415,7 +458,7 @@ class CopyWorker:
     def _read(self, consumer: Consumer) -> None:
         reader = BatchReader(self._places)
         count, size, due, at_once = 0, 0, 0.0, CONSUMED_AT_ONCE
-        looked = 0.0
+        looked, began = 0.0, time.monotonic()
         limit, linger = self._settings.sink_flush_rows, self._settings.sink_flush_ms / 1000
         while not self._stop.is_set():
             if self._standby.is_set() or self._failure is not None:
@@ -426,6 +469,9 @@ class CopyWorker:
             if now - looked > 1.0:
                 looked = now
                 self._look(consumer)
+                if now - began > SETTLED_SECONDS:
+                    self._progress.works("worker")
+            self._progress.at("reader", "fetch")
             wait = POLL_SECONDS if not count else max(0.0, min(POLL_SECONDS, due - now))
             messages = consumer.consume(min(at_once, limit - count), wait)
             if messages:
@@ -454,6 +500,7 @@ class CopyWorker:
 
     def _hand_over(self, consumer: Consumer, batch: Batch) -> None:
         """Give a batch to the writer; while that takes long, go on answering the group."""
+        self._progress.at("reader", "writer")
         if self._offer(batch, BLOCKED_SECONDS):
             return
         ours = [TopicPartition(TOPIC, number) for number in self._places.all()]
@@ -482,12 +529,17 @@ class CopyWorker:
     def _good(self, messages: list[Any]) -> list[Any]:
         """Messages without the errors among them."""
         if not any(message.error() for message in messages):
+            if messages:
+                self._hears()
             return messages
         good = []
         for message in messages:
             error = message.error()
             if error is None:
                 good.append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # librdkafka's own code
+                self._ends[message.partition()] = message.offset()
+                self._hears()
             elif error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):  # noqa: SLF001  # librdkafka's own codes
                 self._places.forget([message.partition()])
             elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
@@ -507,11 +559,15 @@ class CopyWorker:
             if place is None:
                 continue
             target = TopicPartition(TOPIC, number)
+            self._progress.at("reader", "ends")
             low, high = kafka.ends(consumer, target)
+            self._hears()
+            self._progress.at("reader", "offsets")
             offset = self._places_store.offsets([number]).get(number)
             if offset is None:
                 # Never written: where the connector stands, else the earliest.
                 commits = kafka.committed(self._settings, CONNECTOR_GROUP) if commits is None else commits
+                self._progress.at("reader", "offsets")
                 first = commits.get(number, low)
                 self._places_store.begin(number, first if low <= first <= high else low)
                 continue  # the next round reads what is there now, ours or another worker's
@@ -526,6 +582,7 @@ class CopyWorker:
                 log.debug("partition %s cannot be sought yet: %s", number, error)
                 continue
             sought.add(number)
+            self._ends.pop(number, None)
             if self._places.set(number, place.epoch, offset, fresh=True):
                 consumer.resume([TopicPartition(TOPIC, number)])
         return sought
@@ -554,23 +611,32 @@ class CopyWorker:
     def _look(self, consumer: Consumer) -> None:
         """How far the partitions are from their ends; one that rests although records wait is sought again."""
         lag, now = {}, time.monotonic()
-        for number in self._places.all():
+        ours = self._places.all()
+        self._progress.keep(set(ours))
+        silent = not ours and now - self._heard > STILL_SECONDS and self._end(consumer, 0) is None
+        for number in ours:
             place = self._places.get(number)
             if place is None or place.next is None:
+                self._progress.place(number, None, waiting=True)
                 continue
             at, since = self._still.get(number, (-1, now))
             if at != place.next:
                 at, since = place.next, now
-            # What the client knows comes with what it fetches: of a partition that rests, the broker is asked.
-            rests = now - since > STILL_SECONDS
-            with suppress(KafkaException):
-                target = TopicPartition(TOPIC, number)
-                _, high = (
-                    consumer.get_watermark_offsets(target, timeout=1.0)
-                    if rests
-                    else consumer.get_watermark_offsets(target, cached=True)
-                )
-                lag[number] = max(0, high - place.next) if high >= 0 else 0
+            # What the client knows comes with what it fetches: of a partition that rests, the broker is asked. Once a time is
+            # enough to learn that it does not answer.
+            rests = now - since > STILL_SECONDS and not silent
+            high: int | None = -1
+            if rests:
+                high = self._end(consumer, number)
+                silent = high is None
+            else:
+                with suppress(KafkaException):
+                    _, high = consumer.get_watermark_offsets(TopicPartition(TOPIC, number), cached=True)
+            if high is None:
+                lag[number] = self.report.lag.get(number, 0)
+            else:
+                lag[number] = max(0, high - max(place.next, self._ends.get(number, 0))) if high >= 0 else 0
+            self._progress.place(number, place.next, waiting=lag.get(number, 0) > 0)
             if rests:
                 since = now
                 if lag.get(number):
@@ -580,6 +646,25 @@ class CopyWorker:
                     self._places.forget([number])
             self._still[number] = at, since
         self.report.lag = lag
+
+    def _end(self, consumer: Consumer, number: int) -> int | None:
+        """Where a partition ends: the broker is asked; -1 when it does not know at present, None when it does not answer."""
+        self._progress.at("reader", "ends")
+        high = -1
+        try:
+            _, high = consumer.get_watermark_offsets(TopicPartition(TOPIC, number), timeout=ANSWER_SECONDS)
+        except KafkaException as error:
+            if error.args[0].name() in kafka.UNREACHABLE:
+                reason = f"Kafka broker {self._settings.bootstrap_servers} does not answer ({error.args[0].str()})"
+                self._progress.fails("broker", reason, self._heard)
+                return None
+        self._hears()
+        return high
+
+    def _hears(self) -> None:
+        """The broker has answered."""
+        self._heard = time.monotonic()
+        self._progress.works("broker")
 
     def _commit(self, consumer: Consumer) -> None:
         """Tell the group what is in the database: for lag displays only, so that failures do not matter."""
@@ -595,6 +680,7 @@ class CopyWorker:
 
     def _drain(self) -> None:
         """Wait until nothing is queued or being written any more."""
+        self._progress.at("reader", "writer")
         deadline = time.monotonic() + DRAIN_SECONDS
         while time.monotonic() < deadline and not self._standby.is_set() and self._failure is None:
             if not self._queue.unfinished_tasks:
@@ -604,6 +690,7 @@ class CopyWorker:
     def _write(self, over: threading.Event) -> None:
         queue, writer = self._queue, self._writer
         while not over.is_set():
+            self._progress.at("writer", "wait")
             try:
                 batch = queue.get(timeout=0.1)
             except Empty:
@@ -622,6 +709,7 @@ class CopyWorker:
                     self._failure = error
                 return
             finally:
+                self._progress.at("writer", "wait")
                 taken = batch is not None
                 del batch  # tens of MB, which must not outlive the wait for the next one
                 if taken:
@@ -642,6 +730,7 @@ class CopyWorker:
         self._drain()
         self._commit(consumer)
         self._places.lose(numbers)
+        self._progress.at("reader", "fetch")
         consumer.incremental_unassign(partitions)
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -652,6 +741,12 @@ class CopyWorker:
 
     def _on_error(self, error: KafkaError) -> None:
         log.info("broker: %s", error.str())
+
+    def _new_writer(self) -> Writer:
+        return Writer(self._store, self._places, self.report, sleep=self._sleep, progress=self._progress)
+
+    def _at(self, step: str) -> None:
+        self._progress.at("reader" if step == "decode" else "writer", step)
 
     def _sleep(self, seconds: float) -> None:
         if self._stop.is_set():

@@ -20,6 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from metrics_pipeline.copy_sink import supervisor
 from metrics_pipeline.copy_sink.counts import LATENCY_BUCKETS, WorkerCounts, WorkerReport
 from metrics_pipeline.copy_sink.failpoint import PLACES, Failpoints
+from metrics_pipeline.copy_sink.progress import Moment, Step
+from metrics_pipeline.copy_sink.sessions import Session
 from metrics_pipeline.copy_sink.supervisor import Supervisor
 from metrics_pipeline.errors import BusyError, SettingError
 from metrics_pipeline.settings import Settings
@@ -51,6 +53,58 @@ def stuck(name: str, pipe: Connection) -> None:
         return
 
 
+def silent(name: str, pipe: Connection) -> None:
+    """A worker that reports once, inside a transaction, and does not even notice that it is to end."""
+    del name
+    pipe.send(WorkerReport("running", moment=Moment(Step("writer", 0.1), Step("COPY", 0.2))))
+    time.sleep(600)
+
+
+def blocked(name: str, pipe: Connection) -> None:
+    """A worker that reports well that it is stuck."""
+    del name
+    for seconds in range(600):
+        pipe.send(WorkerReport("running", moment=Moment(Step("writer", seconds), Step("COMMIT", 100.0 + seconds))))
+        if pipe.poll(0.1):
+            return
+
+
+class FakeSessions:
+    """PostgreSQL's side: what the test says it is."""
+
+    def __init__(self, _: Settings) -> None:
+        self.away: str | None = None
+        self.session: Session | None = None
+        self.ending: list[str] = []
+        self.answers = True
+
+    def ask(self, names: list[str]) -> None:
+        if self.answers:
+            self.ending = [name for name in self.ending if name not in names]
+
+    def end(self, name: str) -> None:
+        self.ending.append(name)
+
+    def ended(self, name: str) -> bool:
+        return name not in self.ending
+
+    def seen(self, name: str, *, reader: bool = False) -> Session | None:
+        del name, reader
+        return self.session
+
+    def problem(self, seconds: float) -> str | None:
+        del seconds
+        return self.away
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> FakeSessions:
+    """Those of the next supervisor."""
+    made = FakeSessions(Settings())
+    monkeypatch.setattr(supervisor, "SessionWatch", lambda _: made)
+    return made
+
+
 def broken(name: str, pipe: Connection) -> None:
     """A worker that ends at once."""
     del name, pipe
@@ -58,9 +112,12 @@ def broken(name: str, pipe: Connection) -> None:
 
 
 @contextmanager
-def running(monkeypatch: pytest.MonkeyPatch, body: Any, workers: int = 2) -> Iterator[tuple[Supervisor, list[bool]]]:
+def running(
+    monkeypatch: pytest.MonkeyPatch, body: Any, workers: int = 2, stall: int = 60
+) -> Iterator[tuple[Supervisor, list[bool]]]:
     monkeypatch.setattr(supervisor, "work", body)
-    found = Supervisor(Settings(sink_port=1).model_copy(update={"sink_port": 0}), workers)
+    settings = Settings(sink_port=1).model_copy(update={"sink_port": 0, "sink_stall_seconds": stall})
+    found = Supervisor(settings, workers)
     stop, ended = threading.Event(), []
     thread = threading.Thread(target=lambda: ended.append(found.run(stop)))
     thread.start()
@@ -123,7 +180,7 @@ def test_workers_are_summed_up_replaced_and_told_to_stop(monkeypatch: pytest.Mon
 def test_a_worker_that_cannot_write_makes_it_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(monkeypatch, stuck, workers=1) as (found, _):
         wait_for(lambda: get(found, "health").status_code == 503)
-        assert "cannot write for 99 s: PostgreSQL is away" in get(found, "health").json()["reason"]
+        assert "cannot go on for 99 s: PostgreSQL is away" in get(found, "health").json()["reason"]
 
 
 def test_a_worker_that_ends_again_and_again_is_started_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +190,56 @@ def test_a_worker_that_ends_again_and_again_is_started_less_and_less_often(monke
         (slot,) = found.report()[1]
         assert slot.due - slot.began > 0.5
         assert not ended
+
+
+def test_a_worker_that_does_not_answer_is_named_killed_and_replaced(
+    monkeypatch: pytest.MonkeyPatch, sessions: FakeSessions
+) -> None:
+    monkeypatch.setattr(supervisor, "END_SECONDS", 1.0)
+    sessions.answers = False
+    with running(monkeypatch, silent, workers=1, stall=1) as (found, _):
+        wait_for(lambda: found.stalls["COPY"] == 1)
+        (slot,) = found.report()[1]
+        # Its sessions first: what it holds in PostgreSQL would hold up its successor.
+        wait_for(lambda: "PostgreSQL does not answer yet" in str(get(found, "health").json()["reason"]))
+        assert (slot.process, found.restarts) == (None, 1)
+        sessions.answers = True
+        wait_for(lambda: slot.process is not None)
+        wait_for(lambda: "the last that it told of: COPY" in str(get(found, "health").json()["reason"]))
+        assert get(found, "health").status_code == 503
+        assert get(found, "health").json()["state"] == "stuck"
+        # It stored nothing either: the next one gets twice the time.
+        assert "it is replaced after 2 s" in slot.problem
+        assert get(found, "status").json()["stalls"] == {"COPY": 2}
+        assert samples(get(found, "metrics").text)["metrics_sink_stalls_total", (("step", "COPY"),)] >= 2
+
+
+@pytest.mark.parametrize(
+    ("away", "session", "said"),
+    [
+        ("connection refused", None, "PostgreSQL does not answer either (connection refused)"),
+        ("", None, "stuck in COMMIT"),
+        (
+            None,
+            Session(7, "active", "Lock/relation", ("pid 8 (psql, role me)",)),
+            "a lock that pid 8 (psql, role me) holds",
+        ),
+    ],
+)
+def test_a_worker_is_not_replaced_where_that_cannot_help(
+    monkeypatch: pytest.MonkeyPatch, sessions: FakeSessions, away: str | None, session: Session | None, said: str
+) -> None:
+    sessions.away, sessions.session = away, session
+    with running(monkeypatch, blocked, workers=1, stall=1) as (found, _):
+        wait_for(lambda: said in str(get(found, "health").json()["reason"]))
+        (worker,) = get(found, "status").json()["workers"]
+        assert (worker["state"], said in worker["problem"]) == ("stuck", True)
+        time.sleep(1)
+        assert found.restarts == 0
+        # When PostgreSQL is there again, and nobody else is to blame, it is.
+        sessions.away, sessions.session = None, Session(7, "active", "Client/ClientRead")
+        wait_for(lambda: found.restarts == 1)
+        assert found.stalls["COMMIT"] >= 1
 
 
 def test_a_taken_port_is_named() -> None:
@@ -160,6 +267,15 @@ def test_counts_add_up_and_travel() -> None:
 def test_a_wrong_failpoint_is_refused(text: str) -> None:
     with pytest.raises(SettingError, match="METRICS_SINK_FAILPOINTS"):
         Failpoints(text)
+
+
+def test_failpoints_tell_where_a_batch_is() -> None:
+    told: list[str] = []
+    points = Failpoints("", at=told.append)
+    points.begin("lock")
+    for name in PLACES:
+        points.reach(name)
+    assert told == ["lock", "decode", "lock", "COPY", "COPY", "COPY", "COMMIT", "wait"]
 
 
 def test_failpoints_do_nothing_unasked() -> None:
