@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sysconfig
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -122,11 +123,23 @@ def connect(
     )
 
 
-def hang_up(connection: Connection) -> None:
-    """Cut the line of a session whose server does not answer, so that the thread which waits for it gets an error.
+@contextmanager
+def impatient(connection: Connection, seconds: float) -> Iterator[None]:
+    """Cut the line of a session whose server has not answered all that is asked within this block in time.
 
-    May be called by any thread; a session that is closed already is left alone.
+    Otherwise a backend that is stopped, or a line on which nothing comes back, would be waited for for ever. Who waits gets a
+    `psycopg.OperationalError`.
     """
+    patience = threading.Timer(seconds, _hang_up, [connection])
+    patience.daemon = True
+    patience.start()
+    try:
+        yield
+    finally:
+        patience.cancel()
+
+
+def _hang_up(connection: Connection) -> None:
     with suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(connection.fileno())) as line:
         line.shutdown(socket.SHUT_RDWR)
 

@@ -196,7 +196,7 @@ class Settings(ProducerSettings):
         200, "milliseconds after which a worker of the COPY sink writes what it has", "sink"
     )
     sink_stall_seconds: Annotated[int, Field(ge=5, le=3600)] = _setting(
-        60,
+        75,
         "seconds without progress, with records waiting, after which a sink is stuck: it is named, and restarted",
         "sink",
     )

@@ -118,24 +118,20 @@ class SessionWatch:
                 self._seen[application] = now, found
 
     def _rows(self, names: list[str], ending: list[str]) -> list[tuple[Any, ...]]:
-        with postgres.connect(
-            self._settings,
-            "metrics_writer",
-            autocommit=True,
-            connect_timeout=CONNECT_SECONDS,
-            application_name="metrics-pipeline supervisor",
-        ) as connection:
-            # A backend that is stopped, or a line on which nothing comes back, would be waited for for ever.
-            impatience = threading.Timer(ANSWER_SECONDS, postgres.hang_up, [connection])
-            impatience.daemon = True
-            impatience.start()
-            try:
-                if ending:
-                    row = connection.execute(postgres.query("sink_end_sessions").encode(), _names(ending)).fetchone()
-                    log.warning("ended %s session(s) of %s", row and row[0], ", ".join(ending))
-                return connection.execute(postgres.query("sink_sessions").encode(), _names(names)).fetchall()
-            finally:
-                impatience.cancel()
+        with (
+            postgres.connect(
+                self._settings,
+                "metrics_writer",
+                autocommit=True,
+                connect_timeout=CONNECT_SECONDS,
+                application_name="metrics-pipeline supervisor",
+            ) as connection,
+            postgres.impatient(connection, ANSWER_SECONDS),
+        ):
+            if ending:
+                row = connection.execute(postgres.query("sink_end_sessions").encode(), _names(ending)).fetchone()
+                log.warning("ended %s session(s) of %s", row and row[0], ", ".join(ending))
+            return connection.execute(postgres.query("sink_sessions").encode(), _names(names)).fetchall()
 
 
 def _names(workers: Sequence[str]) -> dict[str, list[str]]:

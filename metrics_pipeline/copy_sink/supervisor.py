@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -44,6 +45,8 @@ LONGEST_PATIENCE: Final = 3600.0
 """How long a worker may be stuck before it is replaced, at most: each one that was replaced in vain doubles the time."""
 END_SECONDS: Final = 40.0
 """How long the workers have to write what they hold, before they are killed: what is not written is delivered again."""
+HOST_LETTERS: Final = 16
+"""How much of the machine's name is part of a worker's: PostgreSQL cuts names off after 63 bytes."""
 STEADY_SECONDS: Final = 30.0
 LONGEST_PAUSE: Final = 15.0
 
@@ -98,7 +101,9 @@ class Supervisor:
         os.environ.setdefault("MALLOC_ARENA_MAX", "2")
         # Spawned, not forked: librdkafka and libpq do not survive a fork.
         self._context = get_context("spawn")
-        self._slots = [Slot(f"{os.getpid()}/{number}") for number in range(1, workers + 1)]
+        # In containers every supervisor may have the same pid; their sessions must not be taken for one another's.
+        own = f"{socket.gethostname()[:HOST_LETTERS]}:{os.getpid()}"
+        self._slots = [Slot(f"{own}/{number}") for number in range(1, workers + 1)]
         self._former = WorkerCounts()
         self._restarts = 0
         self._stalls: Counter[str] = Counter()

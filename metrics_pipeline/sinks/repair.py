@@ -24,14 +24,14 @@ from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Setting
 from metrics_pipeline.sinks import active as sinks
 from metrics_pipeline.sinks import connector
 from metrics_pipeline.sinks.connector import ConnectClient, SinkState
+from metrics_pipeline.sinks.hanging import HangingSession, end_sessions, hanging_sessions
 
 FIRST_DELAY_SECONDS = 1.0
 LONGEST_DELAY_SECONDS = 60.0
 ATTEMPTS = 5
 """Restarts without progress at one offset after which the repair stops trying."""
-STALL_SECONDS = 75.0
-"""A partition with records waiting whose committed offset rests this long is stuck, whatever the tasks' states say.
-Longer than the 60 s between two commits of a Connect that was left at its defaults."""
+LONGEST_PATIENCE_SECONDS = 600.0
+"""Between two restarts of tasks that are stuck, at most: each one that did not help doubles the time."""
 
 RECORD_BYTES = 2**20
 """Size of `repairs.jsonl` above which its older half goes."""
@@ -47,6 +47,13 @@ class LastOffset(BaseModel):
     failures: int = 0
 
 
+class StuckRestarts(BaseModel):
+    """Restarts of all tasks because a partition did not move, and when the last one was."""
+
+    count: int = 0
+    last: float = 0.0
+
+
 class RepairState(BaseModel):
     """What the repair remembers between two ticks; JSON, so that a sensor's cursor can hold it."""
 
@@ -58,6 +65,7 @@ class RepairState(BaseModel):
     gave_up_at: dict[int, int] = {}
     signature: str = ""
     active: SinkKind | None = None
+    stuck: StuckRestarts = StuckRestarts()
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,9 @@ class SinkRepair:
         offsets: where the sink stands.
         database: why PostgreSQL takes no connection, or None.
         position: which sink is active, and how many sessions the COPY sink has.
-        clock: seconds since 1970.
+        hanging: the connector's transactions that have been open for some seconds.
+        end: ends sessions of the connector.
+        clock: seconds that never go back, the same for all processes of a machine.
         jitter: a factor around 1 for each delay.
     """
 
@@ -138,7 +148,9 @@ class SinkRepair:
         offsets: Callable[[Settings], Offsets | None] = read_offsets,
         database: Callable[[Settings], str | None] = database_problem,
         position: Callable[[Settings], sinks.Position] = sinks.position,
-        clock: Callable[[], float] = time.time,
+        hanging: Callable[[Settings, float], list[HangingSession]] = hanging_sessions,
+        end: Callable[[Settings, list[int]], int] = end_sessions,
+        clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311  # jitter is no secret
     ) -> None:
         self._settings = settings
@@ -146,6 +158,8 @@ class SinkRepair:
         self._offsets = offsets
         self._database = database
         self._position = position
+        self._hanging = hanging
+        self._end = end
         self._clock = clock
         self._jitter = jitter
         self._state = _parse(state)
@@ -156,6 +170,8 @@ class SinkRepair:
 
     def tick(self) -> Tick:
         """Look at the sink once and do what is due. Never raises for a service that is away."""
+        if self._remembers_another_clock():
+            self._state = RepairState(active=self._state.active)
         try:
             if (copying := self._copying()) is not None:
                 return copying
@@ -195,7 +211,8 @@ class SinkRepair:
         state.running_since = (state.running_since or now) if sink.running else 0.0
         if stuck := self._stuck(offsets, now):
             return self._restart_stuck(stuck, now)
-        if state.running_since and now - state.running_since > STALL_SECONDS:
+        state.stuck = StuckRestarts()
+        if state.running_since and now - state.running_since > self._settings.sink_stall_seconds:
             self._start_over()
         elif not state.gave_up and sink.running and not self._held_up(offsets):
             # Not before what held it up moved: a task that fails at its first record shows RUNNING for a moment, too.
@@ -248,18 +265,29 @@ class SinkRepair:
         return Tick(state.gave_up, healthy=False, events=[self._event("give up", state.gave_up)])
 
     def _restart_stuck(self, stuck: list[int], now: float) -> Tick:
-        reason = (
-            f"no progress for {STALL_SECONDS:.0f} s at {_places(stuck, self._state.places)}, although no task is FAILED"
-        )
+        state, limit = self._state, float(self._settings.sink_stall_seconds)
+        longest = max(now - state.places[number].since for number in stuck)
+        reason = f"no progress for {longest:.0f} s at {_places(stuck, state.places)}, although no task is FAILED"
         if (problem := self._database(self._settings)) is not None:
             return Tick(f"{reason}; restarted when PostgreSQL is back: {problem}", healthy=False)
+        sessions = self._hanging(self._settings, limit / 2)
+        waits = next((session for session in sessions if session.holders), None)
+        if waits is not None:
+            # New tasks would wait for the same.
+            return Tick(f"{reason}; restarted when that lock is free: {waits}", healthy=False)
+        reason = "; ".join([reason, *map(str, sessions[:1])])
+        wait = state.stuck.last + min(limit * 2.0 ** (state.stuck.count - 1), LONGEST_PATIENCE_SECONDS) - now
+        if state.stuck.count and wait > 0:
+            return Tick(f"{reason}; restarted again in {wait:.0f} s", healthy=False)
+        if sessions:
+            # A task that was given up by Connect would keep its locks, and its successor would wait for them.
+            self._end(self._settings, [session.pid for session in sessions])
         self._client.restart(CONNECTOR, only_failed=False)
-        for place in self._state.places.values():
-            place.since = now  # so that the next one is due a full wait later
+        state.stuck = StuckRestarts(count=state.stuck.count + 1, last=now)
         return Tick(f"restarted all: {reason}", healthy=False, events=[self._event("restart all", reason)])
 
     def _event(self, action: Literal["restart failed tasks", "restart all", "give up"], reason: str) -> Restart:
-        at = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds")
+        at = datetime.now(UTC).isoformat(timespec="seconds")
         return Restart(at, action, reason, self._state.restarts)
 
     def _start_over(self) -> None:
@@ -293,8 +321,14 @@ class SinkRepair:
 
     def _stuck(self, offsets: Offsets, now: float) -> list[int]:
         """Partitions with records waiting that rest for too long."""
-        places = sorted(self._state.places.items())
-        return [number for number, place in places if offsets.waiting.get(number) and now - place.since > STALL_SECONDS]
+        limit, places = self._settings.sink_stall_seconds, sorted(self._state.places.items())
+        return [number for number, place in places if offsets.waiting.get(number) and now - place.since > limit]
+
+    def _remembers_another_clock(self) -> bool:
+        """Whether what is remembered lies in the future: the machine was started anew since."""
+        state, now = self._state, self._clock()
+        past = [state.running_since, state.stuck.last, *(place.since for place in state.places.values())]
+        return max(past) > now or state.not_before > now + 2 * LONGEST_DELAY_SECONDS
 
     def _hopeless(self, offsets: Offsets) -> list[int] | None:
         """The partitions that the last restarts did not move; empty when no record waits at all; None: go on trying."""

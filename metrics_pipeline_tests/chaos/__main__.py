@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from metrics_pipeline.errors import PipelineError
-from metrics_pipeline_tests.chaos import scenarios
+from metrics_pipeline_tests.chaos import scenarios, stalls
 from metrics_pipeline_tests.chaos.processes import VoidError
 from metrics_pipeline_tests.chaos.scenarios import Outcome
 from metrics_pipeline_tests.chaos.stack import Place, own_stack
@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120, help="of workers coming and going")
     parser.add_argument("--zombies", type=int, default=3, help="workers stopped inside a transaction")
     parser.add_argument("--cuts", type=int, default=20, help="of the line, on each side of COMMIT")
+    parser.add_argument("--stalls", type=int, default=2, help="rounds of everything that can stand still")
     parser.add_argument("--records", type=int, default=10_000_000, help="drained while memory is watched")
     parser.add_argument("--big", type=int, default=1_000, help="messages of 1 MB among them")
     parser.add_argument("--json", action="store_true", help="one object on standard output")
@@ -56,6 +57,8 @@ def main() -> int:
         "comings-and-goings": lambda place: scenarios.comings_and_goings(place, chosen.seconds),
         "zombies": lambda place: scenarios.zombies(place, chosen.zombies),
         "lost-replies": lambda place: scenarios.lost_replies(place, chosen.cuts),
+        "stalls": lambda place: stalls.stalls(place, chosen.stalls),
+        "silent-end": stalls.silent_end,
         "memory": lambda place: scenarios.memory(place, chosen.records, chosen.big),
     }
     if unknown := set(chosen.scenarios) - set(known):

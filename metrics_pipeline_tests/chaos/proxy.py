@@ -1,4 +1,4 @@
-"""A TCP proxy before PostgreSQL that cuts the line around a COMMIT, so that the client cannot know what became of it."""
+"""A TCP proxy before PostgreSQL that cuts the line around a COMMIT, or lets nothing through any more without cutting it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Proxy:
 
     Attributes:
         cutting: whether it does.
+        swallowing: whether there is a line on which nothing comes through any more.
         before: lines cut before the COMMIT reached PostgreSQL.
         after: lines cut when PostgreSQL had answered it.
     """
@@ -33,8 +34,14 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.cutting = True
+        self.swallowing = False
+        self._swallow_next = False
         self.before = self.after = 0
         threading.Thread(target=self._accept, name="proxy", daemon=True).start()
+
+    def swallow_next(self) -> None:
+        """Cut no more; the next line on which such a COMMIT comes stays open, and nothing comes through any more."""
+        self.cutting, self._swallow_next = False, True
 
     def close(self) -> None:
         """Take no more connections."""
@@ -65,6 +72,11 @@ class Proxy:
                 copied = copied or _COPY in seen
                 if seen.endswith(_COMMIT):
                     cut = copied and self.cutting and self._random.random() < self._chance
+                    if copied and self._swallow_next:
+                        self._swallow_next, self.swallowing = False, True
+                        while client.recv(_PIECE):
+                            pass  # until the client is gone; PostgreSQL does not learn of it
+                        return
                     copied, seen = False, b""
                     if cut and self._random.random() < 0.5:
                         self.before += 1

@@ -180,11 +180,11 @@ def restarts(place: Place, times: int = 3, *, bound: float = 60, rate: int = RAT
     """
     outcome, waited = Outcome(), []
     with Load(place, rate) as load, Sink(place).ready() as sink:
-        _progress(place, bound)
+        progress(place, bound)
         for name, number in [("postgres", signal.SIGQUIT), ("broker", signal.SIGKILL)] * times:
             load.check()
             place.kill(name, number)
-            waited.append((name, round(_progress(place, bound), 1)))
+            waited.append((name, round(progress(place, bound), 1)))
             time.sleep(1 + random.random())
         load.check()
         load.end()
@@ -213,7 +213,7 @@ def comings_and_goings(
             return stack.enter_context(Sink(place, 1, session_ms=session_ms))
 
         sinks = [another().ready(), another().ready()]
-        _progress(place, 60)
+        progress(place, 60)
         at, end, moved = sum(place.offsets().values()), time.monotonic() + seconds, 0
         while time.monotonic() < end:
             began = time.monotonic()
@@ -249,9 +249,9 @@ def zombies(place: Place, times: int = 3, *, session_ms: int = 10_000) -> Outcom
     with Load(place, RATE) as load, Sink(place, session_ms=session_ms).ready() as sink:
         until(lambda: all(one["partitions"] for one in sink.status()["workers"]), 60, "both workers have partitions")
         for _ in range(times):
-            _progress(place, 30)
+            progress(place, 30)
             before = sink.status()
-            victim, number = _stopped_inside_a_transaction(place, sink)
+            victim, number = stopped_inside_a_transaction(place, sink)
             try:
                 own, began = before["workers"][number]["partitions"], time.monotonic()
                 at = place.offsets()
@@ -372,7 +372,7 @@ def _notes(place: Place, name: str) -> Path:
     return folder
 
 
-def _progress(place: Place, bound: float) -> float:
+def progress(place: Place, bound: float) -> float:
     """Wait until more is stored than now; the seconds that took."""
     at = sum(place.offsets().values())
     return until(lambda: sum(place.offsets().values()) > at, bound, "something is stored")
@@ -386,7 +386,7 @@ def _moved(place: Place, at: dict[int, int], partitions: Sequence[int], bound: f
     return until(moved, bound, f"readings of partitions {list(partitions)} are stored")
 
 
-def _stopped_inside_a_transaction(place: Place, sink: Sink, seconds: float = 120) -> tuple[psutil.Process, int]:
+def stopped_inside_a_transaction(place: Place, sink: Sink, seconds: float = 120) -> tuple[psutil.Process, int]:
     """Stop a worker while it holds its rows of `sink_offsets`; which one."""
     deadline = time.monotonic() + seconds
     workers = sink.status()["workers"]

@@ -15,9 +15,11 @@ from metrics_pipeline.settings import CONNECTOR, Settings
 from metrics_pipeline.sinks import connector, repair
 from metrics_pipeline.sinks.active import NO_WORKER, Position
 from metrics_pipeline.sinks.connector import ConnectClient
-from metrics_pipeline.sinks.repair import ATTEMPTS, STALL_SECONDS, Offsets, SinkRepair, Tick
+from metrics_pipeline.sinks.hanging import HangingSession
+from metrics_pipeline.sinks.repair import ATTEMPTS, Offsets, SinkRepair, Tick
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
 
+STALL_SECONDS = Settings().sink_stall_seconds
 POISON = "org.apache.kafka.connect.errors.ConnectException: x\nCaused by: org.postgresql.util.PSQLException: ERROR: bad row 17"
 
 
@@ -34,6 +36,8 @@ class World:
     position: Position = field(default_factory=Position)
     away: bool = False
     settings: Settings = field(default_factory=Settings)
+    hanging: list[HangingSession] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
 
     def look(self, settings: Settings) -> Position:
         if self.away:
@@ -57,12 +61,18 @@ class World:
             offsets=self.offsets,
             database=lambda _settings: self.database,
             position=self.look,
+            hanging=lambda _settings, _seconds: self.hanging,
+            end=self.end_sessions,
             clock=lambda: self.now,
             jitter=lambda: 1.0,
         )
         outcome = sink.tick()
         self.state = sink.dump()
         return outcome
+
+    def end_sessions(self, _settings: Settings, pids: list[int]) -> int:
+        self.ended += pids
+        return len(pids)
 
     def until_given_up(self) -> Tick:
         for _ in range(300):
@@ -269,6 +279,57 @@ def test_running_without_progress_is_restarted_whole_once_per_wait(world: World)
     assert world.restarts == [f"POST /connectors/{CONNECTOR}/restart?includeTasks=true&onlyFailed=false"]
     assert world.tick(STALL_SECONDS - 5).events == []
     assert world.tick(10).events
+
+
+def test_what_does_not_move_is_not_healthy_because_it_was_restarted_and_that_less_and_less_often(world: World) -> None:
+    world.tick()
+    times = []
+    for _ in range(3000):
+        outcome = world.tick()
+        assert outcome.healthy == (world.now - 1001 <= STALL_SECONDS), outcome.message
+        if outcome.events:
+            times.append(world.now)
+    waits = [round(after - before) for before, after in pairwise(times)]
+    assert waits[:5] == [STALL_SECONDS, 2 * STALL_SECONDS, 4 * STALL_SECONDS, 600, 600]
+    world.committed = {0: 41, 1: 100}
+    assert world.tick().healthy
+    # When it moved once, the waits begin anew.
+    assert [event.action for event in world.tick(STALL_SECONDS + 1).events] == ["restart all"]
+
+
+def test_a_setting_says_how_long_it_may_not_move(world: World) -> None:
+    world.settings = Settings(sink_stall_seconds=10)
+    world.tick()
+    assert world.tick(10).healthy
+    assert [event.action for event in world.tick(1).events] == ["restart all"]
+
+
+def test_the_transactions_that_hang_are_ended_with_the_tasks(world: World) -> None:
+    world.tick()
+    world.hanging = [HangingSession(77, 80.2, "active", "Client/ClientRead"), HangingSession(78, 79.0)]
+    outcome = world.tick(STALL_SECONDS + 1)
+    assert "PostgreSQL's session 77 is active in a transaction for 80 s, waits for Client/ClientRead" in outcome.message
+    assert (world.ended, len(world.restarts)) == ([77, 78], 1)
+
+
+def test_a_lock_of_somebody_else_is_named_and_waited_for(world: World) -> None:
+    world.tick()
+    world.hanging = [HangingSession(77, 80.2, "active", "Lock/relation", ("pid 9 (psql, role me)",))]
+    for _ in range(10):
+        outcome = world.tick(STALL_SECONDS + 1)
+        assert "PostgreSQL's session 77 waits for a lock that pid 9 (psql, role me) holds" in outcome.message
+        assert (outcome.healthy, outcome.events) == (False, [])
+    world.hanging = []
+    assert world.tick().events
+    assert world.ended == []
+
+
+def test_what_was_remembered_before_the_machine_started_anew_is_forgotten(world: World) -> None:
+    world.tick()
+    world.now = 5.0
+    assert world.tick().healthy
+    assert world.tick(STALL_SECONDS).healthy
+    assert world.tick(2).events
 
 
 def test_a_partition_at_its_end_is_not_stuck(world: World) -> None:

@@ -8,12 +8,15 @@ SELECT
     coalesce(
         (
             SELECT
-                array_agg(format('pid %%s (%%s, role %%s)', b.pid, coalesce(nullif(b.application_name, ''), 'no name'), b.usename))
+                array_agg(
+                    format('pid %%s (%%s, role %%s)', b.pid, coalesce(nullif(b.application_name, ''), 'no name'), b.usename)
+                    ORDER BY b.pid
+                )
             FROM pg_stat_activity AS b
             WHERE b.pid = ANY (pg_blocking_pids(a.pid))
         ),
         '{}'
     ) AS holders
 FROM pg_stat_activity AS a
-WHERE a.application_name = ANY (%(names)s) AND a.usename = current_user
+WHERE a.application_name = ANY (%(names)s) AND a.usename = current_user AND a.datname = current_database()
 ORDER BY a.application_name, a.pid

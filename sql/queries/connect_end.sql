@@ -1,0 +1,8 @@
+-- End sessions of the connector that hang: their transactions and locks with them. How many there still were.
+SELECT count(pg_terminate_backend(a.pid))
+FROM pg_stat_activity AS a
+WHERE
+    a.application_name = %(application)s
+    AND a.usename = current_user
+    AND a.datname = current_database()
+    AND a.pid = ANY (%(pids)s)
