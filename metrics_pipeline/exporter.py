@@ -35,6 +35,8 @@ FRESH_SECONDS: Final = 5.0
 ANSWER_SECONDS: Final = 6.0
 """How long a scrape waits for the parts: Prometheus itself gives up after ten seconds by default."""
 CONNECT_SECONDS: Final = 3
+HANG_UP_SECONDS: Final = 30.0
+"""How long PostgreSQL may take for its figures until it is asked on a new line."""
 METADATA_SECONDS: Final = 3.0
 PRODUCER_SECONDS: Final = 30
 """A producer whose run reported within this time is up; between two runs it is silent for a few seconds."""
@@ -168,7 +170,8 @@ class _Reader:
                 application_name="metrics-pipeline exporter",
             )
         try:
-            return self._figures(self._connection)
+            with postgres.impatient(self._connection, HANG_UP_SECONDS):
+                return self._figures(self._connection)
         except psycopg.Error:
             self.close()
             raise

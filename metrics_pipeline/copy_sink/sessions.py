@@ -24,8 +24,10 @@ ASK_SECONDS: Final = 1.0
 CONNECT_SECONDS: Final = 3
 ANSWER_SECONDS: Final = 5.0
 """How long PostgreSQL may take for an answer until the line is hung up."""
-FRESH_SECONDS: Final = 15.0
-"""How long what was seen of a session stands: a lock is waited for in pieces of a few seconds."""
+FRESH_SECONDS: Final = 3.0
+"""How long what was seen of a session stands."""
+LATELY_SECONDS: Final = 15.0
+"""How long who held a lock stands: a lock is waited for in pieces of a few seconds, with pauses between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class SessionWatch:
         self._settings = settings
         self._thread: threading.Thread | None = None
         self._seen: dict[str, tuple[float, Session]] = {}
+        self._blocked: dict[str, tuple[float, Session]] = {}
         self._to_end: set[str] = set()
         self._asked = -ASK_SECONDS
         self._answered: float | None = None
@@ -86,12 +89,15 @@ class SessionWatch:
         return name not in self._to_end
 
     def seen(self, name: str, *, reader: bool = False) -> Session | None:
-        """The writer's or the reader's session of a worker, a moment ago; with who held its lock, if anybody has lately."""
-        return self._lately(applications(name)[reader])
-
-    def _lately(self, application: str) -> Session | None:
-        when, session = self._seen.get(application, (0.0, None))
+        """The writer's or the reader's session of a worker, as it was a moment ago."""
+        when, session = self._seen.get(applications(name)[reader], (0.0, None))
         return session if time.monotonic() - when < FRESH_SECONDS else None
+
+    def blocked(self, name: str) -> Session | None:
+        """The session of a worker that waited lately for a lock that somebody held."""
+        found = [self._blocked[one] for one in applications(name) if one in self._blocked]
+        when, session = max(found, key=lambda one: one[0], default=(0.0, None))
+        return session if time.monotonic() - when < LATELY_SECONDS else None
 
     def problem(self, seconds: float) -> str | None:
         """Why PostgreSQL did not answer; empty when it was not asked within these seconds, None when it answered."""
@@ -113,9 +119,10 @@ class SessionWatch:
         self._to_end.difference_update(ending)
         self._problem, self._answered = "", now
         for application, pid, state, waits_for, holders in rows:
-            found, before = Session(pid, str(state), waits_for, tuple(holders)), self._lately(application)
-            if found.holders or before is None or not before.holders:
-                self._seen[application] = now, found
+            found = Session(pid, str(state), waits_for, tuple(holders))
+            self._seen[application] = now, found
+            if holders:
+                self._blocked[application] = now, found
 
     def _rows(self, names: list[str], ending: list[str]) -> list[tuple[Any, ...]]:
         with (

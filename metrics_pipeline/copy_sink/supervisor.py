@@ -45,6 +45,8 @@ LONGEST_PATIENCE: Final = 3600.0
 """How long a worker may be stuck before it is replaced, at most: each one that was replaced in vain doubles the time."""
 END_SECONDS: Final = 40.0
 """How long the workers have to write what they hold, before they are killed: what is not written is delivered again."""
+LOCK_TIMEOUT: Final = "55P03"
+"""What PostgreSQL says of a lock that was waited for too long."""
 HOST_LETTERS: Final = 16
 """How much of the machine's name is part of a worker's: PostgreSQL cuts names off after 63 bytes."""
 STEADY_SECONDS: Final = 30.0
@@ -212,16 +214,14 @@ class Supervisor:
 
     def _keeps(self, slot: Slot, stall: Stall, limit: float) -> tuple[bool, str]:
         """Whether a stuck worker is left alone for now, and what is to be said of it."""
+        session = self._sessions.seen(slot.name, reader=stall.step == slot.report.moment.reader.name)
+        said = f": {session}" if session is not None and (stall.silent or stall.step in POSTGRES_STEPS) else ""
         if not stall.silent and stall.step in POSTGRES_STEPS:
             away = self._sessions.problem(2 * SUSPICIOUS_SECONDS)
             if away is not None:
                 return True, f": PostgreSQL does not answer either ({away})" if away else ""
-            session = self._sessions.seen(slot.name, reader=stall.step == slot.report.moment.reader.name)
             if session is not None and session.holders:
-                return True, f": {session}"
-            said = f": {session}" if session is not None else ""
-        else:
-            said = ""
+                return True, said
         patience = min(limit * 2.0**slot.replaced, LONGEST_PATIENCE)
         if stall.seconds < patience:
             return True, f"{said}; it is replaced after {patience:.0f} s"
@@ -285,8 +285,8 @@ class Supervisor:
                 return slot.problem
             if slot.report.waiting_seconds > patience:
                 waits = f"worker {slot.name} cannot go on for {slot.report.waiting_seconds:.0f} s: {slot.report.reason}"
-                session = self._sessions.seen(slot.name)
-                return f"{waits}: {session}" if session is not None and session.holders else waits
+                blocked = self._sessions.blocked(slot.name) if LOCK_TIMEOUT in slot.report.reason else None
+                return f"{waits}: {blocked}" if blocked is not None else waits
             if slot.failures > 3:
                 return f"worker {slot.name} ended {slot.failures} times in a row"
             if not self._sessions.ended(slot.name):

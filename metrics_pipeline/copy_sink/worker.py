@@ -285,7 +285,7 @@ class Writer:
         Raises:
             StandbyError: another sink is the active one.
         """
-        counts, delay = self._report.counts, FIRST_DELAY
+        counts, delay, begun = self._report.counts, FIRST_DELAY, time.monotonic()
         while True:
             if stale := self._places.stale(batch):
                 batch = batch.without(stale)
@@ -299,7 +299,7 @@ class Writer:
                 self._places.forget(fenced.partitions)
                 continue
             except (psycopg.Error, PipelineError) as error:
-                self._failed(error, "a batch is tried again")
+                self._failed(error, "a batch is tried again", begun)
                 if give_up():
                     return None
                 self._progress.at("writer", "retry")
@@ -321,14 +321,14 @@ class Writer:
             self._failed(error, "a batch is tried again")
             return False
 
-    def _failed(self, error: BaseException, what_next: str) -> None:
+    def _failed(self, error: BaseException, what_next: str, since: float | None = None) -> None:
         report = self._report
         now = time.monotonic()
-        self._failing_since = self._failing_since or now
+        self._failing_since = self._failing_since or since or now
         report.counts.retries[kind_of(error)] += 1
         report.state, report.reason = "waiting", reason_of(error)
         report.waiting_seconds = now - self._failing_since
-        self._progress.fails("PostgreSQL", report.reason)
+        self._progress.fails("PostgreSQL", report.reason, self._failing_since)
         log.warning("%s: %s", what_next, report.reason)
 
     def _works(self) -> None:
@@ -613,7 +613,7 @@ class CopyWorker:
         lag, now = {}, time.monotonic()
         ours = self._places.all()
         self._progress.keep(set(ours))
-        silent = not ours and now - self._heard > STILL_SECONDS and self._end(consumer, 0) is None
+        silent = not ours and now - self._heard > STILL_SECONDS and self._end(consumer, 0, self._heard) is None
         for number in ours:
             place = self._places.get(number)
             if place is None or place.next is None:
@@ -627,7 +627,7 @@ class CopyWorker:
             rests = now - since > STILL_SECONDS and not silent
             high: int | None = -1
             if rests:
-                high = self._end(consumer, number)
+                high = self._end(consumer, number, since)
                 silent = high is None
             else:
                 with suppress(KafkaException):
@@ -647,8 +647,14 @@ class CopyWorker:
             self._still[number] = at, since
         self.report.lag = lag
 
-    def _end(self, consumer: Consumer, number: int) -> int | None:
-        """Where a partition ends: the broker is asked; -1 when it does not know at present, None when it does not answer."""
+    def _end(self, consumer: Consumer, number: int, since: float) -> int | None:
+        """Where a partition ends: the broker is asked; -1 when it does not know at present, None when it does not answer.
+
+        Args:
+            consumer: that asks.
+            number: of the partition.
+            since: when nothing more came.
+        """
         self._progress.at("reader", "ends")
         high = -1
         try:
@@ -656,7 +662,7 @@ class CopyWorker:
         except KafkaException as error:
             if error.args[0].name() in kafka.UNREACHABLE:
                 reason = f"Kafka broker {self._settings.bootstrap_servers} does not answer ({error.args[0].str()})"
-                self._progress.fails("broker", reason, self._heard)
+                self._progress.fails("broker", reason, since)
                 return None
         self._hears()
         return high

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from metrics_pipeline.local import broker, java
 from metrics_pipeline.local.budget import Budget
-from metrics_pipeline.local.service import Service, http_problem
+from metrics_pipeline.local.service import Service, http_problem, silence
 from metrics_pipeline.settings import ROOT, Settings
 from metrics_pipeline.sinks.connector import connector_config
 
@@ -78,6 +78,8 @@ def _service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: P
         environment=environment(settings, jars, listeners=url, advertised="127.0.0.1"),
         log=settings.data_dir / "logs" / f"{name}.log",
         check=check,
+        # What needs no other worker, nor the broker: a group that is rebalancing is no reason to kill one of its workers.
+        answers=lambda: silence(f"{url}/"),
         prepare=lambda: write_worker_file(worker, plugin),
         needs=("postgres", *brokers),
         cwd=settings.data_dir,

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import requests
 
 from metrics_pipeline.local.environment import for_python
-from metrics_pipeline.local.service import Service
+from metrics_pipeline.local.service import Service, silence
 from metrics_pipeline.settings import Settings
 
 
@@ -26,6 +26,7 @@ def service(settings: Settings) -> Service:
         environment=for_python(settings),
         log=settings.data_dir / "logs" / "sink.log",
         check=lambda: copy_sink_problem(settings),
+        answers=lambda: silence(f"{settings.sink_http}/health"),
         needs=("databases", "broker"),
         cwd=settings.data_dir,
         stop_seconds=45,

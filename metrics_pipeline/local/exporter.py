@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from metrics_pipeline.local.environment import for_python
-from metrics_pipeline.local.service import Service, http_problem
+from metrics_pipeline.local.service import Service, http_problem, silence
 from metrics_pipeline.settings import Settings
 
 
@@ -19,6 +19,7 @@ def service(settings: Settings) -> Service:
         environment=for_python(settings),
         log=settings.data_dir / "logs" / "exporter.log",
         check=lambda: http_problem(f"{settings.exporter_http}/health"),
+        answers=lambda: silence(f"{settings.exporter_http}/health"),
         cwd=settings.data_dir,
         stop_seconds=10,
     )

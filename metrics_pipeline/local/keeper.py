@@ -24,7 +24,7 @@ from metrics_pipeline.local.service import Service, identify
 from metrics_pipeline.local.stack import ShowLine, Stack, build, ports_in_use
 from metrics_pipeline.local.state import StackState, take_lock
 from metrics_pipeline.settings import Settings
-from metrics_pipeline.sinks.repair import SinkRepair, record
+from metrics_pipeline.sinks.repair import SinkRepair, note, record
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,10 @@ LONGEST_PAUSE = 30.0
 STEADY_SECONDS = 60.0
 """A service that ran this long begins its back-off from the start when it ends."""
 TICK = 0.5
+ASK_SECONDS = 2.0
+"""Between two questions to a service, whether it answers at all."""
+SILENCES = 3
+"""How many questions in a row must have been for nothing: after the machine was asleep, one is no sign."""
 
 
 class Keeper:
@@ -159,6 +163,11 @@ class Keeper:
         assert self.stack is not None  # noqa: S101  # start() came before
         repairer = threading.Thread(target=self._repair, name="repair", daemon=True)
         repairer.start()
+        for service in self.stack.services:
+            if service.answers is not None:
+                threading.Thread(
+                    target=self._listen, args=(service,), name=f"listens {service.name}", daemon=True
+                ).start()
         while not self._stop.wait(TICK):
             for service in self.stack.services:
                 self._harmless(f"look after {service.title}", partial(self._look_after, service))
@@ -168,6 +177,26 @@ class Keeper:
     def _look_after(self, service: Service) -> None:
         if not service.alive():
             self._bring_back(service)
+
+    def _listen(self, service: Service) -> None:
+        """Kill a process of ours that runs and answers nothing any more; as one that ended, it is then brought back."""
+        process, heard, silences, answered = None, 0.0, 0, False
+        while not self._stop.wait(ASK_SECONDS):
+            if service.process is not process or not service.alive():
+                process, heard, silences, answered = service.process, time.monotonic(), 0, False
+                continue
+            problem = service.answers() if service.answers is not None else None
+            if problem is None or process is None:
+                heard, silences, answered = time.monotonic(), 0, True
+                continue
+            silences += 1
+            patience = float(self._settings.sink_stall_seconds)
+            if not answered:
+                patience = max(patience, service.start_seconds)
+            silent = time.monotonic() - heard
+            if silent > patience and silences >= SILENCES and not self._stop.is_set():
+                self._report(f"{service.title} does not answer for {silent:.0f} s ({problem}): killing it")
+                service.kill(process)
 
     def _prepare_folder(self) -> None:
         folder = self._settings.data_dir
@@ -235,6 +264,7 @@ class Keeper:
         while not self._stop.wait(3):
             try:
                 tick = repair.tick()
+                note(self._settings, tick)
                 record(self._settings, tick.events, "keeper")
                 for event in tick.events:
                     self._report(f"sink: {event.action}: {event.reason}")

@@ -66,6 +66,8 @@ class Service:
         needs: names of the services that must be healthy before it starts.
         prepare: makes folders and configuration files; called before each start.
         find: looks for a running instance that this keeper did not start.
+        answers: None when it answers at all, else why not. One that has not for SINK_STALL_SECONDS is killed and started again;
+            without this nobody asks, since killing a database or a broker that is only busy would make it worse.
         account: user to drop to.
         stop_signal: asks for a graceful end.
         stop_seconds: then it is killed.
@@ -82,6 +84,7 @@ class Service:
     needs: tuple[str, ...] = ()
     prepare: Callable[[], None] = lambda: None
     find: Callable[[], psutil.Process | None] = lambda: None
+    answers: Callable[[], str | None] | None = None
     account: Account | None = None
     cwd: Path = Path("/")
     stop_signal: signal.Signals = signal.SIGTERM
@@ -197,6 +200,12 @@ class Service:
             self._child.wait()
         self.process = self._child = None
 
+    def kill(self, process: psutil.Process) -> None:
+        """End this process of the service and everything in its session at once; it need not be the present one any more."""
+        for one in _family(process, _session_led_by(process)):
+            with contextlib.suppress(psutil.Error):
+                one.kill()
+
     def last_words(self) -> str:
         """The last telling line of the log: an error if there is one."""
         lines = [line for line in tail(self.log, 60) if line.strip()]
@@ -245,6 +254,15 @@ def http_problem(url: str) -> str | None:
     """None when a GET succeeds within five seconds, else why not: a `check` of a service that speaks HTTP."""
     try:
         requests.get(url, timeout=5).raise_for_status()
+    except requests.RequestException as error:
+        return f"no answer on {urlsplit(url).netloc} ({type(error).__name__})"
+    return None
+
+
+def silence(url: str) -> str | None:
+    """None when a server answers within five seconds, whatever it says, else why not."""
+    try:
+        requests.get(url, timeout=5)
     except requests.RequestException as error:
         return f"no answer on {urlsplit(url).netloc} ({type(error).__name__})"
     return None

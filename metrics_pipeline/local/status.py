@@ -20,13 +20,15 @@ from metrics_pipeline.local.copy_sink import copy_sink_problem
 from metrics_pipeline.local.dagster import code_problem, daemon_problem, web_problem
 from metrics_pipeline.local.service import http_problem
 from metrics_pipeline.settings import Settings, SinkKind
-from metrics_pipeline.sinks import active
+from metrics_pipeline.sinks import active, repair
 from metrics_pipeline.sinks.connector import sink_state
 
 RATE_SECONDS = 12.0
 """Rates of the live table are means over this long: PostgreSQL's counters arrive about once a second, in steps."""
 BETWEEN_RUNS_SECONDS = 30
 """A producer whose last run ended within this time is between two runs, not down."""
+ANSWER_SECONDS = 10.0
+"""How long PostgreSQL may take until its line is hung up."""
 
 Sample = dict[str, Any]
 
@@ -94,11 +96,12 @@ class Sampler:
         try:
             if self._connection is None or self._connection.closed:
                 self._connection = postgres.connect(settings, "metrics_reader", autocommit=True)
-            row = self._connection.execute(postgres.query("status"), {"seconds": BETWEEN_RUNS_SECONDS}).fetchone()
-            if row is not None:
-                self._inserted.append((time.monotonic(), row[0]))
-                answer |= {"between_runs": row[1], "active": row[2], "sessions": row[3]}
-            return answer | {"healthy": True, "rows": summaries.row_count(self._connection)}
+            with postgres.impatient(self._connection, ANSWER_SECONDS):
+                row = self._connection.execute(postgres.query("status"), {"seconds": BETWEEN_RUNS_SECONDS}).fetchone()
+                if row is not None:
+                    self._inserted.append((time.monotonic(), row[0]))
+                    answer |= {"between_runs": row[1], "active": row[2], "sessions": row[3]}
+                return answer | {"healthy": True, "rows": summaries.row_count(self._connection)}
         except psycopg.errors.UndefinedTable:
             return answer | {"healthy": True, "rows": None, "reason": "no schema yet: run the job `provision`"}
         except (psycopg.Error, PipelineError) as error:
@@ -140,8 +143,15 @@ class Sampler:
         away = [url for url in urls if http_problem(url)] if len(urls) > 1 else []
         if away:
             problems = [*problems, f"{len(away)} of {len(urls)} Connect workers away ({', '.join(away)})"]
+        # Whether it gets ahead is known only to one who has looked for a while: the keeper.
+        resting = repair.noted_problem(self._settings) if state.running and not away else None
+        problems = [*problems, resting] if resting else problems
         reason = {"reason": "; ".join(problems)} if problems else {}
-        return answer | {"healthy": state.running and not away, "connector": state.connector, "tasks": tasks} | reason
+        return (
+            answer
+            | {"healthy": state.running and not away and not resting, "connector": state.connector, "tasks": tasks}
+            | reason
+        )
 
     def _copy_sink(self, sessions: int) -> Sample:
         """The COPY sink, when it is the active one; on another machine it shows by its sessions alone."""

@@ -64,13 +64,16 @@ def position(settings: Settings, role: Role = "metrics_reader") -> Position:
     Raises:
         ServiceError: PostgreSQL cannot be used.
     """
-    with postgres.connect(
-        settings,
-        role,
-        autocommit=True,
-        connect_timeout=QUESTION_SECONDS,
-        options=f"-c statement_timeout={QUESTION_SECONDS}s",
-    ) as connection:
+    with (
+        postgres.connect(
+            settings,
+            role,
+            autocommit=True,
+            connect_timeout=QUESTION_SECONDS,
+            options=f"-c statement_timeout={QUESTION_SECONDS}s",
+        ) as connection,
+        postgres.impatient(connection, 2 * QUESTION_SECONDS),
+    ):
         try:
             rows = connection.execute(postgres.query("sink_position"), {"topic": TOPIC}).fetchall()
         except psycopg.errors.UndefinedTable:

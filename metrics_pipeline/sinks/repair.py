@@ -33,6 +33,9 @@ ATTEMPTS = 5
 LONGEST_PATIENCE_SECONDS = 600.0
 """Between two restarts of tasks that are stuck, at most: each one that did not help doubles the time."""
 
+NOTE_SECONDS = 30.0
+"""How long what the keeper saw last stands for the present."""
+
 RECORD_BYTES = 2**20
 """Size of `repairs.jsonl` above which its older half goes."""
 
@@ -363,6 +366,25 @@ def record(settings: Settings, events: list[Restart], source: str) -> None:
         path.write_text("".join(lines[len(lines) // 2 :]), "utf-8")
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({**asdict(event), "by": source}) + "\n" for event in events)
+
+
+def note(settings: Settings, tick: Tick) -> None:
+    """Leave the outcome of a look in `sink.json` in the data folder, for those who have only just begun to look."""
+    folder = settings.data_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / ".sink.json"
+    scratch.write_text(json.dumps({"at": time.monotonic(), "healthy": tick.healthy, "message": tick.message}), "utf-8")
+    scratch.replace(folder / "sink.json")
+
+
+def noted_problem(settings: Settings) -> str | None:
+    """What the last look, if it was a moment ago, found wrong with the sink."""
+    try:
+        noted = json.loads((settings.data_dir / "sink.json").read_text("utf-8"))
+        fresh = 0 <= time.monotonic() - float(noted["at"]) < NOTE_SECONDS
+        return str(noted["message"]) if fresh and not noted["healthy"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _parse(state: str | None) -> RepairState:

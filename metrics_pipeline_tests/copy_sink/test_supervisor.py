@@ -92,6 +92,9 @@ class FakeSessions:
         del name, reader
         return self.session
 
+    def blocked(self, name: str) -> Session | None:
+        return self.seen(name)
+
     def problem(self, seconds: float) -> str | None:
         del seconds
         return self.away

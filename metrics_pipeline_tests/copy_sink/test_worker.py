@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 
 from metrics_pipeline import postgres
 from metrics_pipeline.copy_sink import tags
-from metrics_pipeline.copy_sink.batch import Batch, BatchReject
+from metrics_pipeline.copy_sink.batch import Batch
 from metrics_pipeline.copy_sink.store import RowWriter, StandbyError, Store, Written
 from metrics_pipeline.copy_sink.worker import Partitions
 from metrics_pipeline.metric import EPOCH, Reading, decode, encode

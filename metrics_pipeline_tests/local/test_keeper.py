@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from metrics_pipeline.local import keeper as module
@@ -36,6 +37,10 @@ class FakeService(Service):
 
     def rotate_log(self) -> None:
         """Nothing to do."""
+
+    def kill(self, process: psutil.Process) -> None:
+        assert process is self.process
+        self.runs = False
 
 
 class FakeRepair:
@@ -98,6 +103,52 @@ def test_a_terminal_that_is_gone_keeps_no_service_from_coming_back(tmp_path: Pat
     service.runs = False
     run(keeper, 3)
     assert service.starts == 1
+
+
+@pytest.mark.parametrize(
+    ("answers", "killed"),
+    [
+        (["no answer on 127.0.0.1:1"], True),
+        ([None, "no answer on 127.0.0.1:1"], True),
+        # One that answers now and then is only slow.
+        (["no answer on 127.0.0.1:1", "no answer on 127.0.0.1:1", None], False),
+        (None, False),
+    ],
+)
+def test_a_service_that_does_not_answer_is_killed_and_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[str | None] | None, killed: bool
+) -> None:
+    monkeypatch.setattr(module, "ASK_SECONDS", 0.001)
+    told: list[str] = []
+    keeper, service = made(tmp_path, told.append)
+    keeper._settings = keeper.settings.model_copy(update={"sink_stall_seconds": 0.05})
+    service.start_seconds, service.process, asked = 0.05, psutil.Process(), 0
+    # The first silence of the second process is a long one: it is only starting.
+    if answers is not None:
+
+        def answer() -> str | None:
+            nonlocal asked
+            asked += 1
+            if service.starts:
+                return None
+            return answers[min(asked - 1, len(answers) - 1)] if killed else answers[asked % len(answers)]
+
+        service.answers = answer
+    run(keeper, 300)
+    assert service.starts == int(killed)
+    lines = [line for line in told if "does not answer" in line]
+    assert len(lines) == int(killed)
+    if killed:
+        assert "The part does not answer for 0 s (no answer on 127.0.0.1:1): killing it" in lines[0]
+
+
+def test_a_service_that_starts_is_given_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ASK_SECONDS", 0.001)
+    keeper, service = made(tmp_path)
+    keeper._settings = keeper.settings.model_copy(update={"sink_stall_seconds": 0.01})
+    service.start_seconds, service.process, service.answers = 60.0, psutil.Process(), lambda: "no answer yet"
+    run(keeper, 100)
+    assert service.starts == 0
 
 
 def test_a_state_that_cannot_be_noted_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -388,6 +388,22 @@ def test_restarts_are_recorded_in_a_file_that_stays_small(tmp_path: Path, monkey
     assert path.stat().st_size < 1500
 
 
+def test_what_a_keeper_saw_a_moment_ago_is_told_to_those_who_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(pipeline_data_dir=tmp_path / "new")
+    assert repair.noted_problem(settings) is None
+    repair.note(settings, Tick("no progress for 80 s", healthy=False))
+    assert repair.noted_problem(settings) == "no progress for 80 s"
+    monkeypatch.setattr(repair, "NOTE_SECONDS", 0.0)
+    assert repair.noted_problem(settings) is None
+    monkeypatch.undo()
+    repair.note(settings, Tick("all is well", healthy=True))
+    assert repair.noted_problem(settings) is None
+    (tmp_path / "new" / "sink.json").write_text("[]")
+    assert repair.noted_problem(settings) is None
+
+
 def test_the_copy_sink_is_left_to_itself_and_its_absence_is_said(world: World) -> None:
     world.connect.fail(CONNECTOR, POISON)
     world.position = Position("copy", {}, 2)
