@@ -28,6 +28,7 @@ from metrics_pipeline import kafka, postgres, summaries
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR_GROUP, COPY_GROUP, Settings
 from metrics_pipeline.sinks import active, connector
+from metrics_pipeline.sinks.watch import ProgressWatch
 from metrics_pipeline.web import WebServer
 
 FRESH_SECONDS: Final = 5.0
@@ -295,14 +296,15 @@ class ConnectSource(_Placed):
 
 
 class SinkSource:
-    """Whether the active sink stores readings, whichever it is."""
+    """Whether the active sink stores readings, whichever it is, and gets ahead from scrape to scrape."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._watch = ProgressWatch(settings)
 
     def __call__(self) -> list[Metric]:
-        """Ask PostgreSQL and, if it is the one, Connect."""
-        if (problem := active.sink_problem(self._settings)) is not None:
+        """Ask PostgreSQL, the broker and, if it is the one, Connect."""
+        if (problem := active.sink_problem(self._settings) or self._watch.problem()) is not None:
             raise ServiceError(problem)
         return []
 

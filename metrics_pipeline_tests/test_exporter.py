@@ -21,6 +21,7 @@ from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sinks import active, connector
 from metrics_pipeline.sinks.connector import SinkState, TaskState
+from metrics_pipeline.sinks.watch import ProgressWatch
 
 PARTS = {"postgres", "producer", "broker", "connect", "sink", "dagster"}
 
@@ -234,7 +235,12 @@ def test_the_broker_is_up_while_there_is_no_topic_yet(monkeypatch: pytest.Monkey
 
 def test_a_sink_that_stores_nothing_is_down_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(active, "sink_problem", lambda settings: None)
-    assert SinkSource(nowhere())() == []
+    monkeypatch.setattr(ProgressWatch, "problem", lambda self: None)
+    source = SinkSource(nowhere())
+    assert source() == []
+    monkeypatch.setattr(ProgressWatch, "problem", lambda self: "nothing is stored for 80 s")
+    with pytest.raises(ServiceError, match="nothing is stored for 80 s"):
+        source()
     monkeypatch.setattr(active, "sink_problem", lambda settings: "task 1 is FAILED")
     with pytest.raises(ServiceError, match="task 1 is FAILED"):
         SinkSource(nowhere())()

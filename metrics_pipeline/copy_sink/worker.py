@@ -613,7 +613,9 @@ class CopyWorker:
         lag, now = {}, time.monotonic()
         ours = self._places.all()
         self._progress.keep(set(ours))
-        silent = not ours and now - self._heard > STILL_SECONDS and self._end(consumer, 0, self._heard) is None
+        # A broker that is silent is to be known as the cause before the worker is taken for stuck.
+        still = min(STILL_SECONDS, self._settings.sink_stall_seconds / 2)
+        silent = not ours and now - self._heard > still and self._end(consumer, 0, self._heard) is None
         for number in ours:
             place = self._places.get(number)
             if place is None or place.next is None:
@@ -624,7 +626,7 @@ class CopyWorker:
                 at, since = place.next, now
             # What the client knows comes with what it fetches: of a partition that rests, the broker is asked. Once a time is
             # enough to learn that it does not answer.
-            rests = now - since > STILL_SECONDS and not silent
+            rests = now - since > still and not silent
             high: int | None = -1
             if rests:
                 high = self._end(consumer, number, since)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from urllib.parse import urlsplit
-
-import requests
 
 from metrics_pipeline.local.environment import for_python
 from metrics_pipeline.local.service import Service, silence
 from metrics_pipeline.settings import Settings
+from metrics_pipeline.sinks.watch import copy_sink_problem
 
 
 def service(settings: Settings) -> Service:
@@ -31,19 +29,3 @@ def service(settings: Settings) -> Service:
         cwd=settings.data_dir,
         stop_seconds=45,
     )
-
-
-def copy_sink_problem(settings: Settings) -> str | None:
-    """None when the COPY sink of this machine answers that it is well, else why not."""
-    place = urlsplit(settings.sink_http).netloc
-    try:
-        answer = requests.get(f"{settings.sink_http}/health", timeout=5)
-    except requests.RequestException as error:
-        return f"no answer on {place} ({type(error).__name__})"
-    if answer.ok:
-        return None
-    try:
-        reason = str(answer.json().get("reason") or "")
-    except (ValueError, AttributeError):
-        reason = ""
-    return f"{place} answers {answer.status_code}" + (f": {reason}" if reason else "")

@@ -16,12 +16,12 @@ import requests
 from metrics_pipeline import postgres, summaries
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.local import broker
-from metrics_pipeline.local.copy_sink import copy_sink_problem
 from metrics_pipeline.local.dagster import code_problem, daemon_problem, web_problem
-from metrics_pipeline.local.service import http_problem
+from metrics_pipeline.local.service import http_problem, silence
 from metrics_pipeline.settings import Settings, SinkKind
 from metrics_pipeline.sinks import active, repair
 from metrics_pipeline.sinks.connector import sink_state
+from metrics_pipeline.sinks.watch import copy_sink_problem
 
 RATE_SECONDS = 12.0
 """Rates of the live table are means over this long: PostgreSQL's counters arrive about once a second, in steps."""
@@ -133,6 +133,10 @@ class Sampler:
         answer = _absent("connect") | {"url": self._settings.connect_rest}
         if self._active != "connect":
             return answer | {"healthy": True, "state": "not used"}
+        # One that is stopped takes requests and answers none, which the client would wait for much longer.
+        silences = [silence(f"{url}/") for url in self._settings.connect_urls]
+        if all(silences):
+            return answer | {"reason": "; ".join(filter(None, silences))}
         try:
             state = sink_state(self._settings)
         except PipelineError as error:

@@ -18,11 +18,13 @@ from metrics_pipeline_tests.chaos.proxy import Proxy
 from metrics_pipeline_tests.chaos.scenarios import Outcome, progress, stopped_inside_a_transaction
 from metrics_pipeline_tests.chaos.stack import Place
 
-PATIENCE: Final = 6
+PATIENCE: Final = 5
 """SINK_STALL_SECONDS of these sinks."""
 SLACK: Final = 3.0
 """A look a second, reports twice a second, and the machine's own business."""
-RATE: Final = 3000
+RATE: Final = 2000
+WATCHED_SECONDS: Final = 8.0
+"""How long it is watched that nobody is replaced where that would not help: longer than the patience."""
 
 
 class Standstill:
@@ -107,7 +109,7 @@ def held_lock(found: Standstill, statement: str = "LOCK TABLE metrics IN ACCESS 
         connection.execute(statement.encode())
         pid = connection.info.backend_pid
         found.named(f"a lock ({statement.split()[0]})", f"pid {pid} (a person", "holds")
-        time.sleep(2 * PATIENCE)
+        time.sleep(WATCHED_SECONDS)
         found.outcome.require(found.status()["restarts"] == before, "a worker was replaced for a lock of somebody else")
         found.outcome.require(found.health()[0] != requests.codes.ok, "it is healthy although nothing is stored")
     found.goes_on()
@@ -121,7 +123,7 @@ def silent_broker(found: Standstill) -> None:
     service.process.suspend()
     try:
         found.named("a silent broker", "Kafka broker", "does not answer")
-        time.sleep(2 * PATIENCE)
+        time.sleep(WATCHED_SECONDS)
         found.outcome.require(found.status()["restarts"] == before, "a worker was replaced for a broker that is silent")
     finally:
         service.process.resume()
@@ -133,12 +135,12 @@ def stopped_backend(found: Standstill) -> None:
     before = found.status()["restarts"]
     backend = _stopped_backend(found)
     try:
-        found.named("a stopped session of PostgreSQL", "stuck in CO", str(backend.pid))
+        found.named("a stopped session of PostgreSQL", "stuck in CO", f"PostgreSQL's session {backend.pid} is active")
         found.replaced(before)
         # What it holds cannot be had from it; that is said, and the successor waits.
         found.named("what it holds", f"pid {backend.pid} (metrics-pipeline sink", "holds", within=30)
         again = found.status()["restarts"]
-        time.sleep(PATIENCE)
+        time.sleep(WATCHED_SECONDS)
         found.outcome.require(found.status()["restarts"] == again, "a successor was replaced for what it waits for")
     finally:
         with suppress(psutil.NoSuchProcess):
@@ -173,11 +175,11 @@ def _stuck(found: Standstill) -> bool:
 def swallowed(place: Place, outcome: Outcome) -> None:
     """A line on which nothing comes back after COMMIT, and that does not break either."""
     with (
-        closing(Proxy(place.settings.postgres_port)) as proxy,
+        closing(Proxy(place.settings.postgres_port, chance=0.0)) as proxy,
         working(place, outcome, POSTGRES_PORT=str(proxy.port)) as found,
     ):
         before = found.status()["restarts"]
-        proxy.swallow_next()
+        proxy.swallow_next()  # and cuts none any more
         until(lambda: proxy.swallowing, 20, "a line swallows")
         found.named("a line that swallows", "stuck in COMMIT")
         found.replaced(before)

@@ -25,6 +25,7 @@ from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.kafka import Lag
 from metrics_pipeline.rejects import Recent, Reject
 from metrics_pipeline.sinks import active as sinks
+from metrics_pipeline.sinks.watch import ProgressWatch
 from metrics_pipeline.summaries import DeviceSummaries, DeviceSummary, IngestionRate, MetricSummary, Minute
 
 START = datetime(2026, 11, 22, 16, 0, tzinfo=UTC)
@@ -164,6 +165,7 @@ class World:
     rows: int = 1_200_000
     age: float | None = 0.5
     lag: int = 1000
+    resting: str | None = None
     rejects: Recent = field(default_factory=lambda: Recent(0, {}, []))
     away: str = ""
 
@@ -185,6 +187,7 @@ def world(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> Worl
     monkeypatch.setattr(monitoring, "_recent", recent)
     monkeypatch.setattr(monitoring, "producing", lambda _instance, _settings: world.producing)
     monkeypatch.setattr(sinks, "lag", lambda _settings: Lag(world.lag, {0: world.lag}))
+    monkeypatch.setattr(ProgressWatch, "wait", lambda _watch: world.resting)
     monkeypatch.setattr(rejects, "recent", lambda _settings, _seconds, _limit: world.rejects)
     return world
 
@@ -241,6 +244,14 @@ def test_lag_has_a_limit(world: World, lag: int, passed: bool) -> None:
     found = world.check("consumer_lag")
     assert found.passed is passed
     assert found.description == ("200,000 records" if passed else "200,001 records, LAG_LIMIT is 200,000")
+
+
+def test_a_lag_that_does_not_move_fails_the_check_with_what_hangs(world: World) -> None:
+    world.lag, world.resting = 7, "nothing is stored for 80 s: session 7 hangs"
+    found = world.check("consumer_lag")
+    assert (found.passed, found.description) == (False, "7 records; nothing is stored for 80 s: session 7 hangs")
+    world.lag = 0
+    assert world.check("consumer_lag").passed, "with nothing to store, nothing rests"
 
 
 def test_rejects_are_a_warning_that_names_the_newest(world: World) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import psutil
 import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -198,6 +199,72 @@ def test_sessions_that_postgresql_ends_are_repaired_and_nothing_is_lost(sink: Si
         time.sleep(0.2)
     assert "restart failed tasks" in actions
     assert "give up" not in actions
+
+
+def test_tasks_that_run_and_do_not_move_are_restarted_with_their_sessions(sink: Sink) -> None:
+    """PostgreSQL's process of a task is stopped within a put: Connect goes on to say RUNNING."""
+    connector.ensure_connector(sink.settings)
+    repairer = SinkRepair(sink.settings.model_copy(update={"sink_stall_seconds": 5}))
+    assert repairer.tick().healthy
+    sink.publish(60_000, partition=0)
+    backend = None
+    with sink.stack.admin() as connection:
+        while backend is None:
+            found = connection.execute(
+                "SELECT pid FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND query LIKE %s",
+                [f"INSERT INTO%{TABLE}%"],
+            ).fetchone()
+            if found:
+                backend = psutil.Process(found[0])
+                backend.suspend()
+                still = "SELECT FROM pg_stat_activity WHERE pid = %s AND backend_xid IS NOT NULL"
+                time.sleep(0.2)
+                if not connection.execute(still, [backend.pid]).fetchone() or sink.client.state(NAME).problems:
+                    backend.resume()
+                    backend = None
+    try:
+        began, actions = time.monotonic(), []
+        while "restart all" not in actions:
+            tick = repairer.tick()
+            actions += [event.action for event in tick.events]
+            assert time.monotonic() < began + 30, tick.message
+            time.sleep(0.2)
+        assert time.monotonic() < began + 12
+        assert actions == ["restart all"]
+        assert f"PostgreSQL's session {backend.pid} is active in a transaction" in tick.message
+        assert "topic metrics.of-test-connect, partition 0" in tick.message
+        assert not repairer.tick().healthy, "a restart is no progress"
+    finally:
+        backend.resume()
+    # It was told to end, which it does as soon as it can.
+    deadline = time.monotonic() + 90
+    while sink.rows() != 60_000:
+        repairer.tick()
+        assert time.monotonic() < deadline, f"{sink.rows()} rows; {repairer.tick().message}"
+        time.sleep(0.2)
+    assert not psutil.pid_exists(backend.pid)
+
+
+def test_a_lock_of_somebody_else_is_named_and_no_task_restarted(sink: Sink) -> None:
+    connector.ensure_connector(sink.settings)
+    repairer = SinkRepair(sink.settings.model_copy(update={"sink_stall_seconds": 5}))
+    assert repairer.tick().healthy
+    with sink.stack.admin() as person:
+        person.execute("SET application_name = 'a person'")
+        person.execute("BEGIN")
+        person.execute(f"LOCK TABLE {TABLE} IN ACCESS EXCLUSIVE MODE")
+        sink.publish(100)
+        began, named = time.monotonic(), f"a lock that pid {person.info.backend_pid} (a person, role postgres) holds"
+        while named not in (tick := repairer.tick()).message:
+            assert (time.monotonic() < began + 30, tick.events) == (True, []), tick.message
+            time.sleep(0.2)
+        assert (time.monotonic() < began + 12, tick.healthy, tick.events) == (True, False, [])
+        person.execute("ROLLBACK")
+    sink.wait_for_rows(100)
+    deadline = time.monotonic() + 10
+    while not repairer.tick().healthy:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_record_that_cannot_be_stored_is_named_and_can_be_skipped(sink: Sink) -> None:

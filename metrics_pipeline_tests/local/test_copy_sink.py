@@ -1,10 +1,8 @@
-"""The COPY sink as a part of the embedded stack: healthy when it says so, in Connect's place, handed over before Connect starts."""
+"""The COPY sink as a part of the embedded stack: in Connect's place, handed over before Connect starts."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,27 +15,6 @@ from metrics_pipeline.local.service import CancelledError, Service
 from metrics_pipeline.local.stack import Stack, unused_ports
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sinks import active
-from metrics_pipeline_tests.fake_http import listening
-
-
-@pytest.fixture
-def answering() -> Iterator[tuple[Settings, list[tuple[int, bytes]]]]:
-    """Settings of a sink that answers with what the list's last entry says."""
-    answers: list[tuple[int, bytes]] = [(200, b"{}")]
-
-    with listening(lambda request: request.reply(*answers[-1])) as server:
-        yield Settings(sink_port=server.server_port), answers
-
-
-def test_it_is_healthy_when_it_says_so(answering: tuple[Settings, list[tuple[int, bytes]]]) -> None:
-    settings, answers = answering
-    place = f"127.0.0.1:{settings.sink_port}"
-    assert copy_sink.copy_sink_problem(settings) is None
-    answers.append((503, json.dumps({"reason": "worker 1/2 cannot write for 31 s"}).encode()))
-    assert copy_sink.copy_sink_problem(settings) == f"{place} answers 503: worker 1/2 cannot write for 31 s"
-    answers.append((500, b"<html>"))
-    assert copy_sink.copy_sink_problem(settings) == f"{place} answers 500"
-    assert copy_sink.copy_sink_problem(Settings(sink_port=1)) == "no answer on 127.0.0.1:1 (ConnectionError)"
 
 
 def test_no_secret_stands_in_its_command() -> None:

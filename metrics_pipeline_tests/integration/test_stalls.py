@@ -1,0 +1,119 @@
+"""Parts brought to a standstill without ending: each is named within SINK_STALL_SECONDS, and mended or waited for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import psutil
+import pytest
+import requests
+
+from metrics_pipeline.local import copy_sink
+from metrics_pipeline.local.connect_worker import connect_problem
+from metrics_pipeline.local.environment import replaced
+from metrics_pipeline.local.keeper import Keeper
+from metrics_pipeline.local.ports import free_ports
+from metrics_pipeline.local.service import Service
+from metrics_pipeline.local.stack import Stack
+from metrics_pipeline.settings import Settings
+from metrics_pipeline.sinks import connector
+from metrics_pipeline.sinks.watch import copy_sink_problem
+from metrics_pipeline_tests.chaos import stalls
+from metrics_pipeline_tests.chaos.stack import Place, own_stack
+from metrics_pipeline_tests.conftest import RunningStack
+from metrics_pipeline_tests.fakes import until
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+PATIENCE = 5
+"""SINK_STALL_SECONDS here: the least that there is."""
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    """Services of its own: they are stopped."""
+    with own_stack() as running:
+        yield running
+
+
+@contextmanager
+def kept(settings: Settings, service: Service) -> Iterator[list[str]]:
+    """A keeper that looks after one service, which runs already; what it tells."""
+    told: list[str] = []
+    keeper = Keeper(settings, told.append)
+    stack = Stack(settings, [service], frozenset(), None)  # type: ignore[arg-type]  # nothing is built
+    keeper.stack = stack
+    thread = threading.Thread(target=keeper.run, args=(lambda: None,))
+    thread.start()
+    try:
+        yield told
+    finally:
+        keeper.request_stop()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_each_standstill_of_the_copy_sink_is_named_and_over_when_its_cause_is(place: Place) -> None:
+    outcome = stalls.stalls(place)
+    assert outcome.problems == [], outcome.facts
+
+
+def test_the_copy_sink_ends_while_the_broker_is_silent(place: Place) -> None:
+    outcome = stalls.silent_end(place)
+    assert outcome.problems == [], outcome.facts
+
+
+def test_a_supervisor_that_is_stopped_is_killed_with_its_workers_and_started_again(place: Place) -> None:
+    changed = {"sink_port": free_ports(1)[0], "sink_stall_seconds": PATIENCE}
+    settings = place.settings.model_copy(update=changed)
+    variables = {name.upper(): str(value) for name, value in changed.items()}
+    with replaced(dict(place.environment) | variables):
+        service = copy_sink.service(settings)
+    service.start()
+    try:
+        service.wait_until_healthy()
+        assert until(lambda: len(workers(settings)) == 2, 30)
+        former, supervisor = workers(settings), service.process
+        assert supervisor is not None
+        with kept(settings, service) as told:
+            time.sleep(3)  # it has been heard
+            began = time.monotonic()
+            supervisor.suspend()
+            assert "no answer on" in str(copy_sink_problem(settings))
+            assert until(lambda: service.process is not supervisor, 30), told
+            assert time.monotonic() - began < PATIENCE + 10
+            assert "COPY sink does not answer for" in told[0]
+            assert until(lambda: copy_sink_problem(settings) is None, 30)
+            assert until(lambda: not any(psutil.pid_exists(pid) for pid in former), 10)
+    finally:
+        service.stop()
+
+
+def workers(settings: Settings) -> list[int]:
+    """Pids of the workers that run."""
+    shown = requests.get(f"{settings.sink_http}/status", timeout=5).json()["workers"]
+    return [one["pid"] for one in shown if one["state"] == "running"]
+
+
+def test_a_connect_that_is_stopped_is_named_killed_and_started_again(stack: RunningStack) -> None:
+    settings = stack.settings.model_copy(update={"sink_stall_seconds": PATIENCE})
+    service = stack.services.service("connect")
+    former = service.process
+    assert former is not None
+    with kept(settings, service) as told:
+        time.sleep(3)  # it has been heard
+        began = time.monotonic()
+        former.suspend()
+        assert "no answer on" in str(connect_problem(settings.connect_rest))
+        assert until(lambda: service.process is not former, 30), told
+        assert time.monotonic() - began < PATIENCE + 10
+        assert "Kafka Connect does not answer for" in told[0]
+        service.wait_until_healthy()
+    assert until(lambda: connector.sink_state(settings).running, 60)
+    quick = replace(stack, environment={**stack.environment, "PRODUCER_RUN_SECONDS": "2"})
+    quick.cli("produce", "--seconds", "2", check=True)
+    quick.cli("verify", check=True)
