@@ -130,6 +130,7 @@ ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
                 (
                     ("{{path}}", "sum by (path) (rate(metrics_sink_batches_total[1m]))"),
                     ("retries {{reason}}", "sum by (reason) (rate(metrics_sink_retries_total[1m]))"),
+                    ("stuck in {{step}}", "sum by (step) (rate(metrics_sink_stalls_total[1m])) > 0"),
                 ),
             ),
         ),

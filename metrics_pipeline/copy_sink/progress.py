@@ -34,6 +34,10 @@ SHOWN: Final[Mapping[str, str]] = {
 """Each step as people read it."""
 
 
+STALL_STEPS: Final = tuple(step for step in SHOWN if step not in IDLE)
+"""Those in which a worker can be stuck."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What a thread is at, and for how many seconds."""

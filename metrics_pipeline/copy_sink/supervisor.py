@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from metrics_pipeline.copy_sink.counts import LATENCY_BUCKETS, WorkerCounts, WorkerReport
-from metrics_pipeline.copy_sink.progress import POSTGRES_STEPS, Stall, stall_of
+from metrics_pipeline.copy_sink.progress import POSTGRES_STEPS, STALL_STEPS, Stall, stall_of
 from metrics_pipeline.copy_sink.sessions import SessionWatch
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.web import WebServer
@@ -341,7 +341,9 @@ class _Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         total, slots = self._supervisor.report()
-        yield from _counters(total, self._supervisor.restarts, self._supervisor.stalls)
+        # Each step from the start: a counter that appears with its first event shows no increase then.
+        stalls = Counter(dict.fromkeys(STALL_STEPS, 0) | self._supervisor.stalls)
+        yield from _counters(total, self._supervisor.restarts, stalls)
         lag = GaugeMetricFamily(
             "metrics_sink_lag", "Records between a worker and the end of its partitions", labels=["partition"]
         )
