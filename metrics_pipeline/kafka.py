@@ -291,6 +291,22 @@ def lag_from(settings: Settings, offsets: Mapping[int, int]) -> Lag:
     return _lag(offsets, watermarks(settings))
 
 
+def holds_record(settings: Settings, partition: int, offset: int) -> bool:
+    """Whether there is a record at this offset or behind it: what lies before a partition's end may be the mark of a transaction.
+
+    Whoever reads records only stays before such a mark for ever, and has nothing to read. In doubt there is one.
+    """
+    own = {"group.id": CONNECTOR_GROUP, "enable.auto.commit": False, "enable.partition.eof": True}
+    consumer = Consumer(_config(settings, []) | own)
+    try:
+        consumer.assign([TopicPartition(TOPIC, partition, offset)])
+        message = consumer.poll(TIMEOUT_SECONDS)
+        error = message.error() if message is not None else None
+        return error is None or error.code() != KafkaError._PARTITION_EOF  # noqa: SLF001  # librdkafka's own code
+    finally:
+        consumer.close()
+
+
 def commit(settings: Settings, offsets: Mapping[int, int], group: str) -> bool:
     """Set the committed offsets of a consumer group that nobody is a member of.
 

@@ -138,6 +138,7 @@ class SinkRepair:
         position: which sink is active, and how many sessions the COPY sink has.
         hanging: the connector's transactions that have been open for some seconds.
         end: ends sessions of the connector.
+        holds: whether a partition holds a record at an offset or behind it.
         clock: seconds that never go back, the same for all processes of a machine.
         jitter: a factor around 1 for each delay.
     """
@@ -153,6 +154,7 @@ class SinkRepair:
         position: Callable[[Settings], sinks.Position] = sinks.position,
         hanging: Callable[[Settings, float], list[HangingSession]] = hanging_sessions,
         end: Callable[[Settings, list[int]], int] = end_sessions,
+        holds: Callable[[Settings, int, int], bool] = kafka.holds_record,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311  # jitter is no secret
     ) -> None:
@@ -163,6 +165,7 @@ class SinkRepair:
         self._position = position
         self._hanging = hanging
         self._end = end
+        self._holds = holds
         self._clock = clock
         self._jitter = jitter
         self._state = _parse(state)
@@ -324,8 +327,14 @@ class SinkRepair:
 
     def _stuck(self, offsets: Offsets, now: float) -> list[int]:
         """Partitions with records waiting that rest for too long."""
-        limit, places = self._settings.sink_stall_seconds, sorted(self._state.places.items())
-        return [number for number, place in places if offsets.waiting.get(number) and now - place.since > limit]
+        stuck = []
+        for number, place in sorted(self._state.places.items()):
+            if offsets.waiting.get(number) and now - place.since > self._settings.sink_stall_seconds:
+                if self._holds(self._settings, number, place.offset):
+                    stuck.append(number)
+                else:
+                    place.since = now
+        return stuck
 
     def _remembers_another_clock(self) -> bool:
         """Whether what is remembered lies in the future: the machine was started anew since."""

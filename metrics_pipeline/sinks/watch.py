@@ -51,6 +51,7 @@ class ProgressWatch:
     Args:
         settings: where everything is.
         look: at the sink.
+        holds: whether a partition holds a record at an offset or behind it.
         clock: seconds that never go back.
         sleep: between two looks of `wait`.
     """
@@ -60,11 +61,13 @@ class ProgressWatch:
         settings: Settings,
         *,
         look: Callable[[Settings], Look] = look_now,
+        holds: Callable[[Settings, int, int], bool] = kafka.holds_record,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._settings = settings
         self._look = look
+        self._holds = holds
         self._clock = clock
         self._sleep = sleep
         self._kind: SinkKind | None = None
@@ -82,6 +85,11 @@ class ProgressWatch:
     def _found(self) -> str | None:
         now, limit = self._clock(), self._settings.sink_stall_seconds
         stuck = {number: now - since for number, (_, since) in self._rests.items() if now - since > limit}
+        for number in list(stuck):
+            offset = self._rests[number][0]
+            if offset is not None and not self._holds(self._settings, number, offset):
+                del stuck[number]
+                self._rests[number] = offset, now
         if not stuck:
             return None
         places = ", ".join(f"partition {number}, offset {self._rests[number][0] or 0}" for number in sorted(stuck))

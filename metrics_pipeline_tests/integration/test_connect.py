@@ -207,21 +207,16 @@ def test_tasks_that_run_and_do_not_move_are_restarted_with_their_sessions(sink: 
     repairer = SinkRepair(sink.settings.model_copy(update={"sink_stall_seconds": 5}))
     assert repairer.tick().healthy
     sink.publish(60_000, partition=0)
-    backend = None
+    found, deadline = None, time.monotonic() + 30
     with sink.stack.admin() as connection:
-        while backend is None:
+        while found is None:
+            assert time.monotonic() < deadline, "no INSERT was met"
             found = connection.execute(
-                "SELECT pid FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND query LIKE %s",
-                [f"INSERT INTO%{TABLE}%"],
+                "SELECT pid FROM pg_stat_activity WHERE state = 'active' AND query LIKE %s", [f"INSERT INTO%{TABLE}%"]
             ).fetchone()
-            if found:
-                backend = psutil.Process(found[0])
-                backend.suspend()
-                still = "SELECT FROM pg_stat_activity WHERE pid = %s AND backend_xid IS NOT NULL"
-                time.sleep(0.2)
-                if not connection.execute(still, [backend.pid]).fetchone() or sink.client.state(NAME).problems:
-                    backend.resume()
-                    backend = None
+    # Stopped, it answers nothing more, wherever in its statement it is.
+    backend = psutil.Process(found[0])
+    backend.suspend()
     try:
         began, actions = time.monotonic(), []
         while "restart all" not in actions:

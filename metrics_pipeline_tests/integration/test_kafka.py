@@ -77,3 +77,16 @@ def test_lag_is_what_a_group_has_still_to_read(settings: Settings) -> None:
     assert kafka.committed(settings, group) == {0: 3}
     assert kafka.consumer_lag(settings, group) == kafka.Lag(7, {0: 2, 1: 5, 2: 0, 3: 0, 4: 0, 5: 0})
     assert kafka.watermarks(settings)[1] == (0, 5)
+
+
+def test_the_mark_of_a_transaction_is_no_record(settings: Settings) -> None:
+    kafka.ensure_topic(settings)
+    producer = Producer(kafka.client_config(settings) | {"transactional.id": "of-test-kafka"})
+    producer.init_transactions(30)
+    producer.begin_transaction()
+    producer.produce(OURS, value=b"x", partition=0)
+    producer.commit_transaction(30)
+    assert kafka.watermarks(settings)[0] == (0, 2)
+    assert kafka.holds_record(settings, 0, 0)
+    assert not kafka.holds_record(settings, 0, 1), "there is only the mark"
+    assert not kafka.holds_record(settings, 1, 0), "there is nothing"

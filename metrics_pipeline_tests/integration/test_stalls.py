@@ -7,11 +7,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
+from uuid import UUID
 
 import psutil
 import pytest
 import requests
+from confluent_kafka import Producer
 
+from metrics_pipeline import kafka
 from metrics_pipeline.local import copy_sink
 from metrics_pipeline.local.connect_worker import connect_problem
 from metrics_pipeline.local.environment import replaced
@@ -19,10 +23,12 @@ from metrics_pipeline.local.keeper import Keeper
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.local.service import Service
 from metrics_pipeline.local.stack import Stack
-from metrics_pipeline.settings import Settings
+from metrics_pipeline.metric import Reading, encode
+from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline.sinks import connector
 from metrics_pipeline.sinks.watch import copy_sink_problem
 from metrics_pipeline_tests.chaos import stalls
+from metrics_pipeline_tests.chaos.processes import Sink
 from metrics_pipeline_tests.chaos.stack import Place, own_stack
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.fakes import until
@@ -65,6 +71,26 @@ def test_each_standstill_of_the_copy_sink_is_named_and_over_when_its_cause_is(pl
 def test_the_copy_sink_ends_while_the_broker_is_silent(place: Place) -> None:
     outcome = stalls.silent_end(place)
     assert outcome.problems == [], outcome.facts
+
+
+def test_the_mark_of_a_transaction_at_the_end_is_nothing_to_wait_for(place: Place) -> None:
+    with Sink(place, SINK_STALL_SECONDS=str(PATIENCE)).ready() as sink:
+        producer = Producer(kafka.client_config(place.settings) | {"transactional.id": "of-test-stalls"})
+        producer.init_transactions(30)
+        producer.begin_transaction()
+        for number in range(20):
+            reading = Reading(UUID(int=number), datetime(2026, 1, 1, tzinfo=UTC), 10, 1.0, [])
+            key, value = encode(reading)
+            producer.produce(TOPIC, key=key, value=value)
+        producer.commit_transaction(30)
+        assert until(lambda: sink.status()["rows"] == 20, 30)
+        assert until(lambda: sink.status()["lag"] == 0, 10), "the marks are taken for records that wait"
+        end = time.monotonic() + 2 * PATIENCE
+        while time.monotonic() < end:
+            assert requests.get(f"{sink.http}/health", timeout=5).ok
+            time.sleep(0.5)
+        assert sink.status()["stalls"] == {}
+        assert sum(high for _, high in kafka.watermarks(place.settings).values()) > sum(place.offsets().values())
 
 
 def test_a_supervisor_that_is_stopped_is_killed_with_its_workers_and_started_again(place: Place) -> None:

@@ -38,6 +38,7 @@ class World:
     settings: Settings = field(default_factory=Settings)
     hanging: list[HangingSession] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
+    holds: bool = True
 
     def look(self, settings: Settings) -> Position:
         if self.away:
@@ -63,6 +64,7 @@ class World:
             position=self.look,
             hanging=lambda _settings, _seconds: self.hanging,
             end=self.end_sessions,
+            holds=lambda *_: self.holds,
             clock=lambda: self.now,
             jitter=lambda: 1.0,
         )
@@ -322,6 +324,14 @@ def test_a_lock_of_somebody_else_is_named_and_waited_for(world: World) -> None:
     world.hanging = []
     assert world.tick().events
     assert world.ended == []
+
+
+def test_the_mark_of_a_transaction_at_the_end_is_not_waited_for(world: World) -> None:
+    world.committed, world.holds = {0: 99, 1: 100}, False
+    for _ in range(10):
+        assert world.tick(STALL_SECONDS + 1).healthy
+    world.holds = True
+    assert world.tick(STALL_SECONDS + 1).events
 
 
 def test_what_was_remembered_before_the_machine_started_anew_is_forgotten(world: World) -> None:

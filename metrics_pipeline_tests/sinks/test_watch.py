@@ -24,10 +24,17 @@ class World:
     look: Look = field(default_factory=lambda: Look("connect", {0: 40, 1: 100}, {0: 60, 1: 0}))
     now: float = 50.0
     happens: Callable[[], object] = lambda: None
+    holds: bool = True
 
     def watch(self) -> ProgressWatch:
         settings = Settings(sink_stall_seconds=LIMIT)
-        return ProgressWatch(settings, look=lambda _: self.look, clock=lambda: self.now, sleep=self.sleep)
+        return ProgressWatch(
+            settings,
+            look=lambda _: self.look,
+            holds=lambda *_: self.holds,
+            clock=lambda: self.now,
+            sleep=self.sleep,
+        )
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -82,6 +89,11 @@ def test_a_wait_ends_when_something_rests_for_too_long(world: World) -> None:
     begun = world.now
     assert "partition 0, offset 40" in str(world.watch().wait())
     assert world.now - begun == LIMIT + 1
+
+
+def test_the_mark_of_a_transaction_at_the_end_is_not_waited_for(world: World) -> None:
+    world.look, world.holds = Look("connect", {0: 99, 1: 100}, {0: 1, 1: 0}), False
+    assert world.watch().wait() is None
 
 
 def test_the_copy_sink_says_itself_where_it_is_stuck(world: World) -> None:
