@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import accumulate, pairwise
@@ -266,9 +266,14 @@ def _partitions(messages: Sequence[ConsumedMessage]) -> npt.NDArray[Any]:
     return np.array([message.partition() for message in messages], np.int64)
 
 
+def column(messages: Sequence[ConsumedMessage], name: str) -> Iterator[Any]:
+    """What a method of the messages, which are all of one class, answers for each: in half the time of a comprehension."""
+    return map(getattr(type(messages[0]), name), messages) if messages else iter(())
+
+
 def runs_of(messages: Sequence[ConsumedMessage]) -> list[Run]:
     """Where messages come from."""
-    numbers = np.array([message.partition() for message in messages], np.int64)
+    numbers = np.fromiter(column(messages, "partition"), np.int64, len(messages))
     begins = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
     runs = []
     for begin, end in pairwise(begins):
@@ -308,8 +313,7 @@ class BatchDecoder:
             messages: not none.
             runs: where they come from, when that is known.
         """
-        keys: list[Any] = [message.key() for message in messages]
-        values: list[Any] = [message.value() for message in messages]
+        keys, values = list(column(messages, "key")), list(column(messages, "value"))
         try:
             lengths = np.fromiter(map(len, values), np.int64, len(values))
             key_lengths = np.fromiter(map(len, keys), np.int64, len(keys))

@@ -24,7 +24,7 @@ def _layout(tag_bytes: int) -> np.dtype[Any]:
     return np.dtype([*fields, ("tags_size", ">i4"), ("tags", f"V{tag_bytes}")])
 
 
-def copy_rows(columns: ReadingColumns, encoded_tags: Sequence[bytes]) -> Iterator[bytes]:
+def copy_rows(columns: ReadingColumns, encoded_tags: Sequence[bytes]) -> Iterator[bytes | memoryview]:
     """The data of a binary COPY into device_id, published_at, metric_name, value, tags: header, rows, end.
 
     Rows come grouped by the length of their tags, because numpy writes rows of one width at a time.
@@ -47,7 +47,7 @@ def copy_rows(columns: ReadingColumns, encoded_tags: Sequence[bytes]) -> Iterato
     yield END
 
 
-def _rows(columns: ReadingColumns, which: npt.NDArray[Any] | slice, size: int, tags: npt.NDArray[Any]) -> bytes:
+def _rows(columns: ReadingColumns, which: npt.NDArray[Any] | slice, size: int, tags: npt.NDArray[Any]) -> memoryview:
     rows = np.empty(len(tags), _layout(size))
     rows["fields"] = len(_FIELDS) + 1
     for name, _ in _FIELDS:
@@ -58,4 +58,4 @@ def _rows(columns: ReadingColumns, which: npt.NDArray[Any] | slice, size: int, t
     rows["value"] = columns.value[which]
     rows["tags_size"] = size
     rows["tags"] = tags
-    return rows.tobytes()
+    return rows.view(np.uint8).data

@@ -28,8 +28,8 @@ LOCK_SECONDS: Final = 5
 """How long a batch waits for another worker's lock before that worker's session is looked at."""
 MOST_UPSERTS: Final = 64
 """Longest run of batches that are upserted without trying COPY alone again."""
-PIECE: Final = 1 << 18
-"""Bytes handed to libpq at a time."""
+PIECE: Final = 1 << 17
+"""Bytes handed to libpq at a time: of more psycopg makes pieces by itself, and copies them."""
 REFUSED: Final = (pg.DataError, pg.IntegrityError)
 """What PostgreSQL raises when it refuses a value, rather than could not work."""
 
@@ -282,7 +282,8 @@ class RowWriter:
         self, session: postgres.Connection, statement: str, columns: ReadingColumns, tags: Sequence[bytes]
     ) -> None:
         with session.cursor() as cursor, cursor.copy(statement.encode()) as copy:
-            for piece in copy_format.copy_rows(columns, tags):
+            for rows in copy_format.copy_rows(columns, tags):
+                piece = memoryview(rows)
                 for at in range(0, len(piece), PIECE):
                     copy.write(piece[at : at + PIECE])
                 self._failpoints.reach("copying")

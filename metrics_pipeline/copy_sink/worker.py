@@ -22,7 +22,7 @@ import psycopg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from metrics_pipeline import kafka
-from metrics_pipeline.copy_sink.batch import Batch, BatchDecoder, Chunk, Part, runs_of
+from metrics_pipeline.copy_sink.batch import Batch, BatchDecoder, Chunk, Part, column, runs_of
 from metrics_pipeline.copy_sink.counts import WorkerReport
 from metrics_pipeline.copy_sink.failpoint import Failpoints
 from metrics_pipeline.copy_sink.progress import Progress
@@ -86,19 +86,19 @@ def consumer_config(settings: Settings) -> dict[str, Any]:
         "partition.assignment.strategy": "cooperative-sticky",
         "session.timeout.ms": 10_000,
         # How long a rebalance waits until every member has heard of it, twice over with cooperative assignment.
-        "heartbeat.interval.ms": 300,
+        "heartbeat.interval.ms": 100,
         "max.poll.interval.ms": 120_000,
         "fetch.min.bytes": 65_536,
         "fetch.wait.max.ms": 100,
         # Compressed bytes: what one answer unpacks to must not fill the memory.
-        "fetch.message.max.bytes": 128 << 10,
+        "fetch.message.max.bytes": 512 << 10,
         "queued.min.messages": 50_000,
         "queued.max.messages.kbytes": 16 << 10,
         # A broker that takes requests and does not answer is asked on a new connection sooner than after a minute.
         "socket.timeout.ms": 15_000,
         "socket.keepalive.enable": True,
         # After the queue was full, go on at once instead of a second later.
-        "fetch.queue.backoff.ms": 20,
+        "fetch.queue.backoff.ms": 5,
     }
 
 
@@ -528,7 +528,7 @@ class CopyWorker:
 
     def _good(self, messages: list[Any]) -> list[Any]:
         """Messages without the errors among them."""
-        if not any(message.error() for message in messages):
+        if not any(column(messages, "error")):
             if messages:
                 self._hears()
             return messages

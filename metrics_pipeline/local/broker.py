@@ -89,7 +89,8 @@ def properties(settings: Settings, node: BrokerNode) -> dict[str, str]:
         "transaction.state.log.replication.factor": str(replicas),
         "transaction.state.log.min.isr": str(insync),
         "share.coordinator.state.topic.replication.factor": str(replicas),
-        "group.initial.rebalance.delay.ms": "0",
+        # Members that start together, as the workers of a sink do, are given their shares together, not one after another.
+        "group.initial.rebalance.delay.ms": "300",
         # Retention by bytes holds only as often as it is looked at.
         "log.retention.check.interval.ms": "30000",
         "log.cleaner.dedupe.buffer.size": str(16 * MIB),
