@@ -178,7 +178,8 @@ class ReadingColumns:
         """The readings at these positions, or where this mask is true."""
         return ReadingColumns(
             self.source[which],
-            self.device_id[which],
+            # One copy a row instead of one a byte.
+            self.device_id.view("V16")[which].view(np.uint8),
             self.published_at[which],
             self.metric_name[which],
             self.value[which],

@@ -27,9 +27,12 @@ def _layout(tag_bytes: int) -> np.dtype[Any]:
 def copy_rows(columns: ReadingColumns, encoded_tags: Sequence[bytes]) -> Iterator[bytes | memoryview]:
     """The data of a binary COPY into device_id, published_at, metric_name, value, tags: header, rows, end.
 
-    Rows come grouped by the length of their tags, because numpy writes rows of one width at a time.
+    Rows come grouped by the length of their tags, because numpy writes rows of one width at a time, and within that by device (by
+    the first bytes of its UUID, which is cheap): PostgreSQL then meets each page of the primary key once a batch, and two writers
+    are seldom at the same one.
     """
     yield BEGIN
+    columns = columns.take(np.argsort(columns.device_id.view(">u2")[:, 0].astype(np.uint16), kind="stable"))
     used = np.unique(columns.tags)
     sizes = np.array([len(encoded_tags[number]) for number in used.tolist()], np.int64)
     # Where each tag number stands among those used.
