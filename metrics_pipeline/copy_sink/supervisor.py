@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -404,6 +405,8 @@ def work(name: str, pipe: Connection) -> None:
     sys.setswitchinterval(0.0005)
     from metrics_pipeline.copy_sink.worker import CopyWorker
 
+    # What is loaded by now stays; messages by the thousand would have the collector look at it again and again.
+    gc.freeze()
     worker = CopyWorker(Settings.load(), name)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     ended = threading.Event()
