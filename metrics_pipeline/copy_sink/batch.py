@@ -200,7 +200,7 @@ class KeptMessages(Sequence[ConsumedMessage]):
 
     def partitions(self) -> npt.NDArray[Any]:
         """The partition of each message."""
-        return np.concatenate([part.partitions() for part in self._parts])
+        return np.concatenate([np.empty(0, np.int64), *(part.partitions() for part in self._parts)])
 
 
 @dataclass(frozen=True)

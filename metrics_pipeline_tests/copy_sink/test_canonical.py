@@ -530,3 +530,80 @@ def test_without_partitions_everything_of_the_others_stays(records: list[tuple[i
         assert batch.columns.source.tolist() == [at for at, kind in left if kind == "good"]
         assert [reject.at for reject in batch.rejects] == [at for at, kind in left if kind == "bad"]
         assert batch.tombstones == sum(kind == "tombstone" for _, kind in left)
+
+
+# --- Parts, and what is kept of messages that were let go --------------------------------------------------------
+
+
+kept = st.sampled_from(["good", "odd", "bad", "large", "tombstone", "no key"])
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 2), kept, st.integers(1, 3)), min_size=1, max_size=12), max_size=6),
+    st.sets(st.integers(0, 2), max_size=2),
+)
+@settings(deadline=None, max_examples=100)
+def test_parts_make_the_same_batch_and_give_back_each_message(
+    made: list[list[tuple[int, str, int]]], gone: set[int]
+) -> None:
+    """Topics have gaps: the offsets of a partition grow, but not by one."""
+    key, value = GOOD[0]
+    wires: dict[str, Wire] = {
+        "good": (key, value),
+        "odd": (key, b" " + value),
+        "bad": (key, b"{"),
+        "large": (key, value[:-1] + b" " * LONGEST + b"}"),
+        "tombstone": (key, None),
+        "no key": (None, value),
+    }
+    at = dict.fromkeys(range(3), 0)
+    groups: list[list[FakeMessage]] = []
+    for group in made:
+        groups.append([])
+        for number, kind, step in group:
+            at[number] += step
+            groups[-1].append(FakeMessage(number, at[number], *wires[kind]))
+    messages = [message for group in groups for message in group]
+    decoder = BatchDecoder()
+    parts = [decoder.part(group) for group in groups]
+    chunks: Any = dict.fromkeys(range(3))
+    joined, whole = Batch.of(parts, chunks, decoder.tags), BatchDecoder().decode(messages, chunks)
+    again = [(one.partition(), one.offset(), one.key(), one.value()) for one in joined.messages]
+    assert again == [(one.number, one.at, one.key_bytes, one.value_bytes) for one in messages]
+    assert len(joined.messages) == len(messages)
+    fewer = Batch.of([part.without(gone) for part in parts], chunks, decoder.tags)
+    for ours, theirs in ((joined, whole), (fewer, whole.without(gone)), (joined.without(gone), whole.without(gone))):
+        assert stored(ours.columns, ours.tags) == stored(theirs.columns, theirs.tags)
+        assert (ours.rejects, list(ours.empty)) == (theirs.rejects, list(theirs.empty))
+
+
+# --- Tags found by their words -----------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.one_of(
+            tags_strategy.map(lambda labels: json.dumps(labels, ensure_ascii=False).encode() + b"}"),
+            st.binary(max_size=80),
+            st.sampled_from([b'["a"]}', b'["a"]}\0', b'["a"] }', b"", b"[]}", b'["' + b"x" * 60 + b'"]}']),
+        ),
+        min_size=1,
+        max_size=30,
+    ),
+    st.integers(0, 3),
+)
+@settings(deadline=None, max_examples=150)
+def test_tags_by_their_words_are_those_by_their_text(tails: list[bytes], bits: int) -> None:
+    """However few slots there are for them, and however often each is seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tags, "_SLOT_BITS", bits)
+        by_words, by_text = TagTable(), TagTable()
+        chosen = tails * 3
+        text = b"".join([*chosen, bytes(canonical.PADDING)])
+        ends = np.cumsum([len(tail) for tail in chosen])
+        begins = ends - [len(tail) for tail in chosen]
+        for _ in range(2):
+            found = by_words.numbers_of(text, begins, ends)
+            assert found.tolist() == [by_text.numbers[tail] for tail in chosen]
+            assert by_words.encoded == by_text.encoded
+        assert by_words.numbers_of(text, ends, begins - 1).tolist() == [-1] * len(chosen)
