@@ -91,14 +91,14 @@ def consumer_config(settings: Settings) -> dict[str, Any]:
         "fetch.min.bytes": 65_536,
         "fetch.wait.max.ms": 100,
         # Compressed bytes: what one answer unpacks to must not fill the memory.
-        "fetch.message.max.bytes": 512 << 10,
+        "fetch.message.max.bytes": 128 << 10,
         "queued.min.messages": 50_000,
         "queued.max.messages.kbytes": 16 << 10,
         # A broker that takes requests and does not answer is asked on a new connection sooner than after a minute.
         "socket.timeout.ms": 15_000,
         "socket.keepalive.enable": True,
         # After the queue was full, go on at once instead of a second later.
-        "fetch.queue.backoff.ms": 5,
+        "fetch.queue.backoff.ms": 20,
     }
 
 
