@@ -49,7 +49,7 @@ STILL_SECONDS: Final = 5.0
 ANSWER_SECONDS: Final = 1.0
 """How long the broker may take to tell the end of a partition that rests."""
 SETTLED_SECONDS: Final = 10.0
-"""How long the worker must have gone on since it started over until the cause is taken to be gone."""
+"""How long a worker without partitions must have gone on since it started over until the cause is taken to be gone."""
 FIRST_DELAY: Final = 0.05
 LONGEST_DELAY: Final = 5.0
 _NOWHERE: Final = 1 << 63
@@ -469,7 +469,7 @@ class CopyWorker:
             if now - looked > 1.0:
                 looked = now
                 self._look(consumer)
-                if now - began > SETTLED_SECONDS:
+                if now - began > SETTLED_SECONDS or (self._heard > began and not self._places.unknown()):
                     self._progress.works("worker")
             self._progress.at("reader", "fetch")
             wait = POLL_SECONDS if not count else max(0.0, min(POLL_SECONDS, due - now))

@@ -35,7 +35,7 @@ STEADY_SECONDS = 60.0
 TICK = 0.5
 ASK_SECONDS = 2.0
 """Between two questions to a service, whether it answers at all."""
-SILENCES = 3
+SILENCES = 2
 """How many questions in a row must have been for nothing: after the machine was asleep, one is no sign."""
 
 
@@ -180,7 +180,7 @@ class Keeper:
 
     def _listen(self, service: Service) -> None:
         """Kill a process of ours that runs and answers nothing any more; as one that ended, it is then brought back."""
-        process, heard, silences, answered = None, 0.0, 0, False
+        process, heard, silences, answered = service.process, time.monotonic(), 0, False
         while not self._stop.wait(ASK_SECONDS):
             if service.process is not process or not service.alive():
                 process, heard, silences, answered = service.process, time.monotonic(), 0, False

@@ -48,16 +48,27 @@ def place() -> Iterator[Place]:
 
 @contextmanager
 def kept(settings: Settings, service: Service) -> Iterator[list[str]]:
-    """A keeper that looks after one service, which runs already; what it tells."""
+    """A keeper that looks after one service, which runs already and has answered it; what it tells."""
     told: list[str] = []
+    heard, asks = threading.Event(), service.answers
+    assert asks is not None
+
+    def answers() -> str | None:
+        if (problem := asks()) is None:
+            heard.set()
+        return problem
+
+    service.answers = answers
     keeper = Keeper(settings, told.append)
     stack = Stack(settings, [service], frozenset(), None)  # type: ignore[arg-type]  # nothing is built
     keeper.stack = stack
     thread = threading.Thread(target=keeper.run, args=(lambda: None,))
     thread.start()
     try:
+        assert heard.wait(30)
         yield told
     finally:
+        service.answers = asks
         keeper.request_stop()
         thread.join(30)
         assert not thread.is_alive()
@@ -106,12 +117,11 @@ def test_a_supervisor_that_is_stopped_is_killed_with_its_workers_and_started_aga
         former, supervisor = workers(settings), service.process
         assert supervisor is not None
         with kept(settings, service) as told:
-            time.sleep(3)  # it has been heard
             began = time.monotonic()
             supervisor.suspend()
             assert "no answer on" in str(copy_sink_problem(settings))
             assert until(lambda: service.process is not supervisor, 30), told
-            assert time.monotonic() - began < PATIENCE + 10
+            assert time.monotonic() - began < PATIENCE + 15
             assert "COPY sink does not answer for" in told[0]
             assert until(lambda: copy_sink_problem(settings) is None, 30)
             assert until(lambda: not any(psutil.pid_exists(pid) for pid in former), 10)
@@ -131,12 +141,11 @@ def test_a_connect_that_is_stopped_is_named_killed_and_started_again(stack: Runn
     former = service.process
     assert former is not None
     with kept(settings, service) as told:
-        time.sleep(3)  # it has been heard
         began = time.monotonic()
         former.suspend()
         assert "no answer on" in str(connect_problem(settings.connect_rest))
         assert until(lambda: service.process is not former, 30), told
-        assert time.monotonic() - began < PATIENCE + 10
+        assert time.monotonic() - began < PATIENCE + 15
         assert "Kafka Connect does not answer for" in told[0]
         service.wait_until_healthy()
     assert until(lambda: connector.sink_state(settings).running, 60)
