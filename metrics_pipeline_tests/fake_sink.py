@@ -232,7 +232,7 @@ class FakeQueue:
 class FakeThread:
     """`threading.Thread` as a task of the process that starts it."""
 
-    def __init__(self, world: World, *, target: Callable[..., object], args: tuple[Any, ...], **_: Any) -> None:
+    def __init__(self, world: World, *, target: Callable[..., object], args: tuple[Any, ...] = (), **_: Any) -> None:
         self._world = world
         self._body = partial(target, *args)
         self._task: Task | None = None

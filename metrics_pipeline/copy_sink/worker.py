@@ -46,6 +46,8 @@ REST_SECONDS: Final = 2.0
 """How long the writer may have nothing to write before it asks PostgreSQL whether it is still its turn."""
 STILL_SECONDS: Final = 5.0
 """How long a partition may rest with records waiting before it is sought again."""
+LEAVE_SECONDS: Final = 8.0
+"""How long a worker that ends waits until it has left the group."""
 ANSWER_SECONDS: Final = 1.0
 """How long the broker may take to tell the end of a partition that rests."""
 SETTLED_SECONDS: Final = 10.0
@@ -449,11 +451,21 @@ class CopyWorker:
                 self._store = Store(self._settings, self._name, self._failpoints)
                 self._writer = self._new_writer()
                 self._queue = Queue(maxsize=1)
-            self._progress.at("reader", "leave")
-            consumer.close()
+            self._leave(consumer)
             self.report.lag = {}
         if self._failure is not None:
             raise self._failure
+
+    def _leave(self, consumer: Consumer) -> None:
+        """Leave the group; one that is to end waits for a broker that does not answer for a few seconds only."""
+        self._progress.at("reader", "leave")
+        if not self._stop.is_set():
+            consumer.close()
+            return
+        # While a request to join is under way, the client would wait for its answer, for minutes. The group notices by itself.
+        leaving = threading.Thread(target=consumer.close, name="leaves", daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_SECONDS)
 
     def _read(self, consumer: Consumer) -> None:
         reader = BatchReader(self._places)
