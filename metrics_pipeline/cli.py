@@ -180,7 +180,7 @@ def logs(
     service: Annotated[
         str | None,
         typer.Argument(
-            help="postgres, broker, connect, sink, code, webserver, daemon, provision, keeper; default: all"
+            help="postgres, broker, connect, sink, watcher, code, webserver, daemon, provision, keeper; default: all"
         ),
     ] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", help="lines from each")] = 40,
@@ -544,6 +544,23 @@ def sink(
         f"{total.rows:,} rows stored, {sum(total.rejected.values()):,} records rejected, {total.tombstones:,} tombstones"
     )
     raise typer.Exit(0 if clean else 1)
+
+
+@app.command()
+def watch(
+    alive: Annotated[
+        Path | None, typer.Option("--alive", help="a file that is touched while it gets on, for health checks")
+    ] = None,
+) -> None:
+    """Name what Kafka Connect stores in another form than it has, and put it right, until Ctrl-C."""
+    # Before numpy is there: its matrices are small, and threads of its own would only take turns with ours.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from metrics_pipeline.watcher.watch import Watcher
+
+    watcher = Watcher(Settings.load(), alive)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: watcher.stop())
+    watcher.run()
 
 
 @app.command()

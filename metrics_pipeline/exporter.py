@@ -26,9 +26,10 @@ from starlette.routing import Route
 
 from metrics_pipeline import kafka, postgres, summaries
 from metrics_pipeline.errors import PipelineError, ServiceError
-from metrics_pipeline.settings import CONNECTOR_GROUP, COPY_GROUP, Settings
+from metrics_pipeline.settings import CONNECTOR_GROUP, COPY_GROUP, TOPIC, Settings
 from metrics_pipeline.sinks import active, connector
 from metrics_pipeline.sinks.watch import ProgressWatch
+from metrics_pipeline.watcher.state import read_state
 from metrics_pipeline.web import WebServer
 
 FRESH_SECONDS: Final = 5.0
@@ -75,6 +76,7 @@ class PipelineMetrics(Collector):
             "broker": BrokerSource(settings),
             "connect": ConnectSource(settings),
             "sink": SinkSource(settings),
+            "watcher": WatcherSource(settings),
             "dagster": DagsterSource(settings),
         }
         self._pool = ThreadPoolExecutor(max_workers=len(self._parts), thread_name_prefix="exporter")
@@ -305,6 +307,24 @@ class SinkSource:
     def __call__(self) -> list[Metric]:
         """Ask PostgreSQL, the broker and, if it is the one, Connect."""
         if (problem := active.sink_problem(self._settings) or self._watch.problem()) is not None:
+            raise ServiceError(problem)
+        return []
+
+
+class WatcherSource(_Reader):
+    """Whether the watcher does its work, while Kafka Connect is the active sink."""
+
+    def _figures(self, connection: postgres.Connection) -> list[Metric]:
+        if not self._settings.sink_watch:
+            raise NotUsedError
+        try:
+            row = connection.execute(postgres.query("watcher_sink"), {"topic": TOPIC}).fetchone()
+            state = read_state(connection)
+        except psycopg.errors.UndefinedTable:
+            raise NotUsedError from None  # `provision` has not run yet
+        if row is None or row[0] != "connect":
+            raise NotUsedError
+        if (problem := state.problem) is not None:
             raise ServiceError(problem)
         return []
 

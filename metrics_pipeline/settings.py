@@ -200,6 +200,11 @@ class Settings(ProducerSettings):
         "seconds without progress, with records waiting, after which a sink is stuck: it is named, and restarted",
         "sink",
     )
+    sink_watch: bool = _setting(
+        True,
+        "whether what Kafka Connect reads is decoded strictly beside it, so that what it stores in another form is named and put right",
+        "sink",
+    )
 
     postgres_db: str = _setting("metrics", "database of the readings", "services")
     postgres_user: str = _setting("postgres", "superuser, used only to make roles and databases", "services")

@@ -23,7 +23,7 @@ from metrics_pipeline.sinks import active, connector
 from metrics_pipeline.sinks.connector import SinkState, TaskState
 from metrics_pipeline.sinks.watch import ProgressWatch
 
-PARTS = {"postgres", "producer", "broker", "connect", "sink", "dagster"}
+PARTS = {"postgres", "producer", "broker", "connect", "sink", "watcher", "dagster"}
 
 
 def nowhere() -> Settings:

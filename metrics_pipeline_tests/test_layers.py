@@ -35,17 +35,30 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "sinks": GROUND - {"web", "metric"} | {"copy_sink"},
     "producer": GROUND | {"sinks"},
     "replay": {"errors", "metric"},
+    "watcher": GROUND | {"copy_sink"},
     "verification": GROUND | {"sinks"},
     "rejects": GROUND | {"producer"},
     "summaries": {"errors", "settings", "postgres"},
-    "exporter": GROUND | {"sinks", "summaries"},
+    "exporter": GROUND | {"sinks", "summaries", "watcher"},
     # running it
-    "local": GROUND | {"sinks", "summaries"},
+    "local": GROUND | {"sinks", "summaries", "watcher"},
     "compose": GROUND | {"sinks", "local"},
     "bench": GROUND | {"sinks", "producer", "copy_sink", "verification", "summaries", "local"},
     # people's entry points
     "cli": GROUND
-    | {"sinks", "producer", "replay", "copy_sink", "verification", "rejects", "exporter", "local", "compose", "bench"},
+    | {
+        "sinks",
+        "producer",
+        "replay",
+        "copy_sink",
+        "watcher",
+        "verification",
+        "rejects",
+        "exporter",
+        "local",
+        "compose",
+        "bench",
+    },
     "reference": {"settings", "cli"},
     "__main__": {"cli"},
     # Dagster

@@ -174,8 +174,11 @@ def _refuse_company(settings: Settings) -> None:
 def _environment(user: Settings, folder: Path) -> Iterator[None]:
     """The environment of a temporary stack: nothing of the user's that names a service, a port or a password."""
     kept = {name for group in CARRIED for name in Settings.group(group)} | {"disk_free_limit_gb", "pipeline_memory_gb"}
-    # With SINK=copy a stack has no Connect; a benchmark of the COPY sink starts that itself.
-    own = {name: getattr(user, name) for name in kept | {"pipeline_cache_dir"}} | {"sink": "connect"}
+    # With SINK=copy a stack has no Connect; a benchmark of the COPY sink starts that itself. The sinks are measured by themselves.
+    own = {name: getattr(user, name) for name in kept | {"pipeline_cache_dir"}} | {
+        "sink": "connect",
+        "sink_watch": False,
+    }
     variables = {name.upper(): str(value) for name, value in own.items() if value is not None}
     with environment.replaced(variables | environment.isolated(folder)):
         yield

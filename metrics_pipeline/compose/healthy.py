@@ -1,4 +1,4 @@
-"""`python -m metrics_pipeline.compose.healthy URL…`: exit code 0 when each URL answers with 2xx.
+"""`python -m metrics_pipeline.compose.healthy URL…|FILE`: exit code 0 when each URL answers with 2xx, or the file was touched just now.
 
 For the health checks of images that have no curl. It imports nothing of the package: it runs every few seconds.
 """
@@ -6,10 +6,14 @@ For the health checks of images that have no curl. It imports nothing of the pac
 from __future__ import annotations
 
 import sys
+import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 TIMEOUT_SECONDS = 5
+ALIVE_SECONDS = 60
+"""How long ago a file may have been touched by a service that gets on."""
 
 
 def main(*urls: str) -> int:
@@ -17,6 +21,12 @@ def main(*urls: str) -> int:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for url in urls:
         try:
+            if "://" not in url:
+                age = time.time() - Path(url).stat().st_mtime
+                if age > ALIVE_SECONDS:
+                    sys.stderr.write(f"{url}: last touched {age:.0f} s ago\n")
+                    return 1
+                continue
             opener.open(url, timeout=TIMEOUT_SECONDS).close()
         except (urllib.error.URLError, OSError) as error:
             sys.stderr.write(f"{url}: {error}\n")

@@ -85,6 +85,8 @@ def table(sample: Sample) -> Table:
             mark += f"   connector {state['connector']}, tasks {task_states(sample)}"
         if part == "sink" and state["healthy"]:
             mark += f"   COPY, {escape(state['state'])}" + ("" if state["workers"] is None else f", {workers(sample)}")
+        if part == "watcher" and state["healthy"]:
+            mark += f"   {escape(state['state'])}" + watched(state)
         grid.add_row(part, f"{mark}   [dim]{state['url']}[/]")
     return grid
 
@@ -106,7 +108,15 @@ def line(sample: Sample) -> str:
 
 def _parts(sample: Sample) -> tuple[str, ...]:
     """The parts to show: of the sinks, the one that stores the readings."""
-    return ("postgres", "broker", "sink" if sample["sink"]["kind"] == "copy" else "connect", "producer", "dagster")
+    if sample["sink"]["kind"] == "copy":
+        return ("postgres", "broker", "sink", "producer", "dagster")
+    return ("postgres", "broker", "connect", "watcher", "producer", "dagster")
+
+
+def watched(state: Sample) -> str:
+    """How far the watcher is, when it is behind or has rows to put right."""
+    figures = {"records behind": state["waiting"], "rows to put right": state["to_put_right"]}
+    return "".join(f", {number(count)} {what}" for what, count in figures.items() if count)
 
 
 def workers(sample: Sample) -> str:

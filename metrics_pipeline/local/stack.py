@@ -4,7 +4,8 @@ postgres ─┬─> databases ─> code ─┬─> webserver
           │                      └─> daemon
 broker ───┴─> connect ───────────────> provision (the Dagster job), when everything before it is healthy
 
-With SINK=copy the COPY sink stands in Connect's place. Before Connect starts, the COPY sink's offsets become its own if that sink
+Beside Connect runs the watcher, which needs databases and broker, unless SINK_WATCH=off.
+With SINK=copy the COPY sink stands in the place of both. Before Connect starts, the COPY sink's offsets become its own if that sink
 was the active one (handover).
 """
 
@@ -25,7 +26,7 @@ import requests
 
 from metrics_pipeline import postgres as database
 from metrics_pipeline.errors import PipelineError, ServiceError
-from metrics_pipeline.local import broker, connect_worker, copy_sink, dagster, exporter, jars, postgres
+from metrics_pipeline.local import broker, connect_worker, copy_sink, dagster, exporter, jars, postgres, watcher
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.environment import dagster_home, for_python
 from metrics_pipeline.local.service import CancelledError, Service, tail
@@ -289,6 +290,8 @@ def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False)
             services += connect_worker.services(settings, budget, paths["kafka"], plugin)
         if settings.sink == "copy":
             services.append(copy_sink.service(settings))
+        elif settings.sink_watch:
+            services.append(watcher.service(settings))
     except OSError as error:
         raise PipelineError(
             f"cannot write {error.filename or settings.data_dir}: {error.strerror}; set PIPELINE_DATA_DIR to a folder you own"

@@ -22,6 +22,7 @@ from metrics_pipeline.settings import Settings, SinkKind
 from metrics_pipeline.sinks import active, repair
 from metrics_pipeline.sinks.connector import sink_state
 from metrics_pipeline.sinks.watch import copy_sink_problem
+from metrics_pipeline.watcher.state import WatcherState, read_state
 
 RATE_SECONDS = 12.0
 """Rates of the live table are means over this long: PostgreSQL's counters arrive about once a second, in steps."""
@@ -57,12 +58,13 @@ class Sampler:
         futures = {name: self._pool.submit(_whole, name, part) for name, part in parts.items()}
         answer = futures["postgres"].result()
         self._active = answer.pop("active", self._active)
-        sessions = answer.pop("sessions", 0)
+        sessions, watched = answer.pop("sessions", 0), answer.pop("watched", None)
         futures["connect"] = self._pool.submit(_whole, "connect", self._connect)
         futures["sink"] = self._pool.submit(_whole, "sink", lambda: self._copy_sink(sessions))
         samples = {
             name: futures[name].result() for name in ("postgres", "broker", "connect", "sink", "producer", "dagster")
         }
+        samples["watcher"] = self._watcher(watched, samples["postgres"].get("reason"))
         if self._active == "connect":
             samples["sink"] = _connector_as_sink(samples["connect"])
         rows = samples["postgres"].pop("rows", None)
@@ -101,6 +103,8 @@ class Sampler:
                 if row is not None:
                     self._inserted.append((time.monotonic(), row[0]))
                     answer |= {"between_runs": row[1], "active": row[2], "sessions": row[3]}
+                if self._settings.sink_watch:
+                    answer["watched"] = read_state(self._connection)
                 return answer | {"healthy": True, "rows": summaries.row_count(self._connection)}
         except psycopg.errors.UndefinedTable:
             return answer | {"healthy": True, "rows": None, "reason": "no schema yet: run the job `provision`"}
@@ -173,6 +177,18 @@ class Sampler:
         answer |= {"healthy": problem is None, "state": ", ".join(states) or "starting", "workers": len(workers)}
         return answer | ({"reason": problem} if problem else {})
 
+    def _watcher(self, state: WatcherState | None, postgres_problem: str | None) -> Sample:
+        """The watcher, by what it leaves in PostgreSQL."""
+        answer = _absent("watcher")
+        if self._active != "connect" or not self._settings.sink_watch:
+            return answer | {"healthy": True, "state": "not used"}
+        if state is None:
+            return answer | {"reason": postgres_problem or "nothing is known of it"}
+        answer |= {"waiting": state.waiting, "to_put_right": state.to_put_right}
+        if (problem := state.problem) is not None:
+            return answer | {"state": "stuck" if state.sessions else "not running", "reason": problem}
+        return answer | {"healthy": True, "state": "watching"}
+
     def _producer(self) -> Sample:
         url = self._settings.producer_http
         answer = _absent("producer") | {"url": url}
@@ -210,6 +226,8 @@ def _absent(name: str) -> Sample:
             return answer | {"connector": None, "tasks": []}
         case "sink":
             return answer | {"kind": "copy", "state": "unknown", "workers": None}
+        case "watcher":
+            return answer | {"state": "unknown", "waiting": None, "to_put_right": None}
         case "producer":
             return answer | {"state": "unknown"}
     return answer
@@ -246,4 +264,4 @@ def _connector_as_sink(connect: Sample) -> Sample:
 
 def is_healthy(sample: Sample) -> bool:
     """Whether every part of a sample is; of the sinks, the one that stores the readings."""
-    return all(sample[part]["healthy"] for part in ("postgres", "broker", "sink", "producer", "dagster"))
+    return all(sample[part]["healthy"] for part in ("postgres", "broker", "sink", "watcher", "producer", "dagster"))

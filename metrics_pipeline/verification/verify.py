@@ -37,6 +37,9 @@ EXAMPLES = 10
 LEDGER_SECONDS = 3.0
 """By when a run has written down what it was acknowledged: it writes about every second."""
 
+WATCHER_SECONDS = 60.0
+"""By when the watcher has put right what Kafka Connect made of a bad record."""
+
 ShowProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is (0: unknown)."""
 
@@ -132,6 +135,7 @@ def verify(
     ends = {partition: high for partition, (_, high) in kafka.watermarks(settings).items()}
     written = time.monotonic() + LEDGER_SECONDS
     _wait_for_sink(settings, ends, timeout, progress)
+    _wait_for_watcher(settings, ends)
 
     with ExitStack() as spills:
         with postgres.connect(settings, "metrics_reader") as connection:
@@ -248,6 +252,17 @@ def _wait_for_sink(settings: Settings, ends: Mapping[int, int], timeout: float, 
                 f"the sink ({active.kind(settings)}) has not advanced for {timeout:.0f} s and is {sum(behind.values()):,} records "
                 "behind: see `metrics-pipeline status`, then verify again"
             )
+        time.sleep(0.2)
+
+
+def _wait_for_watcher(settings: Settings, ends: Mapping[int, int]) -> None:
+    """Return once the watcher beside Kafka Connect has noted and put right what is bad before `ends`; it is not waited for long."""
+    deadline = time.monotonic() + WATCHER_SECONDS
+    values = {"topic": TOPIC, "partitions": list(ends), "ends": list(ends.values())}
+    while active.kind(settings) == "connect" and time.monotonic() < deadline:
+        with postgres.connect(settings, "metrics_reader", autocommit=True) as connection, reading("watcher_offsets"):
+            if connection.execute(postgres.query("verify_watched").encode(), values).fetchone() != (True,):
+                return
         time.sleep(0.2)
 
 

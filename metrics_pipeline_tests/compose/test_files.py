@@ -232,6 +232,8 @@ def test_start_order_is_a_graph_without_circles(files: tuple[Path, ...]) -> None
         ("provision", "daemon"),
         ("redpanda", "sink"),
         ("databases", "sink"),
+        ("redpanda", "watcher"),
+        ("databases", "watcher"),
         ("databases", "exporter"),
         ("connect", "console"),
         ("databases", "pgadmin"),
@@ -245,7 +247,7 @@ def test_one_starts_before_the_other(first: str, then: str) -> None:
 def test_three_brokers_come_before_their_clients() -> None:
     services = project(MAIN, CLUSTER)
     brokers = {"redpanda", "redpanda-2", "redpanda-3"}
-    for name in ("connect", "connect-2", "provision", "sink"):
+    for name in ("connect", "connect-2", "provision", "sink", "watcher"):
         assert brokers <= all_before(services, name), name
     assert "connect-2" in all_before(services, "provision")
 
@@ -662,6 +664,29 @@ def test_healthy_asks_every_url_and_names_the_one_that_fails(capsys: pytest.Capt
         assert healthy.main(f"{url}/there", f"{url}/here") == 0
         assert healthy.main(f"{url}/there", f"{url}/absent") == 1
     assert capsys.readouterr().err.startswith(f"{url}/absent: HTTP Error 404")
+
+
+def test_a_service_without_a_port_is_healthy_while_it_touches_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from metrics_pipeline.compose import healthy
+
+    file = tmp_path / "alive"
+    assert healthy.main(str(file)) == 1
+    file.touch()
+    assert healthy.main(str(file)) == 0
+    os.utime(file, (0, 0))
+    assert healthy.main(str(file)) == 1
+    assert "last touched" in capsys.readouterr().err
+    command = project()["watcher"]["command"]
+    assert project()["watcher"]["healthcheck"]["test"][-1] == command[command.index("--alive") + 1]
+
+
+def test_the_watcher_has_the_password_of_the_sinks_role_alone() -> None:
+    watcher = project()["watcher"]
+    assert [name for name in watcher["environment"] if name.endswith("_FILE")] == ["METRICS_WRITER_PASSWORD_FILE"]
+    assert secrets.SHARES["connect"].names == ("metrics_writer_password",)
+    assert watcher["volumes"] == ["secrets-connect:/run/metrics-secrets:ro"]
 
 
 def test_connect_is_healthy_only_with_its_plugin() -> None:

@@ -73,7 +73,7 @@ class Containers:
                 if name.endswith("_port")
             },
         }
-        share = "connect" if name == "connect" else "pipeline"
+        share = "connect" if name in ("connect", "watcher") else "pipeline"
         own = {
             key: value.replace("/run/metrics-secrets", str(self.folder / "secrets" / share))
             for key, value in own.items()
@@ -170,6 +170,7 @@ def containers() -> Iterator[Containers]:
             "0.0.0.0": "127.0.0.1",
             f"{CHECKOUT}/": f"{ROOT}/",
             "/secrets": str(folder / "secrets"),
+            "/run/metrics-pipeline/watcher": str(folder / "watcher-is-alive"),
         },
     )
     try:
@@ -214,7 +215,7 @@ def _bring_up(made: Containers) -> None:
     assert done.returncode == 0, done.stderr
     assert made.healthy("provision").returncode == 0
     # Side by side, as far as none needs the other.
-    for names in (("code", "exporter", "sink"), ("webserver", "daemon")):
+    for names in (("code", "exporter", "sink", "watcher"), ("webserver", "daemon")):
         for name, process in [(name, made.start(name)) for name in names]:
             if name != "daemon":  # its first sign of life may take a while
                 made.wait(name, process)

@@ -160,6 +160,6 @@ def test_a_database_that_is_away_costs_its_figures_only(exporter: Exporter, stac
     finally:
         server.stop()
     up = {labels[0]: value for (name, *labels), value in found.items() if name == "metrics_pipeline_up"}
-    assert up == {"postgres": 0, "producer": 0, "broker": 1, "connect": 1, "sink": 0, "dagster": 0}
+    assert up == {"postgres": 0, "producer": 0, "broker": 1, "connect": 1, "sink": 0, "watcher": 0, "dagster": 0}
     assert ("metrics_pipeline_lag", CONNECTOR_GROUP, "0") in found
     assert ("metrics_pipeline_rows",) not in found

@@ -15,7 +15,7 @@ from metrics_pipeline.local.status import Sample, _absent
 from metrics_pipeline.settings import Settings
 
 SAMPLE: Sample = {
-    **{part: _absent(part) for part in ("postgres", "broker", "connect", "sink", "producer", "dagster")},
+    **{part: _absent(part) for part in ("postgres", "broker", "connect", "sink", "watcher", "producer", "dagster")},
     **dict.fromkeys(("rows", "rows_per_second", "acknowledged_per_second", "lag")),
     "latency_seconds": {"p50": None, "p99": None},
 }
