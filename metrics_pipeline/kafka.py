@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import (
     AdminClient,
     AlterConfigOpType,
@@ -70,6 +70,7 @@ A new leader does not name the end of its log until it knows what the replicas h
 """
 
 MIB = 2**20
+_URL_SAFE = str.maketrans("+/", "-_")
 _T = TypeVar("_T")
 
 
@@ -89,6 +90,20 @@ class Lag:
 
     total: int
     per_partition: dict[int, int]
+
+
+@dataclass(frozen=True)
+class TopicLog:
+    """The log that the topic's name stands for now: another topic of that name, or another cluster, is another log.
+
+    Attributes:
+        id: the cluster's id, a slash, and the topic's id (KIP-516). A broker that does not know topic ids is told by its
+            cluster alone.
+        partitions: how many it has.
+    """
+
+    id: str
+    partitions: int
 
 
 def client_config(settings: Settings) -> dict[str, Any]:
@@ -112,6 +127,73 @@ def cluster_id(settings: Settings) -> str:
     if not known:
         raise ServiceError(f"Kafka broker {settings.bootstrap_servers} does not tell its cluster's id yet: try again")
     return known
+
+
+def topic_log(settings: Settings) -> TopicLog:
+    """The log that the topic's name stands for now.
+
+    Raises:
+        ServiceError: the broker cannot be reached, or the topic does not exist.
+    """
+    with _admin(settings) as admin:
+        return TopicWatch(admin).ask()
+
+
+class TopicWatch:
+    """Looks again and again which log the topic's name stands for.
+
+    Args:
+        admin: asks the broker.
+    """
+
+    def __init__(self, admin: AdminClient) -> None:
+        self._admin = admin
+        self._asked: tuple[Future[Any], Future[Any]] | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> TopicWatch:
+        """One with a client of its own."""
+        return cls(AdminClient(client_config(settings)))
+
+    def ask(self) -> TopicLog:
+        """The present one, asked now.
+
+        Raises:
+            KafkaException: the broker does not answer for eight seconds, or refuses.
+            ServiceError: the topic does not exist.
+        """
+        return self._answer(self._ask())
+
+    def look(self) -> TopicLog | None:
+        """What the last question brought, without waiting; None while there is no answer, or no good one."""
+        asked, answer = self._asked, None
+        if asked is not None and all(future.done() for future in asked):
+            with suppress(KafkaException, ServiceError):
+                answer = self._answer(asked)
+            asked = None
+        self._asked = asked or self._ask()
+        return answer
+
+    def _ask(self) -> tuple[Future[Any], Future[Any]]:
+        (topic,) = self._admin.describe_topics(TopicCollection([TOPIC]), request_timeout=TIMEOUT_SECONDS).values()
+        return topic, self._admin.describe_cluster(request_timeout=TIMEOUT_SECONDS)
+
+    @staticmethod
+    def _answer(asked: tuple[Future[Any], Future[Any]]) -> TopicLog:
+        topic, cluster = asked
+        try:
+            described = topic.result()
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise _no_topic() from error
+            raise
+        # What is all zeros is no id: the broker is of a kind that has none.
+        known = described.topic_id is not None and (
+            described.topic_id.get_most_significant_bits() or described.topic_id.get_least_significant_bits()
+        )
+        # Written as Kafka's own tools do.
+        topic_id = str(described.topic_id).translate(_URL_SAFE).rstrip("=") if known else ""
+        return TopicLog(f"{cluster.result().cluster_id or ''}/{topic_id}", len(described.partitions))
 
 
 def topic_spec(settings: Settings) -> TopicSpec:
@@ -169,6 +251,12 @@ def ensure_topic(settings: Settings, grow: bool = False) -> Change:
                 raise DriftError(
                     f"topic {spec.name} has {existing} partitions, TOPIC_PARTITIONS_METRICS is {spec.partitions}: "
                     f"set TOPIC_PARTITIONS_METRICS={existing}, or launch the `provision` job with grow_partitions: true"
+                )
+            if spec.partitions % existing:
+                raise DriftError(
+                    f"topic {spec.name} has {existing} partitions, TOPIC_PARTITIONS_METRICS is {spec.partitions}: partitions grow "
+                    f"to a multiple only, so that a key stays or moves to a new partition; set TOPIC_PARTITIONS_METRICS="
+                    f"{existing * -(-spec.partitions // existing)}"
                 )
             _done(admin.create_partitions([NewPartitions(spec.name, spec.partitions)]))
             await_topic(settings, spec.name, spec.partitions)
@@ -258,6 +346,43 @@ def ends(consumer: Consumer, place: TopicPartition) -> tuple[int, int]:
         KafkaException: nobody answers for eight seconds, or the broker refuses.
     """
     return _settled(lambda: consumer.get_watermark_offsets(place, timeout=TIMEOUT_SECONDS))
+
+
+def offsets_at(settings: Settings, milliseconds: int) -> dict[int, int]:
+    """Per partition the offset of the first record that was appended at this time (since 1970) or later, else the end.
+
+    Raises:
+        ServiceError: the broker cannot be reached, or the topic does not exist.
+    """
+    with _consumer(settings) as consumer:
+        marks = _watermarks(consumer)
+        asked = [TopicPartition(TOPIC, number, milliseconds) for number in marks]
+        found = _settled(lambda: _each_good(consumer.offsets_for_times(asked, timeout=TIMEOUT_SECONDS)))
+        return {place.partition: place.offset if place.offset >= 0 else marks[place.partition][1] for place in found}
+
+
+def first_append(settings: Settings, partitions: Iterable[int]) -> float | None:
+    """When the first record that is still there was appended to any of these partitions: seconds since 1970; None if never.
+
+    Raises:
+        ServiceError: the broker cannot be reached, or the topic does not exist.
+    """
+    with _consumer(settings) as consumer:
+        marks = _watermarks(consumer)
+        asked = {
+            number: marks[number][0] for number in partitions if number in marks and marks[number][1] > marks[number][0]
+        }
+        consumer.assign([TopicPartition(TOPIC, number, low) for number, low in asked.items()])
+        times: list[float] = []
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while asked and time.monotonic() < deadline:
+            message = consumer.poll(0.2)
+            if message is None or message.error() is not None or (number := message.partition()) is None:
+                continue
+            if asked.pop(number, None) is not None:
+                times.append(message.timestamp()[1] / 1000)
+                consumer.pause([TopicPartition(TOPIC, number)])
+        return min(times, default=None)
 
 
 def committed(settings: Settings, group: str = CONNECTOR_GROUP) -> dict[int, int]:
@@ -401,10 +526,14 @@ def _partitions(admin: AdminClient | Consumer, name: str) -> dict[int, Any] | No
 def _existing(admin: AdminClient | Consumer) -> dict[int, Any]:
     partitions = _partitions(admin, TOPIC)
     if partitions is None:
-        raise ServiceError(
-            f"topic {TOPIC} does not exist: run `dagster job execute -m metrics_pipeline.definitions -j provision`"
-        )
+        raise _no_topic()
     return partitions
+
+
+def _no_topic() -> ServiceError:
+    return ServiceError(
+        f"topic {TOPIC} does not exist: run `dagster job execute -m metrics_pipeline.definitions -j provision`"
+    )
 
 
 def _shape(admin: AdminClient) -> tuple[int, int]:

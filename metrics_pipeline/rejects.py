@@ -129,7 +129,7 @@ def recent(settings: Settings, seconds: float, limit: int) -> Recent:
 
 
 def one(settings: Settings, partition: int, offset: int) -> tuple[Reject, bytes | None, bytes | None]:
-    """A rejected record, its key and its payload.
+    """A rejected record, its key and its payload; of several logs, the one that was rejected last.
 
     Raises:
         SettingError: there is none at this place.
@@ -171,18 +171,20 @@ def replay(
             which changes no row.
     """
     result = Replayed()
+    logs: list[str] = []
     partitions, offsets = array("i"), array("q")
 
     def source() -> Iterator[list[Message]]:
         for page in _pages(settings, selection):
             messages: list[Message] = []
-            for partition, offset, key, payload in page:
+            for log, partition, offset, key, payload in page:
                 try:
                     decode(key, payload)
                 except RecordError as error:
                     result.bad[error.reason] = result.bad.get(error.reason, 0) + 1
                     continue
                 messages.append((key, payload))
+                logs.append(log)
                 partitions.append(partition)
                 offsets.append(offset)
             if messages:
@@ -192,7 +194,7 @@ def replay(
     # A run that was stopped took what it did not publish from the source, too.
     if result.report.clean and result.report.acknowledged == len(offsets):
         result.published = len(offsets)
-        _mark(settings, partitions, offsets)
+        _mark(settings, logs, partitions, offsets)
     return result
 
 
@@ -208,7 +210,8 @@ def purge(settings: Settings, before: datetime) -> tuple[int, int]:
         ServiceError: PostgreSQL or the broker cannot be used.
     """
     low = {partition: first for partition, (first, _) in kafka.watermarks(settings).items()}
-    values = {"topic": TOPIC, "partitions": list(low), "lows": list(low.values()), "before": before}
+    log = kafka.topic_log(settings).id
+    values = {"topic": TOPIC, "log_id": log, "partitions": list(low), "lows": list(low.values()), "before": before}
     with _table(settings, "metrics_owner") as connection:
         deleted = connection.execute(postgres.query("rejects_purge"), values).rowcount
         kept = connection.execute(
@@ -230,12 +233,13 @@ def printable(data: bytes | None, limit: int = SHOWN_BYTES) -> str:
 
 def _pages(settings: Settings, selection: Selection) -> Iterator[list[tuple[Any, ...]]]:
     """What waits, some records at a time; each page is a transaction of its own, so that nothing is held up meanwhile."""
-    partition, offset = -1, -1
+    log, partition, offset = "", -1, -1
     with _table(settings) as connection:
         (begun,) = connection.execute("SELECT clock_timestamp()").fetchone() or (None,)
         while True:
             values = {
                 "topic": TOPIC,
+                "log_id": log,
                 "partition": partition,
                 "offset": offset,
                 "begun": begun,
@@ -247,15 +251,20 @@ def _pages(settings: Settings, selection: Selection) -> Iterator[list[tuple[Any,
             page = connection.execute(postgres.query("rejects_page"), values, binary=True).fetchall()
             if not page:
                 return
-            partition, offset = page[-1][:2]
+            log, partition, offset = page[-1][:3]
             yield page
 
 
-def _mark(settings: Settings, partitions: array[int], offsets: array[int]) -> None:
+def _mark(settings: Settings, logs: list[str], partitions: array[int], offsets: array[int]) -> None:
     with _table(settings, "metrics_writer") as connection:
         for start in range(0, len(offsets), MARKED_AT_ONCE):
             part = slice(start, start + MARKED_AT_ONCE)
-            values = {"topic": TOPIC, "partitions": list(partitions[part]), "offsets": list(offsets[part])}
+            values = {
+                "topic": TOPIC,
+                "logs": logs[part],
+                "partitions": list(partitions[part]),
+                "offsets": list(offsets[part]),
+            }
             connection.execute(postgres.query("rejects_mark"), values)
 
 

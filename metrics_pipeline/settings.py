@@ -172,6 +172,12 @@ class Settings(ProducerSettings):
     topic_partitions_metrics: Positive = _setting(
         6, "partitions of the topic; growing an existing topic needs `provision` to be asked for it", "topic"
     )
+    topic_refresh_seconds: Annotated[int, Field(ge=1)] = _setting(
+        300,
+        "seconds after which every producer knows of added partitions: the longest `metadata.max.age.ms` (Java) or "
+        "`topic.metadata.refresh.interval.ms` (librdkafka) of yours, which both are 300 s if not set",
+        "topic",
+    )
     topic_replication_factor: Positive = _setting(
         1, "replicas of each partition; 3 when `KAFKA_BROKERS` is 3 and this is not set", "topic"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, TopicPartition, Uuid
 from confluent_kafka.admin import ConfigResource, NewPartitions, NewTopic
 
 
@@ -39,6 +39,7 @@ class FakeBroker:
     leaderless: int = 0
     leaderless_because: int = KafkaError.NOT_LEADER_FOR_PARTITION
     cluster: str | None = "fake"
+    topic_ids: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, topic: FakeTopic) -> None:
         """Have a topic, its settings laid over the defaults."""
@@ -101,6 +102,18 @@ class FakeAdmin:
         for number in range(len(topic.offsets), new.new_total_count):
             topic.offsets[number] = (0, 0)
         return {new.topic: _done(None)}
+
+    def describe_topics(self, topics: Any, **_: Any) -> dict[str, Future[Any]]:
+        (name,) = topics.topic_names
+        if self._broker.down:
+            return {name: _failed(KafkaException(KafkaError(KafkaError._TRANSPORT, "Failed to get metadata")))}
+        if name not in self._broker.topics:
+            return {name: _failed(KafkaException(KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART)))}
+        topic_id = Uuid(0, self._broker.topic_ids.get(name, 1))
+        return {name: _done(SimpleNamespace(topic_id=topic_id, partitions=list(self._broker.topics[name].offsets)))}
+
+    def describe_cluster(self, **_: Any) -> Future[Any]:
+        return _done(SimpleNamespace(cluster_id=self._broker.cluster))
 
     def describe_configs(self, resources: list[ConfigResource]) -> dict[ConfigResource, Future[Any]]:
         (resource,) = resources

@@ -26,6 +26,9 @@ from metrics_pipeline.copy_sink.store import Store
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.settings import TOPIC, Settings
 
+LOG: Final = "fake/log"
+"""What the topic's name stands for."""
+
 
 @dataclass(frozen=True, slots=True)
 class FakeMessage:
@@ -434,8 +437,8 @@ class FakeSession:
     def executemany(self, statement: bytes, entries: list[tuple[Any, ...]]) -> None:
         self._usable()
         assert statement.decode() == postgres.query("sink_reject")
-        for topic, partition, offset, reason, _, _, _ in entries:
-            assert topic == TOPIC
+        for topic, log, partition, offset, reason, _, _, _ in entries:
+            assert (topic, log) == (TOPIC, LOG)
             self.changes.rejects[partition, offset] = reason
 
     def execute(self, statement: str | bytes, values: Any = None) -> Found:
@@ -446,9 +449,9 @@ class FakeSession:
             return cast("Found", named[text](values))
         for begin, run in (
             ("SELECT active = 'copy' FROM sink_state", self._active),
-            ("SELECT partition, next_offset FROM sink_offsets", self._offsets),
+            ("SELECT connector_log FROM sink_state", lambda _: Found([(LOG,)])),
+            ("SELECT partition, next_offset, log_id FROM sink_offsets", self._offsets),
             ("INSERT INTO sink_offsets", self._begin),
-            ("UPDATE sink_offsets SET next_offset", self._skip),
             ("CREATE TEMPORARY TABLE IF NOT EXISTS incoming_metrics", lambda _: Found([])),
             ("DELETE FROM incoming_metrics", self._empty),
         ):
@@ -473,17 +476,19 @@ class FakeSession:
         return Found([(self._database.active == "copy",)])
 
     def _offsets(self, values: Any) -> Found:
-        return Found([(number, at) for number in values[1] if (at := self._at(number)) is not None])
+        return Found([(number, at, LOG) for number in values[1] if (at := self._at(number)) is not None])
 
     def _begin(self, values: Any) -> Found:
-        _, partition, offset = values
+        _, partition, log, offset = values
+        assert log == LOG
         if self._at(partition) is not None:
             return Found([], 0)
         self.changes.offsets[partition] = offset
         return Found([], 1)
 
-    def _skip(self, values: Any) -> Found:
-        offset, _, partition, expected = values
+    def _sink_move(self, values: Any) -> Found:
+        partition, expected, offset = values["partition"], values["expected"], values["offset"]
+        assert values["expected_log"] == values["log_id"] == LOG
         # Seen as it was when the statement began, unless the row itself has been changed meanwhile.
         active = self._database.active == "copy"
         self._lock([partition])
@@ -501,7 +506,9 @@ class FakeSession:
         # What is no part of the locked rows is seen as it was when the statement began, before it waited.
         active = self._database.active == "copy"
         self._lock(values["partitions"])
-        return Found([(number, at, active) for number in values["partitions"] if (at := self._at(number)) is not None])
+        return Found(
+            [(number, at, LOG, active) for number in values["partitions"] if (at := self._at(number)) is not None]
+        )
 
     def _sink_advance(self, values: Any) -> Found:
         if "sink_state" in postgres.query("sink_advance") and self._database.active != "copy":
@@ -529,7 +536,7 @@ class FakeSession:
         return Found([(len(stalled),)])
 
 
-_STATEMENTS: Final = ("sink_lock", "sink_advance", "sink_upsert", "sink_end_stalled")
+_STATEMENTS: Final = ("sink_lock", "sink_move", "sink_advance", "sink_upsert", "sink_end_stalled")
 
 
 @dataclass(frozen=True)
@@ -680,6 +687,19 @@ class FakeConsumer:
 # --- Everything together -----------------------------------------------------------------------------------------
 
 
+class FakeLogWatch:
+    """The topic's name always stands for the same log."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def present(self) -> str:
+        return LOG
+
+    def moved(self) -> bool:
+        return False
+
+
 class Process:
     """A worker process: the real `Worker` on threads that run one at a time.
 
@@ -746,6 +766,7 @@ class World:
         change("Queue", partial(FakeQueue, self))
         change("Failpoints", partial(FakeFailpoints, self))
         change("Store", store)
+        change("LogWatch", FakeLogWatch)
         change("random", SimpleNamespace(uniform=lambda _, most: most))
         change("time", SimpleNamespace(monotonic=lambda: self.clock, time=lambda: self.clock, sleep=self._sleep))
         change(

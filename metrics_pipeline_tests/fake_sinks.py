@@ -13,6 +13,8 @@ from metrics_pipeline import postgres
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.settings import TOPIC
 
+LOG = "fake/AAAAAAAAAAAAAAAAAAAAAQ"
+
 
 @dataclass
 class FakeSinkTables:
@@ -25,6 +27,10 @@ class FakeSinkTables:
         down: whether PostgreSQL takes connections.
         roles: who connected.
         asked: called at each look at the position.
+        log: which log the topic's name was noted to stand for.
+        connector_log: which log the connector's offsets are of.
+        partitions: how many the topic was noted to have.
+        logs: which log the COPY sink's offsets are of, by partition, where it is another one.
     """
 
     active: str | None = "connect"
@@ -33,6 +39,10 @@ class FakeSinkTables:
     down: bool = False
     roles: list[str] = field(default_factory=list)
     asked: Callable[[], object] = lambda: None
+    log: str = LOG
+    connector_log: str = LOG
+    partitions: int = 3
+    logs: dict[int, str] = field(default_factory=dict)
 
     @contextmanager
     def connect(self, settings: Any, role: str, **options: Any) -> Iterator[FakeSinkSession]:
@@ -41,11 +51,11 @@ class FakeSinkTables:
         if self.down:
             raise ServiceError("PostgreSQL at fake cannot be reached")
         self.roles.append(role)
-        before = self.active, dict(self.offsets)
+        before = self.active, dict(self.offsets), self.connector_log, dict(self.logs)
         try:
             yield FakeSinkSession(self, role)
         except BaseException:
-            self.active, self.offsets = before
+            self.active, self.offsets, self.connector_log, self.logs = before
             raise
 
 
@@ -56,22 +66,46 @@ class FakeSinkSession:
         self._tables = tables
         self._role = role
 
-    def execute(self, statement: str, values: dict[str, Any] | None = None) -> FakeResult:
+    def commit(self) -> None:
+        pass
+
+    def execute(self, statement: str, values: Any = None) -> FakeResult:
         tables = self._tables
         if statement == postgres.query("sink_position"):
             tables.asked()
             if tables.active is None:
                 raise psycopg.errors.UndefinedTable
             assert values == {"topic": TOPIC}
-            places: list[tuple[int | None, int | None]] = [*sorted(tables.offsets.items())]
-            return FakeResult([(tables.active, tables.sessions, *place) for place in places or [(None, None)]])
+            places: list[tuple[int | None, int | None]] = [
+                (number, offset)
+                for number, offset in sorted(tables.offsets.items())
+                if tables.logs.get(number, LOG) == tables.log
+            ]
+            logs = tables.log, tables.connector_log
+            return FakeResult([(tables.active, tables.sessions, *place, *logs) for place in places or [(None, None)]])
+        if statement.startswith("SELECT connector_log"):
+            return FakeResult([(tables.connector_log, False) if "held" in statement else (tables.connector_log,)])
+        if statement.startswith("UPDATE sink_state SET connector_log"):
+            if not statement.endswith("= ''") or not tables.connector_log:
+                tables.connector_log = (values or [""])[0]
+            return FakeResult([])
+        if statement == postgres.query("topic_log_present"):
+            return FakeResult([(tables.log, tables.partitions)] if tables.log else [])
+        if statement == postgres.query("topic_growth_note"):
+            tables.partitions = values["after"]
+            return FakeResult([])
+        if statement == postgres.query("topic_growth_oldest"):
+            return FakeResult([])
+        if statement.startswith("SELECT note_topic_log"):
+            _, tables.log, tables.partitions = values
+            return FakeResult([])
         if statement == postgres.query("sink_activate_connect"):
             assert self._role == "metrics_writer", "only the writer may call this"
             tables.active = "connect"
             return FakeResult([])
         if statement == postgres.query("sink_hand_back"):
             assert self._role in ("metrics_writer", "metrics_owner")
-            return FakeResult(sorted(tables.offsets.items()))
+            return FakeResult([(n, at, tables.logs.get(n, LOG)) for n, at in sorted(tables.offsets.items())])
         assert self._role == "metrics_owner", "only the owner may write these tables"
         assert values is not None
         if statement == postgres.query("sink_activate"):
@@ -80,7 +114,8 @@ class FakeSinkSession:
         assert statement == postgres.query("sink_take_over")
         moved = []
         for number, offset in zip(values["partitions"], values["offsets"], strict=True):
-            present = tables.offsets.get(number)
+            present = tables.offsets.get(number) if tables.logs.get(number, LOG) == values["log_id"] else None
+            tables.logs[number] = values["log_id"]
             if present is None or offset < present or (offset > present and not values["back"]):
                 tables.offsets[number] = offset
                 moved.append((number, offset))
@@ -90,8 +125,13 @@ class FakeSinkSession:
 class FakeResult:
     """Rows."""
 
+    rowcount = 0
+
     def __init__(self, rows: list[tuple[Any, ...]]) -> None:
         self._rows = rows
+
+    def fetchone(self) -> tuple[Any, ...] | None:
+        return self._rows[0] if self._rows else None
 
     def fetchall(self) -> list[tuple[Any, ...]]:
         return self._rows

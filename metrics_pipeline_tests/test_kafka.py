@@ -81,13 +81,13 @@ def test_created_by_somebody_else_at_the_same_moment_is_brought_to_the_configura
 
 def test_partitions_grow_only_when_asked(broker: FakeBroker) -> None:
     kafka.ensure_topic(settings())
-    more = settings(topic_partitions_metrics=5)
-    assert "partitions is 3, configured 5" in kafka.topic_drift(more)
+    more = settings(topic_partitions_metrics=6)
+    assert "partitions is 3, configured 6" in kafka.topic_drift(more)
     with pytest.raises(
-        DriftError, match=r"has 3 partitions, TOPIC_PARTITIONS_METRICS is 5: set .*=3, or .*grow_partitions"
+        DriftError, match=r"has 3 partitions, TOPIC_PARTITIONS_METRICS is 6: set .*=3, or .*grow_partitions"
     ):
         kafka.ensure_topic(more)
-    assert "partitions: 3 → 5" in kafka.ensure_topic(more, grow=True).details
+    assert "partitions: 3 → 6" in kafka.ensure_topic(more, grow=True).details
     assert kafka.topic_drift(more) == []
 
 

@@ -52,12 +52,14 @@ class Chunk:
         epoch: which possession of the partition it was consumed under; a chunk of a former one is not written.
         start: where the partition stood before: what the database must say for the chunk to be written.
         stop: where it stands afterwards.
+        log: which log these offsets are of: what the database must say, too.
     """
 
     partition: int
     epoch: int
     start: int
     stop: int
+    log: str = ""
 
 
 @dataclass(frozen=True, slots=True)

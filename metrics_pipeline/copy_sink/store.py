@@ -13,13 +13,14 @@ import psycopg
 from psycopg import errors as pg
 from psycopg.pq import TransactionStatus
 
-from metrics_pipeline import postgres
+from metrics_pipeline import kafka, postgres, topic_log
 from metrics_pipeline.copy_sink import copy_format
 from metrics_pipeline.copy_sink.batch import Batch, BatchReject, clean
 from metrics_pipeline.copy_sink.canonical import ReadingColumns
 from metrics_pipeline.copy_sink.failpoint import Failpoints
 from metrics_pipeline.copy_sink.sessions import APPLICATION
 from metrics_pipeline.errors import PipelineError
+from metrics_pipeline.kafka import TopicLog
 from metrics_pipeline.settings import TOPIC, Settings
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,19 @@ class FencedError(Exception):
 
 class StandbyError(Exception):
     """The COPY sink is not the active one (any more)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offset:
+    """Where a partition stands.
+
+    Attributes:
+        log: in which log; nothing when the note is older than such notes.
+        next: the offset of the first record that is not stored or rejected.
+    """
+
+    log: str
+    next: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,36 +117,94 @@ class Store:
         self._session().commit()
         return bool(row and row[0])
 
-    def offsets(self, partitions: Iterable[int]) -> dict[int, int]:
-        """Where each partition stands; those never written are left out."""
+    def offsets(self, partitions: Iterable[int]) -> dict[int, Offset]:
+        """Where each partition stands, and in which log; those never written are left out."""
         session = self._session()
         rows = session.execute(
-            "SELECT partition, next_offset FROM sink_offsets WHERE topic = %s AND partition = ANY (%s)",
+            "SELECT partition, next_offset, log_id FROM sink_offsets WHERE topic = %s AND partition = ANY (%s)",
             [TOPIC, list(partitions)],
         ).fetchall()
         session.commit()
-        return dict(rows)
+        return {partition: Offset(log, offset) for partition, offset, log in rows}
 
-    def begin(self, partition: int, offset: int) -> None:
+    def begin(self, partition: int, offset: Offset) -> None:
         """Note where a partition that was never written begins; a note that is there already stays."""
         session = self._session()
         session.execute(
-            "INSERT INTO sink_offsets (topic, partition, next_offset) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
-            [TOPIC, partition, offset],
+            "INSERT INTO sink_offsets (topic, partition, log_id, next_offset) VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING",
+            [TOPIC, partition, offset.log, offset.next],
         )
         session.commit()
 
-    def skip(self, partition: int, expected: int, offset: int) -> bool:
-        """Move a partition whose records up to `offset` exist no more; False when it was not where expected, or another sink is active."""
+    def move(self, partition: int, expected: Offset, offset: Offset) -> bool:
+        """Move a partition whose records exist no more, or stand in another log; False when it was not where expected, or another sink is active."""
         session = self._session()
         moved = session.execute(
-            "UPDATE sink_offsets SET next_offset = %s, updated_at = now() "
-            "WHERE topic = %s AND partition = %s AND next_offset = %s "
-            "AND (SELECT s.active = 'copy' FROM sink_state AS s)",
-            [offset, TOPIC, partition, expected],
+            postgres.query("sink_move"),
+            {
+                "topic": TOPIC,
+                "partition": partition,
+                "expected_log": expected.log,
+                "expected": expected.next,
+                "log_id": offset.log,
+                "offset": offset.next,
+            },
         ).rowcount
         session.commit()
         return moved == 1
+
+    def connector_log(self) -> str:
+        """Which log the offsets that the connector committed are of; nothing when that was never noted."""
+        session = self._session()
+        row = session.execute("SELECT connector_log FROM sink_state").fetchone()
+        session.commit()
+        return str(row[0]) if row else ""
+
+    def note(self, log: TopicLog) -> str | None:
+        """Note the log that the topic's name stands for; what is new about it, or None."""
+        return topic_log.note(self._session(), log, self._settings.topic_refresh_seconds)
+
+    def settle_growth(self, log: TopicLog) -> str | None:
+        """Go on with the growth of partitions that is the next to be settled; what was done about it, or None."""
+        session = self._session()
+        try:
+            growth = topic_log.oldest_growth(session, log)
+            session.commit()
+            if growth is None:
+                return None
+            if not growth.passed:
+                topic_log.measure(session, self._settings, growth)
+                return None
+            low = {number: first for number, (first, _) in kafka.watermarks(self._settings).items()}
+            at = self.offsets(growth.passed)
+            if not growth.reached({number: place.next for number, place in at.items() if place.log == log.id}, low):
+                return None
+            if not topic_log.settle(session, growth):
+                return None
+            rows = session.execute(postgres.query("sink_hand_back"), {"topic": TOPIC}).fetchall()
+            # Asked once the rows are locked: who changes the sink locks them, too.
+            active = session.execute("SELECT active = 'copy' FROM sink_state").fetchone()
+            if active != (True,) or not growth.reached({n: next_ for n, next_, of in rows if of == log.id}, low):
+                return None
+            values = {
+                "topic": TOPIC,
+                "log_id": log.id,
+                "partitions": list(growth.begins),
+                "offsets": [max(begin, low.get(number, 0)) for number, begin in growth.begins.items()],
+            }
+            session.execute(postgres.query("sink_set_back"), values)
+            session.commit()
+        finally:
+            if not session.closed:
+                session.rollback()
+        return f"{growth}: partitions {sorted(growth.begins)} are read again, so that the newest value of each key is stored last"
+
+    def last_settled(self) -> int:
+        """The growth that was settled last; another number than before means that offsets were set back."""
+        session = self._session()
+        row = session.execute(postgres.query("topic_growth_last_settled"), {"topic": TOPIC}).fetchone()
+        session.commit()
+        return int(row[0]) if row else 0
 
     def write(self, batch: Batch) -> Written:
         """Store and reject what the batch holds and move the offsets, or do nothing at all.
@@ -165,7 +237,7 @@ class Store:
     def written(self, batch: Batch) -> bool:
         """Whether a batch whose COMMIT was never answered is in the database."""
         at = self.offsets(batch.chunks)
-        return all(at.get(chunk.partition, -1) == chunk.stop for chunk in batch.chunks.values())
+        return all(at.get(chunk.partition) == Offset(chunk.log, chunk.stop) for chunk in batch.chunks.values())
 
     def close(self) -> None:
         """End the session."""
@@ -211,10 +283,14 @@ class Store:
         rows = session.execute(
             postgres.query("sink_lock").encode(), {"topic": TOPIC, "partitions": list(batch.chunks)}
         ).fetchall()
-        if not all(active for _, _, active in rows):
+        if not all(active for *_, active in rows):
             raise StandbyError
-        at = {partition: offset for partition, offset, _ in rows}
-        wrong = [chunk.partition for chunk in batch.chunks.values() if at.get(chunk.partition) != chunk.start]
+        at = {partition: Offset(log, offset) for partition, offset, log, _ in rows}
+        wrong = [
+            chunk.partition
+            for chunk in batch.chunks.values()
+            if at.get(chunk.partition) != Offset(chunk.log, chunk.start)
+        ]
         if wrong:
             raise FencedError(wrong)
 
@@ -225,6 +301,7 @@ class Store:
             {
                 "topic": TOPIC,
                 "partitions": [chunk.partition for chunk in chunks],
+                "logs": [chunk.log for chunk in chunks],
                 "starts": [chunk.start for chunk in chunks],
                 "stops": [chunk.stop for chunk in chunks],
             },
@@ -338,7 +415,7 @@ class RowWriter:
         entries = []
         for reject in rejects:
             message = batch.messages[reject.at]
-            place = (TOPIC, message.partition(), message.offset())
+            place = (TOPIC, batch.chunks[message.partition()].log, message.partition(), message.offset())
             entries.append((*place, reject.reason, reject.detail, message.key(), message.value()))
         with session.cursor() as cursor:
             cursor.executemany(postgres.query("sink_reject").encode(), entries)

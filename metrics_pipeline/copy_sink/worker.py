@@ -25,8 +25,9 @@ from metrics_pipeline import kafka
 from metrics_pipeline.copy_sink.batch import Batch, BatchDecoder, Chunk, Part, column, runs_of
 from metrics_pipeline.copy_sink.counts import WorkerReport
 from metrics_pipeline.copy_sink.failpoint import Failpoints
+from metrics_pipeline.copy_sink.log_watch import LogWatch
 from metrics_pipeline.copy_sink.progress import Progress
-from metrics_pipeline.copy_sink.store import FencedError, StandbyError, Store, Written, kind_of, reason_of
+from metrics_pipeline.copy_sink.store import FencedError, Offset, StandbyError, Store, Written, kind_of, reason_of
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR_GROUP, COPY_GROUP, TOPIC, Settings
 
@@ -68,11 +69,13 @@ class PartitionPlace:
         epoch: changes whenever the place is lost, so that chunks of before can be told.
         next: the offset behind the last message consumed; None until it has been read from the database.
         fresh: nothing has been consumed since it was sought, so that a gap before the first message is the topic's own.
+        log: which log these offsets are of.
     """
 
     epoch: int
     next: int | None = None
     fresh: bool = True
+    log: str = ""
 
 
 def consumer_config(settings: Settings) -> dict[str, Any]:
@@ -101,6 +104,8 @@ def consumer_config(settings: Settings) -> dict[str, Any]:
         "socket.keepalive.enable": True,
         # After the queue was full, go on at once instead of a second later.
         "fetch.queue.backoff.ms": 20,
+        # Partitions that are added, and a topic made anew, are seen as soon as this.
+        "topic.metadata.refresh.interval.ms": 5000,
     }
 
 
@@ -139,20 +144,22 @@ class Partitions:
         with self._lock:
             return sorted(self._places)
 
-    def set(self, number: int, epoch: int, offset: int, *, fresh: bool = False) -> bool:
-        """Where a partition is consumed next; False when it was lost or forgotten since that epoch."""
+    def set(self, number: int, epoch: int, offset: int, *, log: str | None = None) -> bool:
+        """Where a partition is consumed next, and in which log if it was just sought; False when it was lost or forgotten since that epoch."""
         with self._lock:
             place = self._places.get(number)
             if place is None or place.epoch != epoch:
                 return False
-            place.next, place.fresh = offset, fresh
+            place.next, place.fresh = offset, log is not None
+            if log is not None:
+                place.log = log
             return True
 
     def get(self, number: int) -> PartitionPlace | None:
         """A copy of a place; None when the partition is not ours."""
         with self._lock:
             place = self._places.get(number)
-            return PartitionPlace(place.epoch, place.next, place.fresh) if place else None
+            return replace(place) if place else None
 
     def stale(self, batch: Batch) -> list[int]:
         """Partitions of a batch that were lost or forgotten after it was consumed."""
@@ -196,7 +203,7 @@ class BatchReader:
                 self._places.forget([number])
                 continue
             if (stop := last[number] + 1) > place.next:
-                moved[number] = Chunk(number, place.epoch, chunk.start if chunk else place.next, stop)
+                moved[number] = Chunk(number, place.epoch, chunk.start if chunk else place.next, stop, place.log)
                 begins[number] = place.next
                 early = early or begin < place.next
         if not moved:
@@ -370,6 +377,7 @@ class CopyWorker:
         self._store = Store(settings, name, self._failpoints)
         # The reader's own session: it must not wait for a transaction of the writer.
         self._places_store = Store(settings, f"{name} places")
+        self._log = LogWatch(settings, self._places_store)
         self._places = Partitions()
         self._writer = self._new_writer()
         self._queue: Queue[Batch] = Queue(maxsize=1)
@@ -481,6 +489,10 @@ class CopyWorker:
             if now - looked > 1.0:
                 looked = now
                 self._look(consumer)
+                self._progress.at("reader", "offsets")
+                if self._log.moved():
+                    self._places.forget(self._places.all())
+                    continue
                 if now - began > SETTLED_SECONDS or (self._heard > began and not self._places.unknown()):
                     self._progress.works("worker")
             self._progress.at("reader", "fetch")
@@ -565,8 +577,14 @@ class CopyWorker:
     def _resolve(self, consumer: Consumer) -> set[int]:
         """Read where the partitions stand that are new or were forgotten, and consume from there; which were sought."""
         sought: set[int] = set()
+        unknown = self._places.unknown()
+        if not unknown:
+            return sought
+        # Before the offsets: what is consumed under the id of a log that is gone by then is read again as the new one's.
+        self._progress.at("reader", "ends")
+        log_id = self._log.present()
         commits: dict[int, int] | None = None
-        for number in self._places.unknown():
+        for number in unknown:
             place = self._places.get(number)
             if place is None:
                 continue
@@ -575,18 +593,18 @@ class CopyWorker:
             low, high = kafka.ends(consumer, target)
             self._hears()
             self._progress.at("reader", "offsets")
-            offset = self._places_store.offsets([number]).get(number)
-            if offset is None:
+            at = self._places_store.offsets([number]).get(number)
+            if at is None:
                 # Never written: where the connector stands, else the earliest.
-                commits = kafka.committed(self._settings, CONNECTOR_GROUP) if commits is None else commits
+                commits = self._connector_commits(log_id) if commits is None else commits
                 self._progress.at("reader", "offsets")
                 first = commits.get(number, low)
-                self._places_store.begin(number, first if low <= first <= high else low)
+                self._places_store.begin(number, Offset(log_id, first if low <= first <= high else low))
                 continue  # the next round reads what is there now, ours or another worker's
-            if not low <= offset <= high:
-                self._missing(number, offset, low, high)
+            if at.log != log_id or not low <= at.next <= high:
+                self._missing(number, at, log_id, low, high)
                 continue
-            target.offset = offset
+            target.offset = at.next
             try:
                 consumer.seek(target)
             except KafkaException as error:
@@ -595,15 +613,34 @@ class CopyWorker:
                 continue
             sought.add(number)
             self._ends.pop(number, None)
-            if self._places.set(number, place.epoch, offset, fresh=True):
+            if self._places.set(number, place.epoch, at.next, log=log_id):
                 consumer.resume([TopicPartition(TOPIC, number)])
         return sought
 
-    def _missing(self, number: int, offset: int, low: int, high: int) -> None:
-        """Offsets that the topic does not have: retention was faster, or the topic is another one of the same name."""
-        if offset < low:
-            lost = low - offset
-            if self._places_store.skip(number, offset, low):
+    def _connector_commits(self, log_id: str) -> dict[int, int]:
+        """What the connector committed, if it is of this log."""
+        if self._places_store.connector_log() not in ("", log_id):
+            return {}
+        return kafka.committed(self._settings, CONNECTOR_GROUP)
+
+    def _missing(self, number: int, at: Offset, log_id: str, low: int, high: int) -> None:
+        """An offset that the log does not have, or that is of another log of the same name."""
+        if not at.log:
+            # From before there were such notes: of the log that is seen first.
+            self._places_store.move(number, at, Offset(log_id, at.next))
+        elif at.log != log_id:
+            if self._places_store.move(number, at, Offset(log_id, low)):
+                log.error(
+                    "partition %s: offset %s is of log %s, and topic %s is now log %s: reading it from its beginning",
+                    number,
+                    at.next,
+                    at.log,
+                    TOPIC,
+                    log_id,
+                )
+        elif at.next < low:
+            lost = low - at.next
+            if self._places_store.move(number, at, Offset(log_id, low)):
                 self.report.counts.lost_to_retention += lost
                 log.error(
                     "partition %s: %s records up to offset %s were deleted by retention before they were stored: "
@@ -612,12 +649,13 @@ class CopyWorker:
                     lost,
                     low,
                 )
-        elif self._places_store.skip(number, offset, low):
+        elif self._places_store.move(number, at, Offset(log_id, low)):
             log.error(
-                "partition %s ends at offset %s, and %s were stored: the topic was recreated; reading it from its beginning",
+                "partition %s ends at offset %s, and %s were stored: the log was restored from before; "
+                "reading it from its beginning",
                 number,
                 high,
-                offset,
+                at.next,
             )
 
     def _look(self, consumer: Consumer) -> None:

@@ -11,6 +11,7 @@ from uuid import UUID
 import dagster as dg
 from pydantic import Field, create_model
 
+from metrics_pipeline import kafka
 from metrics_pipeline.defs.provisioning import metrics_sink_connector, metrics_topic, not_provisioned
 from metrics_pipeline.defs.resources import Pipeline, active_runs, plain_errors
 from metrics_pipeline.errors import PipelineError
@@ -59,6 +60,7 @@ def publish(context: dg.OpExecutionContext, config: ProducerConfig, pipeline: Pi
             run_id=UUID(context.run_id),
             on_progress=watch.progress,
             lag=active.LagMeter(settings).total,
+            topic=kafka.TopicWatch.of(settings),
         )
         try:
             report = producer.run()

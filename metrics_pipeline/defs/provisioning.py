@@ -1,6 +1,7 @@
 """Schema, then topic, then sink: each brought to its configured state, each checked by name."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import dagster as dg
@@ -8,9 +9,9 @@ import dagster as dg
 from metrics_pipeline import kafka, postgres, registry
 from metrics_pipeline.change import Change
 from metrics_pipeline.defs.resources import OWNERS, Pipeline, active_runs, plain_errors
-from metrics_pipeline.errors import PipelineError
+from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import Settings
-from metrics_pipeline.sinks import active
+from metrics_pipeline.sinks import active, moves
 
 GROUP = "provisioning"
 
@@ -83,11 +84,16 @@ def schema_at_head(pipeline: Pipeline) -> dg.AssetCheckResult:
 def metrics_topic(config: TopicConfig, pipeline: Pipeline) -> dg.MaterializeResult[None]:
     """The topic of the readings: partitions, retention by bytes, timestamps by the broker.
 
-    Partitions only grow, and only with `grow_partitions: true`, since keys then move to other partitions.
+    Partitions only grow, and only with `grow_partitions: true`, since keys then move to other partitions: the sink reads what
+    came afterwards once more when it has stored what came before.
     """
     with plain_errors():
         settings = pipeline.load()
+        # Before and after: a growth shows by the number of partitions that was noted before it.
+        with suppress(ServiceError):  # there is no topic yet
+            moves.note(settings)
         topic = kafka.ensure_topic(settings, grow=config.grow_partitions)
+        moves.note(settings)
         return _result(topic.then(registry.ensure_schemas(settings)))
 
 

@@ -9,7 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from metrics_pipeline.errors import InstallError
+from confluent_kafka import KafkaException
+
+from metrics_pipeline.errors import InstallError, ServiceError
+from metrics_pipeline.kafka import TopicWatch
+from metrics_pipeline.settings import TOPIC
 
 LAG_SECONDS: Final = 3.0
 """Time between two questions for the lag."""
@@ -34,6 +38,41 @@ def check_disk(folder: Path, limit_gb: float) -> None:
             f"{free:.1f} GiB are free in {there}, below DISK_FREE_LIMIT_GB={limit_gb:g}: the producer stops. "
             "Free some space (`metrics-pipeline reset` removes all data), or lower DISK_FREE_LIMIT_GB"
         )
+
+
+class LogGuard:
+    """Ends a run whose topic is another one than when it began: what it was promised is of one log.
+
+    Args:
+        watch: looks which log the topic's name stands for.
+    """
+
+    def __init__(self, watch: TopicWatch) -> None:
+        self._watch = watch
+        self.log_id = ""
+        """Of the log in which the run publishes; nothing while that is not known."""
+
+    def begin(self) -> None:
+        """Learn it, if the broker tells now."""
+        try:
+            self.log_id = self._watch.ask().id
+        except (KafkaException, ServiceError) as error:
+            log.debug("the topic's log is not known yet: %s", error)
+
+    def check(self) -> None:
+        """Look without waiting.
+
+        Raises:
+            ServiceError: it is another one by now.
+        """
+        if (seen := self._watch.look()) is None or seen.id == self.log_id:
+            return
+        if self.log_id:
+            raise ServiceError(
+                f"topic {TOPIC} is another one than when this run began: log {seen.id}, before {self.log_id}. What was "
+                "acknowledged before stood in the former one; begin a new run"
+            )
+        self.log_id = seen.id
 
 
 class LagWatch:

@@ -86,6 +86,8 @@ class RunLedger:
         self._ending = threading.Event()
         self._last: tuple[Tally, State, float] | None = None
         self._problem: str | None = "not written"
+        self.log_id = ""
+        """Which log the offsets are of; nothing while that is not known."""
         self.usurped: BusyError | None = None
         """Set when the lock was lost with a connection and somebody else has it: the run must end."""
 
@@ -114,6 +116,7 @@ class RunLedger:
             {
                 "run_id": self._run_id,
                 "partition": number,
+                "log_id": self.log_id,
                 "source": self._source,
                 "state": state,
                 "acknowledged": counts.acknowledged,
@@ -266,7 +269,12 @@ def purge(settings: Settings) -> int:
         ServiceError: PostgreSQL or the broker cannot be used.
     """
     lows = {number: low for number, (low, _) in kafka.watermarks(settings).items()}
-    values = {"partitions": list(lows), "lows": list(lows.values()), "hours": settings.run_retention_hours}
+    values = {
+        "log_id": kafka.topic_log(settings).id,
+        "partitions": list(lows),
+        "lows": list(lows.values()),
+        "hours": settings.run_retention_hours,
+    }
     with postgres.connect(settings, "metrics_owner", autocommit=True) as connection:
         try:
             return connection.execute(postgres.query("purge_producer_runs"), values).rowcount

@@ -20,10 +20,11 @@ from uuid import UUID, uuid4
 import confluent_kafka
 
 from metrics_pipeline.errors import PipelineError
+from metrics_pipeline.kafka import TopicWatch
 from metrics_pipeline.producer.deliveries import Deliveries, Ranges, merged
 from metrics_pipeline.producer.endpoints import HealthServer, ProducerMetrics, Snapshot
 from metrics_pipeline.producer.generator import Generator
-from metrics_pipeline.producer.guards import LagWatch, check_disk
+from metrics_pipeline.producer.guards import LagWatch, LogGuard, check_disk
 from metrics_pipeline.producer.latency import LatencyProbe
 from metrics_pipeline.producer.ledger import RunLedger, Source, State
 from metrics_pipeline.producer.publisher import TICK_SECONDS, KafkaClient, Message, Publisher
@@ -106,6 +107,7 @@ class Producer:
         on_progress: Callable[[Snapshot], None] | None = None,
         messages_per_second: float | None = None,
         lag: Callable[[], int] | None = None,
+        topic: TopicWatch | None = None,
         serve: bool | None = None,
         make_client: Callable[[dict[str, Any]], KafkaClient] = confluent_kafka.Producer,
         ledger: RunLedger | None = None,
@@ -123,6 +125,7 @@ class Producer:
             on_progress: called about every second in the thread that runs; what it raises ends the run.
             messages_per_second: bound for a run that is not simulated; default: as fast as it goes.
             lag: the sink's lag in records; default: no guard.
+            topic: looks which log the topic's name stands for; default: the ledger does not say it.
             serve: whether to answer on PRODUCER_PORT; default: for simulated runs.
             make_client: makes the Kafka client; replaced by tests.
             ledger: replaced by tests.
@@ -141,6 +144,7 @@ class Producer:
         metrics = ProducerMetrics(self.snapshot)
         self._probe = probe or LatencyProbe(settings, metrics.latency.observe, clock=clock)
         self._ledger = ledger or RunLedger(settings, self.run_id, kind, clock=clock)
+        self._topic = LogGuard(topic) if topic else None
         self._lag = LagWatch(lag, settings.producer_max_lag) if lag else None
         self._server: HealthServer | None = None
         if simulation if serve is None else serve:
@@ -229,6 +233,9 @@ class Producer:
     def _guard(self) -> None:
         if self._ledger.usurped:
             raise self._ledger.usurped
+        if self._topic:
+            self._topic.check()
+            self._ledger.log_id = self._topic.log_id
         check_disk(self._settings.data_dir, self._settings.disk_free_limit_gb)
 
     def _work(self) -> None:
@@ -244,6 +251,9 @@ class Producer:
         problem = None
         try:
             check_disk(self._settings.data_dir, self._settings.disk_free_limit_gb)
+            if self._topic:
+                self._topic.begin()
+                self._ledger.log_id = self._topic.log_id
             self._ledger.open()
             with ExitStack() as services:
                 for service in (self._server, self._probe, self._lag):
@@ -296,6 +306,8 @@ def run_producer(settings: Settings, source: Iterable[list[Message]] | None = No
         PipelineError: what ended the run, with the counts when there are any.
     """
     options.setdefault("lag", active.LagMeter(settings).total)
+    if "topic" not in options:
+        options["topic"] = TopicWatch.of(settings)
     producer = Producer(settings, source, **options)
     try:
         return producer.run()

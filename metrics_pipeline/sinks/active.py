@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,7 +20,7 @@ from metrics_pipeline import kafka, postgres
 from metrics_pipeline.change import Change
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Role, Settings, SinkKind
-from metrics_pipeline.sinks import connector
+from metrics_pipeline.sinks import connector, moves
 from metrics_pipeline.sinks.connector import PATIENCE_SECONDS, AbsentError
 
 WORKERS_SECONDS: Final = 60.0
@@ -47,11 +48,19 @@ class Position:
         active: the one that stores the readings.
         offsets: of the first record that the COPY sink has not stored or rejected, by partition.
         sessions: how many connections the COPY sink's processes have, also while they stand by.
+        log: which log the topic's name stood for when it was last looked at; nothing when nobody did.
+        connector_log: which log the connector's offsets are of; nothing when that was never noted.
     """
 
     active: SinkKind = "connect"
     offsets: Mapping[int, int] = field(default_factory=dict)
     sessions: int = 0
+    log: str = ""
+    connector_log: str = ""
+
+    def is_of(self, log: str) -> bool:
+        """Whether the active sink's offsets are of this log."""
+        return (self.log if self.active == "copy" else self.connector_log) in ("", log)
 
 
 def position(settings: Settings, role: Role = "metrics_reader") -> Position:
@@ -76,14 +85,14 @@ def position(settings: Settings, role: Role = "metrics_reader") -> Position:
     ):
         try:
             rows = connection.execute(postgres.query("sink_position"), {"topic": TOPIC}).fetchall()
-        except psycopg.errors.UndefinedTable:
+        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):
             return Position()
         except psycopg.Error as error:
             raise ServiceError(
                 f"the table sink_state cannot be read: {postgres.one_line(error)}: see `metrics-pipeline status`"
             ) from error
-    offsets = {number: offset for _, _, number, offset in rows if number is not None}
-    return Position(rows[0][0], offsets, rows[0][1]) if rows else Position()
+    offsets = {number: offset for _, _, number, offset, *_ in rows if number is not None}
+    return Position(rows[0][0], offsets, rows[0][1], *rows[0][4:]) if rows else Position()
 
 
 def kind(settings: Settings) -> SinkKind:
@@ -102,6 +111,8 @@ def offsets(settings: Settings) -> dict[int, int]:
         ServiceError: PostgreSQL or the broker cannot be used.
     """
     place = position(settings)
+    if not place.is_of(kafka.topic_log(settings).id):
+        return {}
     return dict(place.offsets) if place.active == "copy" else kafka.committed(settings, CONNECTOR_GROUP)
 
 
@@ -120,6 +131,8 @@ def lag_at(settings: Settings, place: Position) -> kafka.Lag:
     Raises:
         ServiceError: the broker cannot be used, or the topic does not exist.
     """
+    if not place.is_of(kafka.topic_log(settings).id):
+        return kafka.lag_from(settings, {})
     if place.active == "copy":
         return kafka.lag_from(settings, place.offsets)
     return kafka.consumer_lag(settings, CONNECTOR_GROUP)
@@ -185,17 +198,27 @@ def sink_drift(settings: Settings) -> list[str]:
     if place.active != settings.sink:
         differences.append(f"the readings are stored by {_NAMES[place.active]}, configured {_NAMES[settings.sink]}")
     if settings.sink == "connect":
+        with suppress(ServiceError):  # a broker that is away is the topic's check's to name
+            if (log := moves.other_log(settings, place.connector_log)) is not None:
+                differences.append(
+                    f"topic {TOPIC} is another one: log {log}, and the connector's offsets are of {place.connector_log}"
+                )
         return differences + connector.connector_drift(settings)
     if not place.sessions:
         differences.append(NO_WORKER)
     state = _connector_if_any(settings, PATIENCE_SECONDS if settings.connect_url else QUIET_SECONDS)
     if state not in (None, "MISSING", "STOPPED"):
         differences.append(f"connector {CONNECTOR} is {state} beside the COPY sink, configured STOPPED")
+    if (log := moves.other_log(settings, place.log)) is not None:
+        differences.append(
+            f"topic {TOPIC} is another one: log {log}, and the COPY sink's offsets are of {place.log}: "
+            "a process of it that runs begins at the start"
+        )
     for number, (_, high) in kafka.watermarks(settings).items():
-        if place.offsets.get(number, 0) > high:
+        if log is None and place.offsets.get(number, 0) > high:
             differences.append(
                 f"the COPY sink's offset in partition {number} is {place.offsets[number]}, and the topic ends at {high}: "
-                "it was recreated, and a process of the COPY sink that runs begins at its start"
+                "it was restored from before, and a process of the COPY sink that runs begins at its start"
             )
     return differences
 
@@ -216,7 +239,7 @@ def hand_back(settings: Settings) -> list[str]:
         try:
             connection.execute(postgres.query("sink_activate_connect"))
             rows = connection.execute(postgres.query("sink_hand_back"), {"topic": TOPIC}).fetchall()
-            moved = _commit_forward(settings, dict(rows))
+            moved = _hand_offsets(settings, connection, rows)
         except psycopg.Error as error:
             raise _refused(error) from error
     return [
@@ -241,17 +264,28 @@ def hand_over(settings: Settings) -> list[str]:
         return []
 
 
-def _commit_forward(settings: Settings, wanted: Mapping[int, int]) -> dict[int, int]:
-    """Move the connector's committed offsets up to those wanted, never back, and never beyond the topic's end."""
-    if not wanted:
+def _hand_offsets(
+    settings: Settings, connection: postgres.Connection, rows: Sequence[tuple[int, int, str]]
+) -> dict[int, int]:
+    """Move the connector's committed offsets up to the COPY sink's, never back, and never beyond the topic's end.
+
+    Commits of another log say nothing, and then the connector begins where the COPY sink stands, or at the earliest.
+    """
+    log = kafka.topic_log(settings).id
+    (of,) = connection.execute("SELECT connector_log FROM sink_state").fetchone() or ("",)
+    wanted = {number: offset for number, offset, its in rows if its in ("", log)}
+    marks = kafka.watermarks(settings)
+    if of in ("", log):
+        present = kafka.committed(settings, CONNECTOR_GROUP) if wanted else {}
+        moved = {n: offset for n, offset in wanted.items() if n in marks and present.get(n, -1) < offset <= marks[n][1]}
+    else:
+        moved = {n: wanted[n] if low <= wanted.get(n, -1) <= high else low for n, (low, high) in marks.items()}
+    if not kafka.commit(settings, moved, CONNECTOR_GROUP):
+        # Members of the group would go on from their own offsets: they store again what is stored, and leave nothing out.
+        # Where these are of another log, the repair moves them.
         return {}
-    present = kafka.committed(settings, CONNECTOR_GROUP)
-    ends = {number: high for number, (_, high) in kafka.watermarks(settings).items()}
-    moved = {
-        number: offset for number, offset in wanted.items() if present.get(number, -1) < offset <= ends.get(number, -1)
-    }
-    # Members of the group would go on from their own offsets: they store again what is stored, and leave nothing out.
-    return moved if kafka.commit(settings, moved, CONNECTOR_GROUP) else {}
+    connection.execute("UPDATE sink_state SET connector_log = %s", [log])
+    return moved
 
 
 def _ensure_connect(settings: Settings, patience: float) -> Change:
@@ -267,6 +301,7 @@ def _ensure_connect(settings: Settings, patience: float) -> Change:
             details = [
                 "the readings are stored by Kafka Connect, before by the COPY sink; the connector goes on where it is"
             ]
+    details += moves.ensure(settings, connector.client(settings, patience))
     change = connector.ensure_connector(settings, patience)
     return Change("changed", details + change.details) if details else change
 
@@ -343,9 +378,19 @@ def _take_over(settings: Settings, commits: Mapping[int, int], *, back: bool) ->
     Returns:
         The offsets that were changed.
     """
-    values = {"topic": TOPIC, "partitions": list(commits), "offsets": list(commits.values()), "back": back}
+    log = kafka.topic_log(settings).id
     with postgres.connect(settings, "metrics_owner") as connection:
         try:
+            (of,) = connection.execute("SELECT connector_log FROM sink_state").fetchone() or ("",)
+            if of not in ("", log):
+                commits = {}  # of another log: the COPY sink begins at the earliest record of this one
+            values = {
+                "topic": TOPIC,
+                "log_id": log,
+                "partitions": list(commits),
+                "offsets": list(commits.values()),
+                "back": back,
+            }
             rows = connection.execute(postgres.query("sink_take_over"), values).fetchall()
             connection.execute(postgres.query("sink_activate"), {"active": "copy"})
         except psycopg.Error as error:

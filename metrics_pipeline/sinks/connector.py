@@ -355,7 +355,15 @@ def stop_connector(settings: Settings, patience: float = PATIENCE_SECONDS) -> No
     Raises:
         ServiceError: Connect cannot be reached, or the tasks do not end.
     """
-    rest = client(settings, patience)
+    await_stop(client(settings, patience))
+
+
+def await_stop(rest: ConnectClient) -> None:
+    """Stop the connector and wait until none of its tasks is left.
+
+    Raises:
+        ServiceError: Connect cannot be reached, or the tasks do not end.
+    """
     rest.stop(CONNECTOR)
     begin = time.monotonic()
     while True:

@@ -11,6 +11,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -22,7 +23,7 @@ from metrics_pipeline import kafka
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings, SinkKind
 from metrics_pipeline.sinks import active as sinks
-from metrics_pipeline.sinks import connector
+from metrics_pipeline.sinks import connector, moves
 from metrics_pipeline.sinks.connector import ConnectClient, SinkState
 from metrics_pipeline.sinks.hanging import HangingSession, end_sessions, hanging_sessions
 
@@ -69,14 +70,18 @@ class RepairState(BaseModel):
     signature: str = ""
     active: SinkKind | None = None
     stuck: StuckRestarts = StuckRestarts()
+    log: str = ""
+
+
+Action = Literal["restart failed tasks", "restart all", "give up", "move offsets", "another log"]
 
 
 @dataclass(frozen=True)
 class Restart:
-    """One restart that was asked of Connect, or the decision to ask for no more."""
+    """One restart that was asked of Connect, the decision to ask for no more, or what was done about another log or a growth."""
 
     at: str
-    action: Literal["restart failed tasks", "restart all", "give up"]
+    action: Action
     reason: str
     attempt: int
 
@@ -136,6 +141,8 @@ class SinkRepair:
         offsets: where the sink stands.
         database: why PostgreSQL takes no connection, or None.
         position: which sink is active, and how many sessions the COPY sink has.
+        due: the move that the connector's offsets need.
+        note: notes which log the topic's name stands for.
         hanging: the connector's transactions that have been open for some seconds.
         end: ends sessions of the connector.
         holds: whether a partition holds a record at an offset or behind it.
@@ -152,6 +159,8 @@ class SinkRepair:
         offsets: Callable[[Settings], Offsets | None] = read_offsets,
         database: Callable[[Settings], str | None] = database_problem,
         position: Callable[[Settings], sinks.Position] = sinks.position,
+        due: Callable[[Settings], moves.Move | None] = moves.due,
+        note: Callable[[Settings], str | None] = moves.note,
         hanging: Callable[[Settings, float], list[HangingSession]] = hanging_sessions,
         end: Callable[[Settings, list[int]], int] = end_sessions,
         holds: Callable[[Settings, int, int], bool] = kafka.holds_record,
@@ -166,6 +175,8 @@ class SinkRepair:
         self._hanging = hanging
         self._end = end
         self._holds = holds
+        self._due = due
+        self._note = note
         self._clock = clock
         self._jitter = jitter
         self._state = _parse(state)
@@ -182,6 +193,8 @@ class SinkRepair:
             if (copying := self._copying()) is not None:
                 return copying
             sink = self._client.state(CONNECTOR)
+            if (moved := self._moved(sink)) is not None:
+                return moved
             if sink.connector in ("MISSING", "PAUSED", "STOPPED"):
                 # A person's doing: leave it, and start over when it is back.
                 self._state = RepairState(active="connect")
@@ -203,10 +216,31 @@ class SinkRepair:
         if position.active != "copy":
             self._state.active = "connect"
             return None
-        self._state = RepairState(active="copy")
+        with suppress(PipelineError):  # for the lag; its workers look, too
+            self._note(self._settings)
+        former, self._state = self._state.log, RepairState(active="copy", log=position.log)
+        events = []
+        if former and former != position.log:
+            reason = f"topic {TOPIC} is another one: log {position.log}, before {former}; it is read from its beginning"
+            events.append(self._event("another log", reason))
         if not position.sessions:
-            return Tick(sinks.NO_WORKER, healthy=False)
-        return Tick(f"the COPY sink stores the readings, in {position.sessions} sessions", healthy=True)
+            return Tick(sinks.NO_WORKER, healthy=False, events=events)
+        return Tick(f"the COPY sink stores the readings, in {position.sessions} sessions", healthy=True, events=events)
+
+    def _moved(self, sink: SinkState) -> Tick | None:
+        """What was done about a move of the connector's offsets, if one is due."""
+        try:
+            what = self._due(self._settings)
+        except PipelineError:
+            return None  # whatever is away, the rest of the repair names it
+        stands = sink.connector in moves.STANDS_STILL
+        if what is None or (not what.held and (sink.connector == "PAUSED" or (stands and what.growth))):
+            return None  # stopped by a person: provisioning does it before it lets the connector run
+        if not moves.move(self._settings, self._client, what, resume=what.held or not stands):
+            return Tick(f"{what.reason}: the connector is stopped, and its consumers have not left yet", healthy=False)
+        self._start_over()
+        event = self._event("move offsets", what.reason)
+        return Tick(f"offsets moved: {what.reason}", healthy=False, events=[event])
 
     def _alive(self, sink: SinkState, offsets: Offsets | None) -> Tick:
         if offsets is None:
@@ -292,7 +326,7 @@ class SinkRepair:
         state.stuck = StuckRestarts(count=state.stuck.count + 1, last=now)
         return Tick(f"restarted all: {reason}", healthy=False, events=[self._event("restart all", reason)])
 
-    def _event(self, action: Literal["restart failed tasks", "restart all", "give up"], reason: str) -> Restart:
+    def _event(self, action: Action, reason: str) -> Restart:
         at = datetime.now(UTC).isoformat(timespec="seconds")
         return Restart(at, action, reason, self._state.restarts)
 

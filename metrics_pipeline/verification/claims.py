@@ -19,12 +19,14 @@ class Claim:
         partition: of the topic.
         acknowledged: how many records were acknowledged.
         ranges: at which offsets, in order and apart from one another.
+        log: which log these offsets are of; nothing when the run did not know.
     """
 
     run_id: str
     partition: int
     acknowledged: int
     ranges: OffsetRanges
+    log: str = ""
 
 
 def anomalies(claims: Iterable[Claim], ends: Mapping[int, int], holes: Mapping[int, OffsetRanges]) -> list[str]:

@@ -9,7 +9,7 @@ records, a row without a record may come from one of those: see `Comparison.fini
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -36,16 +36,21 @@ class Bounds:
         low: first offset that is retained.
         end: the sink had committed at least this before the table was read.
         rejected: sorted offsets that stand among the dead letters or the rejects, except those published again since.
+        former: another log had the topic's name before, whose records may have left rows.
+        counts: partitions that the topic had, in the order of its growths, the present number last; when it never grew,
+            that one alone. Those of a growth that the sink has not settled yet are left out.
     """
 
     low: Mapping[int, int]
     end: Mapping[int, int]
     rejected: Mapping[int, npt.NDArray[np.int64]] = field(default_factory=dict)
+    former: bool = False
+    counts: Sequence[int] = ()
 
     @property
     def complete(self) -> bool:
         """Whether the topic still holds everything that was ever written to it."""
-        return not any(self.low.values())
+        return not self.former and not any(self.low.values())
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,8 @@ class Comparison:
         order = order[required[order]]
         last = np.ones(len(order), bool)
         last[:-1] = (np.diff(groups[order]) != 0) | (np.diff(partition[order]) != 0)
-        candidates = np.concatenate([order[last], np.flatnonzero(~required)])
+        latest = self._newest(records, groups, partition, order[last])
+        candidates = np.concatenate([latest, np.flatnonzero(~required)])
 
         group = groups[candidates]
         row = row_of[group]
@@ -194,11 +200,36 @@ class Comparison:
         unexpected. Every older one is unverifiable.
         """
         for waiting in self._unmatched.chunks():
-            homes = partitions_of(waiting["key"], self._partitions)
-            late = waiting["created_at"] > self._since[homes]
+            # In a topic that grew, a record of before may have stood in another partition than its key's present one.
+            late = np.ones(len(waiting), bool)
+            for count in {*self._bounds.counts, self._partitions}:
+                late &= waiting["created_at"] > self._since[partitions_of(waiting["key"], count)]
             self.counts.unverifiable += int((~late).sum())
             self._sort_out(waiting[late])
         return self.counts
+
+    def _newest(
+        self,
+        records: Rows,
+        groups: npt.NDArray[np.int64],
+        partition: npt.NDArray[np.int64],
+        candidates: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.int64]:
+        """Of each key's last records in several partitions, the one that was partitioned by the latest number of them.
+
+        A partition that is no home of the key by any of these numbers was somebody's choice: its record stays one that may
+        explain the row.
+        """
+        if len(self._bounds.counts) < 2:
+            return candidates
+        keys = records["key"][candidates]
+        rank = np.full(len(candidates), -1, np.int64)
+        for at, count in enumerate(self._bounds.counts):
+            rank[partitions_of(keys, count) == partition[candidates]] = at
+        best = np.full(int(groups.max(initial=-1)) + 1, -1, np.int64)
+        np.maximum.at(best, groups[candidates], rank)
+        kept: npt.NDArray[np.int64] = candidates[(rank < 0) | (rank == best[groups[candidates]])]
+        return kept
 
     def _rejected(self, partition: npt.NDArray[np.int64], offset: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         rejected = np.zeros(len(offset), bool)

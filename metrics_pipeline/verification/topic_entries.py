@@ -85,8 +85,14 @@ class TopicDecoder:
         return digest
 
 
-def dead_letters(settings: Settings) -> dict[int, npt.NDArray[np.int64]]:
-    """Offsets of the topic that stand among the dead letters, per partition."""
+def dead_letters(settings: Settings, since: datetime | None = None) -> dict[int, npt.NDArray[np.int64]]:
+    """Offsets of the topic that stand among the dead letters, per partition.
+
+    Args:
+        settings: where the broker is.
+        since: those from before this time are of a former log.
+    """
+    begin = since.timestamp() * 1000 if since else 0.0
     reader = TopicReader(settings, DEAD_LETTER_TOPIC)
     ends = reader.ends()
     offsets: dict[int, array[int]] = {}
@@ -100,7 +106,7 @@ def dead_letters(settings: Settings) -> dict[int, npt.NDArray[np.int64]]:
                 headers.get(f"__connect.errors.{name}") for name in ("topic", "partition", "offset")
             )
             # What Connect did not write says nothing about a record of ours.
-            if topic == TOPIC.encode() and partition and offset:
+            if topic == TOPIC.encode() and partition and offset and message.timestamp()[1] >= begin:
                 offsets.setdefault(int(partition), array("q")).append(int(offset))
     return _sorted(offsets)
 
@@ -118,11 +124,12 @@ class Rejected:
     waiting: Mapping[int, npt.NDArray[np.int64]]
 
 
-def rejected(connection: Connection, before: datetime) -> Rejected:
-    """What stands in `rejected_metrics`, in the connection's transaction.
+def rejected(connection: Connection, log: str, before: datetime) -> Rejected:
+    """What stands in `rejected_metrics` of one log, in the connection's transaction.
 
     Args:
         connection: of a role that may read.
+        log: the log that is read.
         before: a record published again before this counts as such.
 
     Raises:
@@ -132,7 +139,7 @@ def rejected(connection: Connection, before: datetime) -> Rejected:
     waiting: dict[int, array[int]] = {}
     with reading("rejected_metrics"), connection.cursor("rejects", binary=True) as cursor:
         cursor.itersize = 10_000
-        cursor.execute(query("verify_rejects"), {"topic": TOPIC, "before": before})
+        cursor.execute(query("verify_rejects"), {"topic": TOPIC, "log_id": log, "before": before})
         for partition, offset, replayed in cursor:
             every.setdefault(partition, array("q")).append(offset)
             if not replayed:

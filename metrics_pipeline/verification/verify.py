@@ -58,6 +58,8 @@ class VerifyReport:
         acknowledged: what the producers' runs counted, over all runs still in the ledger.
         unclaimed: records that no run wrote down: of other producers, or the last ones of a run that was killed.
         anomalies: signs that an acknowledged record is not in the topic.
+        former: records that were acknowledged in a former log of the topic's name, which nothing can verify, by that log.
+        growing: growths of partitions that the sink has not settled yet: until then an older value may stand in the table.
         retained: first offset and the offset after the last compared, per partition.
         examples: findings, up to ten of each kind, one line each.
         seconds: how long it took.
@@ -73,6 +75,8 @@ class VerifyReport:
     acknowledged: int = 0
     unclaimed: int = 0
     anomalies: list[str] = field(default_factory=list)
+    former: dict[str, int] = field(default_factory=dict)
+    growing: list[str] = field(default_factory=list)
     retained: dict[int, tuple[int, int]] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -108,7 +112,11 @@ class VerifyReport:
             "records that no producer run wrote down": self.unclaimed,
         }
         lines += [f"{count:,} {what}" for what, count in notes.items() if count]
-        return lines + self.anomalies[:EXAMPLES] + self.examples
+        lines += [
+            f"{count:,} records were acknowledged in log {log}, which has topic {TOPIC}'s name no more: nothing can verify them"
+            for log, count in self.former.items()
+        ]
+        return lines + self.growing + self.anomalies[:EXAMPLES] + self.examples
 
 
 def verify(
@@ -129,8 +137,11 @@ def verify(
     progress = progress or (lambda *_: None)
     started = time.monotonic()
     # In this order: a claim read first must lie below an end read later.
+    log = kafka.topic_log(settings).id
     with postgres.connect(settings, "metrics_reader") as connection:
-        claims = read_claims(connection)
+        claims, former = _of_log(read_claims(connection), log)
+        noticed, others = _logs(connection, log)
+        counts_of_partitions, growing = _growths(connection, log)
         begun = connection.execute("SELECT now()").fetchone()
     ends = {partition: high for partition, (_, high) in kafka.watermarks(settings).items()}
     written = time.monotonic() + LEDGER_SECONDS
@@ -152,7 +163,7 @@ def verify(
                 rows.append(entries)
                 progress("reading the table", rows.count, max(estimate, rows.count))
             # A record published again before `ends` was taken has to be in the table by that new record.
-            refused = rejected(connection, begun[0] if begun else datetime.min.replace(tzinfo=UTC))
+            refused = rejected(connection, log, begun[0] if begun else datetime.min.replace(tzinfo=UTC))
 
         records = spills.enter_context(Spill(folder, RECORD, buckets))
         reader, decoder, read = TopicReader(settings, TOPIC), TopicDecoder(), 0
@@ -161,9 +172,9 @@ def verify(
             read += len(messages)
             progress("reading the topic", read, expected)
 
-        dead = dead_letters(settings)
+        dead = dead_letters(settings, noticed if others else None)
         end = {partition: ends.get(partition, 0) for partition in marks}
-        bounds = Bounds(reader.low, end, together(dead, refused.waiting))
+        bounds = Bounds(reader.low, end, together(dead, refused.waiting), bool(others or former), counts_of_partitions)
         comparison = spills.enter_context(Comparison(bounds, folder, EXAMPLES))
         for bucket in range(buckets):
             comparison.bucket(records.bucket(bucket), rows.bucket(bucket))
@@ -179,8 +190,10 @@ def verify(
         undecodable=decoder.reasons,
         unaccounted=len(missing),
         acknowledged=sum(claim.acknowledged for claim in claims),
-        unclaimed=_unclaimed(settings, reader.low, ends, written),
-        anomalies=anomalies(claims, ends, reader.holes),
+        unclaimed=_unclaimed(settings, log, reader.low, ends, written),
+        anomalies=anomalies(claims, ends, reader.holes) + _another(settings, log),
+        former=former,
+        growing=growing,
         retained={partition: (reader.low[partition], stop[partition]) for partition in marks},
         examples=[_line(finding, settings) for finding in comparison.findings]
         + [_reason(reader, partition, offset) for partition, offset in missing[:EXAMPLES]],
@@ -198,12 +211,54 @@ def read_claims(connection: postgres.Connection) -> list[Claim]:
     with reading("producer_runs"):
         rows = connection.execute(postgres.query("verify_claims").encode()).fetchall()
     return [
-        Claim(run_id, partition, acknowledged, [(start, end) for start, end in ranges])
-        for run_id, partition, acknowledged, ranges in rows
+        Claim(run_id, partition, acknowledged, [(start, end) for start, end in ranges], log)
+        for run_id, partition, log, acknowledged, ranges in rows
     ]
 
 
-def _unclaimed(settings: Settings, low: Mapping[int, int], ends: Mapping[int, int], until: float) -> int:
+def _of_log(claims: Sequence[Claim], log: str) -> tuple[list[Claim], dict[str, int]]:
+    """The claims whose offsets are of this log, and how many records the others are about, by their log."""
+    former: dict[str, int] = {}
+    for claim in claims:
+        if claim.acknowledged and claim.log not in ("", log):
+            former[claim.log] = former.get(claim.log, 0) + claim.acknowledged
+    return [claim for claim in claims if claim.log in ("", log)], former
+
+
+def _logs(connection: postgres.Connection, log: str) -> tuple[datetime | None, list[str]]:
+    """When this log was noticed, and the other ones that had the topic's name."""
+    with reading("topic_logs"):
+        rows = connection.execute(postgres.query("verify_logs"), {"topic": TOPIC}).fetchall()
+    return next((at for of, at in rows if of == log), None), [of for of, _ in rows if of != log]
+
+
+def _growths(connection: postgres.Connection, log: str) -> tuple[list[int], list[str]]:
+    """The numbers of partitions by which keys were placed, as far as the sink has settled that, and what it has not."""
+    counts: list[int] = []
+    growing: list[str] = []
+    with reading("topic_growths"):
+        rows = connection.execute(postgres.query("verify_growths"), {"topic": TOPIC, "log_id": log}).fetchall()
+    for before, after, settled in rows:
+        if not settled:
+            growing.append(
+                f"topic {TOPIC} grew from {before} to {after} partitions, and the sink has not yet read again what came since: "
+                "until then the table may hold older values of keys that moved"
+            )
+        counts = [*(counts or [before]), after]
+    return [] if growing else counts, growing
+
+
+def _another(settings: Settings, log: str) -> list[str]:
+    """A sign that the topic was made anew while it was read: what was compared is of two logs."""
+    present = kafka.topic_log(settings).id
+    return (
+        []
+        if present == log
+        else [f"topic {TOPIC} became another one meanwhile (log {log}, now {present}): verify again"]
+    )
+
+
+def _unclaimed(settings: Settings, log: str, low: Mapping[int, int], ends: Mapping[int, int], until: float) -> int:
     """Records below `ends` that no run wrote down, even after a run that still writes had until then to do so.
 
     The claims that `anomalies` looks at are too old for this: what was acknowledged in the second before `ends` was taken
@@ -212,7 +267,7 @@ def _unclaimed(settings: Settings, low: Mapping[int, int], ends: Mapping[int, in
     while True:
         with postgres.connect(settings, "metrics_reader") as connection, reading("producer_runs"):
             runs = connection.execute(postgres.query("exporter_producer"), {"seconds": LEDGER_SECONDS}).fetchone()
-            count = unclaimed(read_claims(connection), low, ends)
+            count = unclaimed(_of_log(read_claims(connection), log)[0], low, ends)
         if not count or runs != (True,) or time.monotonic() > until:
             return count
         time.sleep(0.2)

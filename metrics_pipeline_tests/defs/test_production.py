@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 import dagster as dg
 import pytest
 
+from metrics_pipeline import kafka
 from metrics_pipeline.definitions import defs
 from metrics_pipeline.defs import production
 from metrics_pipeline.defs.resources import Pipeline
@@ -51,8 +52,15 @@ class FakeProducer:
     ending: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(
-        self, settings: Settings, *, run_id: UUID, on_progress: Callable[[Snapshot], None], lag: Callable[[], int]
+        self,
+        settings: Settings,
+        *,
+        run_id: UUID,
+        on_progress: Callable[[Snapshot], None],
+        lag: Callable[[], int],
+        topic: kafka.TopicWatch,
     ) -> None:
+        del lag, topic
         self.settings = settings
         self.run_id = run_id
         self.on_progress = on_progress

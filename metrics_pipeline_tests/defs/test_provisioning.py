@@ -189,7 +189,7 @@ def test_a_service_that_does_not_answer_is_red_with_its_reason(parts: Parts, mon
 
 def test_partitions_grow_when_the_run_is_asked_to(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     parts.run()
-    monkeypatch.setenv("TOPIC_PARTITIONS_METRICS", "8")
+    monkeypatch.setenv("TOPIC_PARTITIONS_METRICS", "12")
     refused = parts.run()
     assert not refused.success
     failed = refused.failure_data_for_node("metrics_topic")
@@ -197,7 +197,7 @@ def test_partitions_grow_when_the_run_is_asked_to(parts: Parts, monkeypatch: pyt
     assert failed.user_failure_data is not None
     assert "grow_partitions: true" in (failed.user_failure_data.description or "")
     assert parts.run(ops={"metrics_topic": {"config": {"grow_partitions": True}}}).success
-    assert len(parts.broker.topics[TOPIC].offsets) == 8
+    assert len(parts.broker.topics[TOPIC].offsets) == 12
 
 
 def test_no_secret_reaches_the_event_log(parts: Parts) -> None:

@@ -180,7 +180,7 @@ def test_rows_are_typed_and_undecodable_records_are_dead_letters(sink: Sink) -> 
 
 def test_sessions_that_postgresql_ends_are_repaired_and_nothing_is_lost(sink: Sink) -> None:
     connector.ensure_connector(sink.settings)
-    repairer = SinkRepair(sink.settings)
+    repairer = SinkRepair(sink.settings, due=lambda _: None)
     assert repairer.tick().healthy
     sink.publish(60_000, partition=0)
     ended = 0
@@ -265,7 +265,7 @@ def test_a_lock_of_somebody_else_is_named_and_no_task_restarted(sink: Sink) -> N
 def test_a_record_that_cannot_be_stored_is_named_and_can_be_skipped(sink: Sink) -> None:
     """PostgreSQL has no NUL in text; the converter lets it through, so it is no dead letter."""
     connector.ensure_connector(sink.settings)
-    repairer = SinkRepair(sink.settings, jitter=lambda: 0.1)
+    repairer = SinkRepair(sink.settings, due=lambda _: None, jitter=lambda: 0.1)
     key, value = metric.encode(Reading(UUID(int=1), TIMES[500], 10, 1.0, ["x"]))
     sink.publish(10, partition=0)
     sink.publish(500, partition=1)

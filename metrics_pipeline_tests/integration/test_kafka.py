@@ -53,11 +53,11 @@ def test_made_once_and_mended_when_changed_by_hand(settings: Settings) -> None:
 
 def test_partitions_grow_only_when_asked_and_never_shrink(settings: Settings) -> None:
     kafka.ensure_topic(settings)
-    more = settings.model_copy(update={"topic_partitions_metrics": 8})
-    with pytest.raises(DriftError, match="has 6 partitions, TOPIC_PARTITIONS_METRICS is 8"):
+    more = settings.model_copy(update={"topic_partitions_metrics": 12})
+    with pytest.raises(DriftError, match="has 6 partitions, TOPIC_PARTITIONS_METRICS is 12"):
         kafka.ensure_topic(more)
-    assert "partitions: 6 → 8" in kafka.ensure_topic(more, grow=True).details
-    assert len(kafka.watermarks(settings)) == 8
+    assert "partitions: 6 → 12" in kafka.ensure_topic(more, grow=True).details
+    assert len(kafka.watermarks(settings)) == 12
     with pytest.raises(DriftError, match="never shrink"):
         kafka.ensure_topic(settings, grow=True)
 

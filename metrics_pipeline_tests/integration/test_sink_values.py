@@ -12,7 +12,7 @@ import pytest
 
 from metrics_pipeline import postgres
 from metrics_pipeline.copy_sink.batch import BatchDecoder, Chunk
-from metrics_pipeline.copy_sink.store import FencedError, StandbyError, Store
+from metrics_pipeline.copy_sink.store import FencedError, Offset, StandbyError, Store
 from metrics_pipeline.metric import Reading, decode, encode
 from metrics_pipeline.settings import TOPIC
 from metrics_pipeline_tests.conftest import RunningStack
@@ -137,7 +137,7 @@ def test_a_batch_that_waited_for_the_change_of_sinks_is_not_written(stack: Runni
         store = Store(settings, "of a test")
         with postgres.connect(settings, "metrics_owner") as owner:
             owner.execute(postgres.query("sink_activate"), {"active": "copy"})
-        store.begin(0, 0)
+        store.begin(0, Offset("", 0))
         message = FakeMessage(0, 0, *encode(Reading(uuid4(), START, 10, 1.0, [])))
         batch = BatchDecoder().decode([message], {0: Chunk(0, 1, 0, 1)})
         with postgres.connect(settings, "metrics_owner") as owner:
@@ -150,8 +150,8 @@ def test_a_batch_that_waited_for_the_change_of_sinks_is_not_written(stack: Runni
             waiting.result(10.0)
         with pytest.raises(StandbyError):
             store.write(batch)
-        assert not store.skip(0, 0, 1)
-        assert store.offsets([0]) == {0: 0}
+        assert not store.move(0, Offset("", 0), Offset("", 1))
+        assert store.offsets([0]) == {0: Offset("", 0)}
         with postgres.connect(settings, "metrics_owner") as owner:
             owner.execute(postgres.query("sink_activate"), {"active": "copy"})
         assert store.write(batch).rows == 1

@@ -268,7 +268,7 @@ def test_what_is_missing_from_the_rejects_is_unaccounted_for(stack: RunningStack
         row = connection.execute(f"DELETE FROM rejected_metrics {where} RETURNING *", place).fetchone()
         assert row is not None
         found = verify(copying)
-        connection.execute("INSERT INTO rejected_metrics VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)", row)
+        connection.execute("INSERT INTO rejected_metrics VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)", row)
     assert found.unaccounted == before.unaccounted + 1
     assert any("neither among the dead letters nor among the rejects" in line for line in found.examples)
 

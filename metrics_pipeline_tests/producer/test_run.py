@@ -275,10 +275,12 @@ def test_an_error_says_what_was_acknowledged_before_it(world: World) -> None:
     settings, run_id = Settings(disk_free_limit_gb=0), uuid4()
     options = world.options(settings, "replay", run_id)
     with pytest.raises(RecordError, match=r"bad_value: a\.csv:12: 'x' is not a number \(run .*: 10 acknowledged"):
-        run_producer(settings, source(), kind="replay", run_id=run_id, lag=lambda: 0, **options)
+        run_producer(settings, source(), kind="replay", run_id=run_id, lag=lambda: 0, topic=None, **options)
     world.topic.partitions = 0
     with pytest.raises(ServiceError, match=r"does not exist.*provision`$"):
-        run_producer(settings, [], kind="replay", lag=lambda: 0, **world.options(settings, "replay", run_id))
+        run_producer(
+            settings, [], kind="replay", lag=lambda: 0, topic=None, **world.options(settings, "replay", run_id)
+        )
 
 
 # --- Interrupts --------------------------------------------------------------------------------------------------

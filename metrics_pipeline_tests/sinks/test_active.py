@@ -322,7 +322,7 @@ def test_drift_of_the_copy_sink_names_each_thing(world: World) -> None:
         f"connector {CONNECTOR} is RUNNING beside the COPY sink, configured STOPPED",
         (
             "the COPY sink's offset in partition 0 is 500, and the topic ends at 100: "
-            "it was recreated, and a process of the COPY sink that runs begins at its start"
+            "it was restored from before, and a process of the COPY sink that runs begins at its start"
         ),
     ]
     world.tables.sessions = 1

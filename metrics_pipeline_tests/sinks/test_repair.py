@@ -16,6 +16,7 @@ from metrics_pipeline.sinks import connector, repair
 from metrics_pipeline.sinks.active import NO_WORKER, Position
 from metrics_pipeline.sinks.connector import ConnectClient
 from metrics_pipeline.sinks.hanging import HangingSession
+from metrics_pipeline.sinks.moves import Move
 from metrics_pipeline.sinks.repair import ATTEMPTS, Offsets, SinkRepair, Tick
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
 
@@ -35,6 +36,7 @@ class World:
     state: str | None = None
     position: Position = field(default_factory=Position)
     away: bool = False
+    move: Move | None = None
     settings: Settings = field(default_factory=Settings)
     hanging: list[HangingSession] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
@@ -65,6 +67,8 @@ class World:
             hanging=lambda _settings, _seconds: self.hanging,
             end=self.end_sessions,
             holds=lambda *_: self.holds,
+            due=lambda _settings: self.move,
+            note=lambda _settings: None,
             clock=lambda: self.now,
             jitter=lambda: 1.0,
         )

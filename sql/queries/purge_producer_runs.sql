@@ -10,5 +10,10 @@ WHERE
         HAVING
             max(run.updated_at) < now() - %(hours)s * interval '1 hour'
             -- A partition that the topic does not have tells nothing.
-            AND bool_and(isempty(run.offsets) OR coalesce(upper(run.offsets) <= topic.low, false))
+            -- Of a former log it holds none at all.
+            AND bool_and(
+                isempty(run.offsets)
+                OR run.log_id NOT IN ('', %(log_id)s)
+                OR coalesce(upper(run.offsets) <= topic.low, false)
+            )
     )

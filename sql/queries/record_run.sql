@@ -1,10 +1,11 @@
 -- What a producer run was promised in one partition so far; ranges of offsets are added, so writing twice changes nothing.
 INSERT INTO producer_runs (
-    run_id, partition, source, state, acknowledged, failed, unknown, offsets, started_at, updated_at
+    run_id, partition, log_id, source, state, acknowledged, failed, unknown, offsets, started_at, updated_at
 )
 VALUES (
     %(run_id)s,
     %(partition)s,
+    %(log_id)s,
     %(source)s,
     %(state)s,
     %(acknowledged)s,
@@ -17,6 +18,7 @@ VALUES (
 ON CONFLICT (run_id, partition) DO UPDATE
 SET
     state = excluded.state,
+    log_id = excluded.log_id,
     acknowledged = excluded.acknowledged,
     failed = excluded.failed,
     unknown = excluded.unknown,

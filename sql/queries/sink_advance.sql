@@ -3,9 +3,11 @@
 -- began before.
 UPDATE sink_offsets AS o
 SET next_offset = m.stop, updated_at = now()
-FROM unnest(%(partitions)s::integer[], %(starts)s::bigint[], %(stops)s::bigint[]) AS m (partition, start, stop)
+FROM unnest(%(partitions)s::integer[], %(logs)s::text[], %(starts)s::bigint[], %(stops)s::bigint[])
+    AS m (partition, log_id, start, stop)
 WHERE
     o.topic = %(topic)s
     AND o.partition = m.partition
     AND o.next_offset = m.start
+    AND o.log_id = m.log_id
     AND (SELECT s.active = 'copy' FROM sink_state AS s)

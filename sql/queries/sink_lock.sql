@@ -2,6 +2,7 @@
 SELECT
     o.partition,
     o.next_offset,
+    o.log_id,
     (SELECT s.active = 'copy' FROM sink_state AS s) AS active
 FROM sink_offsets AS o
 WHERE o.topic = %(topic)s AND o.partition = ANY (%(partitions)s)

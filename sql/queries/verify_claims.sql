@@ -2,6 +2,7 @@
 SELECT
     run_id::text,
     partition,
+    log_id,
     acknowledged,
     coalesce(
         (
