@@ -30,6 +30,8 @@ class FakeSinkTables:
         log: which log the topic's name was noted to stand for.
         connector_log: which log the connector's offsets are of.
         partitions: how many the topic was noted to have.
+        held: the connector was stopped for a move.
+        growth: the row of `topic_growths` that is to be settled next.
         logs: which log the COPY sink's offsets are of, by partition, where it is another one.
     """
 
@@ -42,6 +44,8 @@ class FakeSinkTables:
     log: str = LOG
     connector_log: str = LOG
     partitions: int = 3
+    held: bool = False
+    growth: tuple[Any, ...] | None = None
     logs: dict[int, str] = field(default_factory=dict)
 
     @contextmanager
@@ -84,10 +88,17 @@ class FakeSinkSession:
             logs = tables.log, tables.connector_log
             return FakeResult([(tables.active, tables.sessions, *place, *logs) for place in places or [(None, None)]])
         if statement.startswith("SELECT connector_log"):
-            return FakeResult([(tables.connector_log, False) if "held" in statement else (tables.connector_log,)])
+            return FakeResult([(tables.connector_log, tables.held) if "held" in statement else (tables.connector_log,)])
         if statement.startswith("UPDATE sink_state SET connector_log"):
             if not statement.endswith("= ''") or not tables.connector_log:
                 tables.connector_log = (values or [""])[0]
+            tables.held = tables.held and "connector_held = false" not in statement
+            return FakeResult([])
+        if statement == "UPDATE sink_state SET connector_held = true":
+            tables.held = True
+            return FakeResult([])
+        if statement == postgres.query("topic_growth_settle"):
+            tables.growth = None
             return FakeResult([])
         if statement == postgres.query("topic_log_present"):
             return FakeResult([(tables.log, tables.partitions)] if tables.log else [])
@@ -95,7 +106,7 @@ class FakeSinkSession:
             tables.partitions = values["after"]
             return FakeResult([])
         if statement == postgres.query("topic_growth_oldest"):
-            return FakeResult([])
+            return FakeResult([tables.growth] if tables.growth else [])
         if statement.startswith("SELECT note_topic_log"):
             _, tables.log, tables.partitions = values
             return FakeResult([])

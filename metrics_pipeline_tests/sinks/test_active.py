@@ -387,3 +387,42 @@ def test_the_problem_is_that_of_the_active_sink(world: World) -> None:
     assert active.sink_problem(settings) == active.NO_WORKER
     world.tables.sessions = 1
     assert active.sink_problem(settings) is None
+
+
+# --- Another log -------------------------------------------------------------------------------------------------
+
+
+def test_offsets_of_a_former_log_are_no_position(world: World) -> None:
+    world.tables.active, world.tables.offsets = "copy", {0: 100, 1: 100, 2: 100}
+    assert active.lag(world.settings("copy")).total == 0
+    world.broker.topic_ids[TOPIC] = 2
+    assert active.lag(world.settings("copy")).total == 300
+    assert active.offsets(world.settings("copy")) == {}
+    assert [line for line in active.sink_drift(world.settings("copy")) if "is another one" in line]
+    world.tables.active = "connect"
+    world.connector()
+    assert active.lag(world.settings("connect")).total == 300
+    assert active.offsets(world.settings("connect")) == {}
+    assert [line for line in active.sink_drift(world.settings("connect")) if "is another one" in line]
+
+
+def test_a_connector_whose_commits_are_of_another_log_begins_where_the_copy_sink_stands(world: World) -> None:
+    """Its commits look as if it were further."""
+    world.broker.topic_ids[TOPIC] = 2
+    log = kafka.topic_log(world.settings("connect")).id
+    world.commits = {0: 90, 1: 90, 2: 90}
+    world.tables.active, world.tables.offsets = "copy", {0: 30, 1: 70, 2: 80}
+    world.tables.log = log
+    world.tables.logs = {0: log, 1: log}
+    world.connector("STOPPED")
+    world.ensure("connect")
+    assert world.commits == {0: 30, 1: 70, 2: 0}
+    assert world.tables.connector_log == log
+
+
+def test_the_copy_sink_does_not_begin_at_commits_of_another_log(world: World) -> None:
+    world.broker.topic_ids[TOPIC] = 2
+    world.tables.sessions = 1
+    world.connector("STOPPED")
+    world.ensure("copy")
+    assert world.tables.offsets == {}

@@ -235,6 +235,41 @@ def test_rows_older_than_the_first_insertion_retained_cannot_be_verified(tmp_pat
     ]
 
 
+def moved_key(before: int, after: int) -> Key:
+    """One that has another home among more partitions."""
+    return next(key for key in (Key(0, time) for time in range(1000)) if key.home(before) != key.home(after))
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0])
+def test_after_a_growth_the_record_at_the_key_s_present_home_counts(tmp_path: Path, value: float) -> None:
+    key = moved_key(2, 4)
+    records = [Record(key, 1.0, key.home(2), 9), Record(key, 2.0, key.home(4), 0)]
+    bounds = whole(partitions=4)
+    counts, _ = compare(tmp_path, records, [Row(key, value)], replace(bounds, counts=(2, 4)))
+    assert (counts.compared, counts.different) == (1, int(value == 1.0))
+    counts, _ = compare(tmp_path, records, [Row(key, value)], bounds)
+    assert counts.different == 0, "it never grew: whoever chose the partitions knows which is newer"
+
+
+def test_a_record_at_no_home_of_its_key_may_explain_the_row_after_a_growth(tmp_path: Path) -> None:
+    key = moved_key(2, 4)
+    elsewhere = next(number for number in range(4) if number not in (key.home(2), key.home(4)))
+    records = [Record(key, 1.0, elsewhere, 0), Record(key, 2.0, key.home(4), 0)]
+    for value in (1.0, 2.0):
+        counts, _ = compare(tmp_path, records, [Row(key, value)], replace(whole(partitions=4), counts=(2, 4)))
+        assert counts.different == 0
+
+
+def test_rows_of_a_former_log_cannot_be_verified(tmp_path: Path) -> None:
+    old, new = [Row(key, 1.0, created=10) for key in keys_at(0, 3)], keys_at(0, 4)[3]
+    late = Row(keys_at(0, 5)[4], 1.0, created=30)
+    records, rows = [Record(new, 1.0, 0, 0, arrived=20)], [*old, Row(new, 1.0, created=21), late]
+    counts, _ = compare(tmp_path, records, rows, replace(whole(), former=True))
+    assert (counts.unverifiable, counts.unexpected, counts.compared) == (3, 1, 1)
+    counts, _ = compare(tmp_path, records, rows, whole())
+    assert counts.unexpected == 4
+
+
 def test_a_clock_of_the_producer_tells_nothing_about_insertions(tmp_path: Path) -> None:
     first, stray = keys_at(0, 2)
     never = np.iinfo(np.int64).max
