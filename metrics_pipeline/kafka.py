@@ -254,9 +254,9 @@ def ensure_topic(settings: Settings, grow: bool = False) -> Change:
                 )
             if spec.partitions % existing:
                 raise DriftError(
-                    f"topic {spec.name} has {existing} partitions, TOPIC_PARTITIONS_METRICS is {spec.partitions}: partitions grow "
-                    f"to a multiple only, so that a key stays or moves to a new partition; set TOPIC_PARTITIONS_METRICS="
-                    f"{existing * -(-spec.partitions // existing)}"
+                    f"topic {spec.name} has {existing} partitions, TOPIC_PARTITIONS_METRICS is {spec.partitions}: "
+                    "partitions grow to a multiple only, so that a key stays or moves to a new partition; "
+                    f"set TOPIC_PARTITIONS_METRICS={existing * -(-spec.partitions // existing)}"
                 )
             _done(admin.create_partitions([NewPartitions(spec.name, spec.partitions)]))
             await_topic(settings, spec.name, spec.partitions)

@@ -109,9 +109,12 @@ def test_a_move_that_ended_half_way_is_done_again(world: World, monkeypatch: pyt
         elif failing == "resume":
             broken.setattr(ConnectClient, "resume", fail)
         else:
-            broken.setattr(
-                world.client, "resume", lambda _: (ConnectClient(world.connect.url).resume(CONNECTOR), fail())
-            )
+
+            def resume(name: str) -> None:
+                ConnectClient(world.connect.url).resume(name)
+                raise KeyboardInterrupt
+
+            broken.setattr(world.client, "resume", resume)
         with pytest.raises(KeyboardInterrupt):
             world.tick()
     assert world.tables.held
