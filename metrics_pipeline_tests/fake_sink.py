@@ -693,6 +693,9 @@ class FakeLogWatch:
     def __init__(self, *_: Any) -> None:
         pass
 
+    def begin(self) -> None:
+        pass
+
     def present(self) -> str:
         return LOG
 

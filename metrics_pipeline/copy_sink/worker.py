@@ -437,6 +437,7 @@ class CopyWorker:
         self._standby.clear()
         self._failure = None
         over = threading.Event()
+        self._log.begin()
         consumer = Consumer(consumer_config(self._settings) | {"error_cb": self._on_error})
         writer = threading.Thread(target=self._write, args=(over,), name="writer", daemon=True)
         writer.start()
