@@ -58,9 +58,13 @@ class Position:
     log: str = ""
     connector_log: str = ""
 
-    def is_of(self, log: str) -> bool:
-        """Whether the active sink's offsets are of this log."""
-        return (self.log if self.active == "copy" else self.connector_log) in ("", log)
+    def is_former(self, settings: Settings) -> bool:
+        """Whether the active sink's offsets are of another log than the topic's name stands for.
+
+        Raises:
+            ServiceError: the broker cannot be used, or the topic does not exist.
+        """
+        return moves.other_log(settings, self.log if self.active == "copy" else self.connector_log) is not None
 
 
 def position(settings: Settings, role: Role = "metrics_reader") -> Position:
@@ -111,7 +115,7 @@ def offsets(settings: Settings) -> dict[int, int]:
         ServiceError: PostgreSQL or the broker cannot be used.
     """
     place = position(settings)
-    if not place.is_of(kafka.topic_log(settings).id):
+    if place.is_former(settings):
         return {}
     return dict(place.offsets) if place.active == "copy" else kafka.committed(settings, CONNECTOR_GROUP)
 
@@ -131,7 +135,7 @@ def lag_at(settings: Settings, place: Position) -> kafka.Lag:
     Raises:
         ServiceError: the broker cannot be used, or the topic does not exist.
     """
-    if not place.is_of(kafka.topic_log(settings).id):
+    if place.is_former(settings):
         return kafka.lag_from(settings, {})
     if place.active == "copy":
         return kafka.lag_from(settings, place.offsets)

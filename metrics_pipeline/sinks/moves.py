@@ -64,8 +64,10 @@ def other_log(settings: Settings, of: str) -> str | None:
     Raises:
         ServiceError: the broker cannot be used, or the topic does not exist.
     """
+    if not of:
+        return None
     present = kafka.topic_log(settings).id
-    return None if of in ("", present) else present
+    return None if of == present else present
 
 
 def due(settings: Settings) -> Move | None:

@@ -19,9 +19,9 @@ from typing import Any, Final
 import psycopg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
 
-from metrics_pipeline import kafka, postgres
+from metrics_pipeline import kafka, postgres, topic_log
 from metrics_pipeline.copy_sink.batch import BatchDecoder
-from metrics_pipeline.errors import PipelineError
+from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import DEAD_LETTER_TOPIC, TOPIC, Settings
 from metrics_pipeline.watcher.coercion import CoercedRow, coerced_row
 from metrics_pipeline.watcher.dead_letters import Reject, reject_of
@@ -79,6 +79,7 @@ class Watcher:
         self._said = ""
         self._places: dict[Place, int] = {}
         self._passed: dict[int, int] = {}
+        self._log = ""
 
     def stop(self) -> None:
         """Let `run` return; the process ends soon in any case."""
@@ -120,7 +121,9 @@ class Watcher:
 
     def _session(self, connection: postgres.Connection) -> None:
         """Everything that one connection to PostgreSQL lasts for."""
-        rows = connection.execute(postgres.query("watcher_places")).fetchall()
+        self._log = topic_log.present(connection)
+        values = {"topic": TOPIC, "log_id": self._log}
+        rows = connection.execute(postgres.query("watcher_places"), values).fetchall()
         self._places = {(row[0], row[1]): row[2] for row in rows}
         self._passed = {row[1]: row[3] for row in rows if row[0] == TOPIC and row[3] is not None}
         while not self._stop.is_set():
@@ -201,7 +204,13 @@ class Watcher:
                     return
 
     def _active(self, connection: postgres.Connection) -> tuple[str, dict[int, int]]:
-        """The active sink, and the COPY sink's offsets."""
+        """The active sink, and the COPY sink's offsets.
+
+        Raises:
+            ServiceError: the topic's name stands for another log than when the session began.
+        """
+        if (present := topic_log.present(connection)) != self._log:
+            raise ServiceError(f"topic {TOPIC} is another one: log {present}, before {self._log or 'unknown'}")
         rows = connection.execute(postgres.query("watcher_sink"), {"topic": TOPIC}).fetchall()
         return rows[0][0] if rows else "connect", {row[1]: row[2] for row in rows if row[1] is not None}
 
@@ -313,7 +322,7 @@ class Watcher:
         """What was found and how far it is, in one transaction."""
         with connection.transaction(), connection.cursor() as cursor:
             if found:
-                cursor.executemany(postgres.query("watcher_note"), [reject for reject, _ in found])
+                cursor.executemany(postgres.query("watcher_note"), [(self._log, *reject) for reject, _ in found])
             if coerced := [(reject, row) for reject, row in found if row is not None]:
                 cursor.executemany(
                     postgres.query("watcher_note_coerced"),
@@ -329,7 +338,13 @@ class Watcher:
             cursor.executemany(
                 postgres.query("watcher_advance"),
                 [
-                    (*place, offset, waiting.get(place, 0), self._passed.get(place[1]) if place[0] == TOPIC else None)
+                    (
+                        *place,
+                        self._log,
+                        offset,
+                        waiting.get(place, 0),
+                        self._passed.get(place[1]) if place[0] == TOPIC else None,
+                    )
                     for place, offset in sorted(self._places.items())
                 ],
             )

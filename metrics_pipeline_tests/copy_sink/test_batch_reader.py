@@ -20,7 +20,7 @@ def begin(places: Partitions, number: int, offset: int) -> int:
     """Let a partition stand at an offset; its epoch."""
     place = places.get(number)
     assert place is not None
-    assert places.set(number, place.epoch, offset, fresh=True)
+    assert places.set(number, place.epoch, offset, log="")
     return place.epoch
 
 

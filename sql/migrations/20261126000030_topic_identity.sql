@@ -47,6 +47,9 @@ COMMENT ON COLUMN sink_state.connector_held IS 'the connector was stopped to mov
 ALTER TABLE producer_runs ADD COLUMN log_id text NOT NULL DEFAULT '';
 COMMENT ON COLUMN producer_runs.log_id IS 'which log the offsets are of; nothing when the run did not know';
 
+ALTER TABLE watcher_offsets ADD COLUMN log_id text NOT NULL DEFAULT '';
+COMMENT ON COLUMN watcher_offsets.log_id IS 'which log of the topic the offset is of; nothing when the watcher did not know';
+
 -- Offsets of a former log must not hide those of the present one.
 ALTER TABLE rejected_metrics ADD COLUMN log_id text NOT NULL DEFAULT '';
 COMMENT ON COLUMN rejected_metrics.log_id IS 'which log the record stands in; nothing when it was written before such notes';
@@ -64,6 +67,11 @@ UPDATE public.rejected_metrics AS r SET log_id = noted_log
 WHERE r.topic = noted_topic AND r.log_id = '' AND NOT EXISTS (SELECT FROM public.topic_logs AS t WHERE t.topic = noted_topic);
 UPDATE public.producer_runs AS r SET log_id = noted_log
 WHERE r.log_id = '' AND NOT EXISTS (SELECT FROM public.topic_logs AS t WHERE t.topic = noted_topic);
+-- Places of a former log would stand for other records of the present one.
+DELETE FROM public.coerced_metrics AS c
+WHERE
+    c.topic = noted_topic
+    AND EXISTS (SELECT FROM public.topic_logs AS t WHERE t.topic = noted_topic);
 INSERT INTO public.topic_logs (topic, log_id, partitions)
 VALUES (noted_topic, noted_log, noted_partitions)
 ON CONFLICT (topic, log_id) DO UPDATE SET noticed_at = clock_timestamp();
@@ -95,6 +103,8 @@ WHERE
 ALTER TABLE rejected_metrics DROP COLUMN log_id;
 -- squawk-ignore adding-serial-primary-key-field, constraint-missing-not-valid
 ALTER TABLE rejected_metrics ADD CONSTRAINT rejected_metrics_pkey PRIMARY KEY (topic, partition, "offset");
+-- squawk-ignore ban-drop-column
+ALTER TABLE watcher_offsets DROP COLUMN log_id;
 -- squawk-ignore ban-drop-column
 ALTER TABLE producer_runs DROP COLUMN log_id;
 -- squawk-ignore ban-drop-column
