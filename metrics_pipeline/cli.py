@@ -54,7 +54,7 @@ migrations = typer.Typer(help="The database schema: sql/migrations, applied by d
 app.add_typer(migrations, name="migrate")
 app.add_typer(bench, name="bench")
 app.add_typer(container, name="container")
-refused = typer.Typer(help="The records that the COPY sink rejected.", no_args_is_help=True)
+refused = typer.Typer(help="The records that were rejected.", no_args_is_help=True)
 app.add_typer(refused, name="rejects")
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
@@ -340,7 +340,7 @@ def rejects_list(
     every: Annotated[bool, typer.Option("--all", help="also those that were published again")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
-    """The records that the COPY sink rejected, newest first, and how many there are of each reason."""
+    """The records that were rejected, newest first, and how many there are of each reason."""
     from metrics_pipeline import rejects
 
     settings = Settings.load()
@@ -408,6 +408,28 @@ def rejects_replay(
     if done.report is not None and not complete:
         _say(f"{done.report.summary()}; nothing was noted: replay again, which changes no row twice")
     raise typer.Exit(0 if complete else 1)
+
+
+@refused.command("quarantine")
+def rejects_quarantine(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Let a connector that a record has stopped go on: store the good records there, and reject the bad ones."""
+    from metrics_pipeline.sinks import repair
+
+    taken = repair.quarantine_once(Settings.load())
+    if as_json:
+        sys.stdout.write(json.dumps(taken.document()) + "\n")
+    else:
+        for stretch in taken.stretches:
+            _say(str(stretch))
+        for name, number in sorted(taken.reasons.items()):
+            _say(f"{number:,} {name}")
+        if not taken.stretches:
+            _say(f"none of the next {taken.searched:,} records of a partition is bad; nothing was changed")
+        if taken.problem:
+            _say(f"not all of it: {taken.problem}")
+    raise typer.Exit(0 if taken.stretches and not taken.problem else 1)
 
 
 @refused.command("purge")

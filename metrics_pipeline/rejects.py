@@ -1,4 +1,4 @@
-"""The records that the COPY sink rejected: looked at, published again when they have become valid, and deleted when they are old."""
+"""The records that were rejected, by the COPY sink or by a quarantine: looked at, published again when they have become valid, and deleted when they are old."""
 
 from __future__ import annotations
 

@@ -194,6 +194,11 @@ class Settings(ProducerSettings):
     sink: SinkKind = _setting(
         "connect", "who stores the readings: Kafka Connect's JDBC sink, or the native `copy` sink", "sink"
     )
+    sink_quarantine: bool = _setting(
+        True,
+        "`on` or `off`: whether records that stop Kafka Connect are rejected, and those around them stored in its place",
+        "sink",
+    )
     sink_workers: Positive = _setting(2, "processes of the COPY sink on this machine", "sink")
     sink_flush_rows: Annotated[int, Field(ge=1, le=1_000_000)] = _setting(
         50_000, "records after which a worker of the COPY sink writes", "sink"

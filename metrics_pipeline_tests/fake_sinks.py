@@ -110,6 +110,8 @@ class FakeSinkSession:
         if statement.startswith("SELECT note_topic_log"):
             _, tables.log, tables.partitions = values
             return FakeResult([])
+        if statement == postgres.query("sinks_lock"):
+            return FakeResult([(None,)])
         if statement == postgres.query("sink_activate_connect"):
             assert self._role == "metrics_writer", "only the writer may call this"
             tables.active = "connect"

@@ -42,22 +42,31 @@ class Failpoints:
     Args:
         text: what the variable holds.
         at: told of each step that begins, or gets ahead.
+        variable: which one that is.
+        places: the names that there are.
 
     Raises:
-        SettingError: a name is not among `PLACES`, or a probability is no number.
+        SettingError: a name is not among the places, or a probability is no number.
     """
 
-    def __init__(self, text: str | None = None, *, at: Callable[[str], object] = _nobody) -> None:
+    def __init__(
+        self,
+        text: str | None = None,
+        *,
+        at: Callable[[str], object] = _nobody,
+        variable: str = VARIABLE,
+        places: tuple[str, ...] = PLACES,
+    ) -> None:
         self._at = at
         self._chances: dict[str, float] = {}
-        for entry in filter(None, (os.environ.get(VARIABLE, "") if text is None else text).split(",")):
+        for entry in filter(None, (os.environ.get(variable, "") if text is None else text).split(",")):
             name, _, chance = entry.partition("=")
-            if name not in PLACES:
-                raise SettingError(f"{VARIABLE}: there is no place {name!r}, only {', '.join(PLACES)}")
+            if name not in places:
+                raise SettingError(f"{variable}: there is no place {name!r}, only {', '.join(places)}")
             try:
                 self._chances[name] = float(chance)
             except ValueError as error:
-                raise SettingError(f"{VARIABLE}: {entry!r} must be NAME=PROBABILITY") from error
+                raise SettingError(f"{variable}: {entry!r} must be NAME=PROBABILITY") from error
         self._random = random.Random()  # noqa: S311  # when it dies is no secret
 
     def begin(self, step: str) -> None:

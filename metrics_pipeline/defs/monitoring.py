@@ -20,7 +20,7 @@ from metrics_pipeline.defs.resources import ACTIVE, OWNERS, Pipeline, plain_erro
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.producer import ledger
 from metrics_pipeline.settings import Settings
-from metrics_pipeline.sinks import active
+from metrics_pipeline.sinks import active, quarantine
 from metrics_pipeline.sinks.watch import ProgressWatch
 
 GROUP = "monitoring"
@@ -201,19 +201,24 @@ def freshness(context: dg.AssetCheckExecutionContext, pipeline: Pipeline) -> dg.
 
 @dg.asset_check(asset=metrics.key, name="rejects")
 def recent_rejects(pipeline: Pipeline) -> dg.AssetCheckResult:
-    """The COPY sink has rejected no record within the last ten minutes; the newest ones are named."""
+    """No record was rejected within the last ten minutes; the newest ones are named, and what stopped the connector."""
     try:
-        recent = rejects.recent(pipeline.load(), REJECTS_SECONDS, REJECTS_NAMED)
+        settings = pipeline.load()
+        recent = rejects.recent(settings, REJECTS_SECONDS, REJECTS_NAMED)
+        taken = quarantine.recent(settings, REJECTS_SECONDS)
     except PipelineError as error:
         return _broken(error)
     named = "; ".join(f"partition {one.partition}, offset {one.offset}: {one.reason}" for one in recent.newest)
     return dg.AssetCheckResult(
-        passed=not recent.count,
+        passed=not recent.count and not taken.count,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"{recent.count:,} within {REJECTS_SECONDS // 60} minutes" + (f"; {named}" if named else ""),
+        description=f"{recent.count:,} within {REJECTS_SECONDS // 60} minutes"
+        + (f"; {named}" if named else "")
+        + (f"; {taken}" if taken.count else ""),
         metadata={
             "rejects": recent.count,
             "by_reason": dg.MetadataValue.json(recent.reasons),
+            "quarantines": taken.count,
             "newest": dg.MetadataValue.json([f"{one.partition}:{one.offset} {one.reason}" for one in recent.newest]),
         },
     )

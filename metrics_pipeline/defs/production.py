@@ -233,7 +233,7 @@ def _pause_after_failures(instance: dg.DagsterInstance, now: float) -> float:
 
 @dg.sensor(minimum_interval_seconds=5, default_status=dg.DefaultSensorStatus.RUNNING)
 def sink_repair_sensor(context: dg.SensorEvaluationContext, pipeline: Pipeline) -> dg.SensorResult:
-    """Restart what failed in Kafka Connect, with back-off, and say when that cannot help. The COPY sink heals itself."""
+    """Restart what failed in Kafka Connect, with back-off; take the records that it cannot pass; say when neither helps. The COPY sink heals itself."""
     try:
         settings = pipeline.load()
         sink = repair.SinkRepair(settings, context.cursor)
@@ -245,7 +245,12 @@ def sink_repair_sensor(context: dg.SensorEvaluationContext, pipeline: Pipeline) 
         dg.AssetObservation(
             metrics_sink_connector.key,
             description=event.reason,
-            metadata={"action": event.action, "attempt": event.attempt, "reason": event.reason},
+            metadata={
+                "action": event.action,
+                "attempt": event.attempt,
+                "reason": event.reason,
+                **({"stretches": dg.MetadataValue.json(event.document()["stretches"])} if event.stretches else {}),
+            },
         )
         for event in outcome.events
     ]

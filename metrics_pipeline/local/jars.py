@@ -31,6 +31,7 @@ LOCK_FILE = ROOT / "connect" / "jars.lock"
 
 KAFKA = "4.3.1"
 DEBEZIUM = "3.6.0.Final"
+"""3.7 hands what PostgreSQL refuses to the dead letter queue itself (debezium/debezium#7716); on 2026-11-26 Maven Central had none of it."""
 POSTGRES = "17.11.0"
 JMX_AGENT = "1.0.1"
 

@@ -83,6 +83,8 @@ def table(sample: Sample) -> Table:
         mark = "[green]●[/] healthy" if state["healthy"] else f"[red]●[/] {escape(state.get('reason', 'not healthy'))}"
         if part == "connect" and state["connector"]:
             mark += f"   connector {state['connector']}, tasks {task_states(sample)}"
+            if "quarantines" in state:
+                mark += f"\n{escape(state['quarantines']['text'])}"
         if part == "sink" and state["healthy"]:
             mark += f"   COPY, {escape(state['state'])}" + ("" if state["workers"] is None else f", {workers(sample)}")
         if part == "watcher" and state["healthy"]:

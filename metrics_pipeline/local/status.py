@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import psycopg
@@ -19,13 +20,15 @@ from metrics_pipeline.local import broker
 from metrics_pipeline.local.dagster import code_problem, daemon_problem, web_problem
 from metrics_pipeline.local.service import http_problem, silence
 from metrics_pipeline.settings import Settings, SinkKind
-from metrics_pipeline.sinks import active, repair
+from metrics_pipeline.sinks import active, quarantine, repair
 from metrics_pipeline.sinks.connector import sink_state
 from metrics_pipeline.sinks.watch import copy_sink_problem
 from metrics_pipeline.watcher.state import WatcherState, read_state
 
 RATE_SECONDS = 12.0
 """Rates of the live table are means over this long: PostgreSQL's counters arrive about once a second, in steps."""
+QUARANTINE_SECONDS = 600
+"""How long it is shown that records were taken from the connector."""
 BETWEEN_RUNS_SECONDS = 30
 """A producer whose last run ended within this time is between two runs, not down."""
 ANSWER_SECONDS = 10.0
@@ -59,6 +62,7 @@ class Sampler:
         answer = futures["postgres"].result()
         self._active = answer.pop("active", self._active)
         sessions, watched = answer.pop("sessions", 0), answer.pop("watched", None)
+        taken = answer.pop("quarantines", None)
         futures["connect"] = self._pool.submit(_whole, "connect", self._connect)
         futures["sink"] = self._pool.submit(_whole, "sink", lambda: self._copy_sink(sessions))
         samples = {
@@ -66,6 +70,7 @@ class Sampler:
         }
         samples["watcher"] = self._watcher(watched, samples["postgres"].get("reason"))
         if self._active == "connect":
+            samples["connect"] |= {"quarantines": taken} if taken else {}
             samples["sink"] = _connector_as_sink(samples["connect"])
         rows = samples["postgres"].pop("rows", None)
         lag = samples["broker"].pop("lag", None)
@@ -105,6 +110,7 @@ class Sampler:
                     answer |= {"between_runs": row[1], "active": row[2], "sessions": row[3]}
                 if self._settings.sink_watch:
                     answer["watched"] = read_state(self._connection)
+                answer["quarantines"] = self._quarantines(self._connection)
                 return answer | {"healthy": True, "rows": summaries.row_count(self._connection)}
         except psycopg.errors.UndefinedTable:
             return answer | {"healthy": True, "rows": None, "reason": "no schema yet: run the job `provision`"}
@@ -113,6 +119,12 @@ class Sampler:
                 self._connection.close()
                 self._connection = None
             return answer | {"reason": str(error).strip().splitlines()[0]}
+
+    @staticmethod
+    def _quarantines(connection: psycopg.Connection[Any]) -> Sample | None:
+        """What was taken from the connector lately, if anything was."""
+        taken = quarantine.recent_in(connection, QUARANTINE_SECONDS)
+        return asdict(taken) | {"text": f"{taken} ({QUARANTINE_SECONDS // 60} minutes)"} if taken.count else None
 
     def _rate(self) -> float | None:
         """Rows inserted a second, from PostgreSQL's own counter; None before the second sample."""

@@ -30,6 +30,8 @@ MEMBERS_SECONDS: Final = 60.0
 QUIET_SECONDS: Final = 1.0
 """How long a Connect is asked for that need not be there."""
 QUESTION_SECONDS: Final = 5
+QUARANTINE_SECONDS: Final = 120
+"""How long provisioning waits for a quarantine that is under way."""
 
 NO_WORKER: Final = (
     "no process of the COPY sink is connected to PostgreSQL: start one with `metrics-pipeline sink`, "
@@ -188,7 +190,17 @@ def ensure_sink(settings: Settings, patience: float = PATIENCE_SECONDS) -> Chang
     Raises:
         ServiceError: PostgreSQL, the broker or Connect cannot be used, or the configured sink does not run.
     """
-    return _ensure_copy(settings, patience) if settings.sink == "copy" else _ensure_connect(settings, patience)
+    # A quarantine stops the connector, and lets it go on: not in the middle of this.
+    with postgres.connect(
+        settings, "metrics_reader", autocommit=True, options=f"-c lock_timeout={QUARANTINE_SECONDS}s"
+    ) as session:
+        try:
+            session.execute(postgres.query("sinks_lock"))
+        except psycopg.errors.LockNotAvailable as error:
+            raise ServiceError(
+                "a quarantine, or another provisioning, holds the sinks: see `metrics-pipeline status`, then provision again"
+            ) from error
+        return _ensure_copy(settings, patience) if settings.sink == "copy" else _ensure_connect(settings, patience)
 
 
 def sink_drift(settings: Settings) -> list[str]:
@@ -318,7 +330,7 @@ def _ensure_copy(settings: Settings, patience: float) -> Change:
         connector.stop_connector(settings, patience)
     elif before.active == "copy":
         return Change("unchanged")
-    commits = _final_commits(settings, wait=ran)
+    commits = final_commits(settings, seconds=MEMBERS_SECONDS if ran else 0.0)[0]
     moved = _take_over(settings, commits, back=before.active == "copy")
     details = []
     if before.active != "copy":
@@ -356,15 +368,26 @@ def _connector_if_any(settings: Settings, patience: float) -> str | None:
         return None
 
 
-def _final_commits(settings: Settings, *, wait: bool) -> dict[int, int]:
-    """The connector's committed offsets, once its consumers have left the group, if there is something to wait for."""
-    deadline = time.monotonic() + (MEMBERS_SECONDS if wait else 0.0)
-    commits = kafka.committed(settings, CONNECTOR_GROUP)
+def final_commits(
+    settings: Settings, *, seconds: float, begin: Mapping[int, int] | None = None
+) -> tuple[dict[int, int], bool]:
+    """The connector's committed offsets, and whether its consumers have left the group by then.
+
+    Args:
+        settings: where the broker is.
+        seconds: how long they are waited for.
+        begin: where the partitions begin that have no commit yet; they have one then.
+
+    Raises:
+        ServiceError: the broker cannot be used.
+    """
+    deadline = time.monotonic() + seconds
+    commits = {**(begin or {}), **kafka.committed(settings, CONNECTOR_GROUP)}
     # Nobody but a member may commit while there are any: that this commit of nothing new is taken shows that there are none.
-    while not kafka.commit(settings, commits, CONNECTOR_GROUP) and time.monotonic() < deadline:
+    while not (alone := kafka.commit(settings, commits, CONNECTOR_GROUP)) and time.monotonic() < deadline:
         time.sleep(0.5)
-        commits = kafka.committed(settings, CONNECTOR_GROUP)
-    return kafka.committed(settings, CONNECTOR_GROUP)
+        commits |= kafka.committed(settings, CONNECTOR_GROUP)
+    return kafka.committed(settings, CONNECTOR_GROUP), alone
 
 
 def _take_over(settings: Settings, commits: Mapping[int, int], *, back: bool) -> dict[int, int]:

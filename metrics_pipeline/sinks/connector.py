@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,13 @@ NO_CONNECTION = (
 )
 """What Hibernate means: the failure to connect is in Connect's log, but not in the task's trace."""
 
+_OF_A_RECORD = re.compile(
+    r"invalid byte sequence|out of range|violates (?:check|not-null|foreign key|exclusion) constraint|null value in column"
+    r"|invalid input syntax|SQLState: 2[23]|no key|cannot have null schema|ConstraintViolationException|DataException|DateTime(?:Parse)?Exception"
+    r"|NumberFormatException|Invalid UUID string|UUID string too large"
+)
+"""What PostgreSQL's errors of the classes 22 and 23, Hibernate's for them, and the connector's own look like in a trace."""
+
 _TIMEOUT = (3.05, 20.0)
 
 # stamina would report each retry through structlog, which prints on standard output. The last error says enough.
@@ -62,6 +70,11 @@ class TaskState:
         causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
         cause = causes[-1] if causes else lines[0] if lines else "no trace"
         return NO_CONNECTION if HIBERNATE_NO_CONNECTION in cause else cause[:300]
+
+    @property
+    def names_a_record(self) -> bool:
+        """Whether what it says lies in a record: restarts do not change that. Nothing else is concluded from it."""
+        return _OF_A_RECORD.search(self.trace) is not None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """The connector brought back after a failure: Connect itself never restarts a FAILED task. The COPY sink heals itself.
 
+Where restarts do not help because of a record, the quarantine takes it (`quarantine`).
+
 Run by a Dagster sensor and by the keeper of the embedded stack, since a PostgreSQL restart takes Dagster's own storage
-down with it. Each keeps its own state; both at once are harmless, because only FAILED tasks are restarted.
+down with it. Each keeps its own state; both at once are harmless, because only FAILED tasks are restarted, and the quarantine has a lock.
 """
 
 from __future__ import annotations
@@ -11,21 +13,23 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ValidationError
 
 from metrics_pipeline import kafka
-from metrics_pipeline.errors import PipelineError, ServiceError
+from metrics_pipeline.errors import BusyError, PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings, SinkKind
 from metrics_pipeline.sinks import active as sinks
 from metrics_pipeline.sinks import connector, moves
 from metrics_pipeline.sinks.connector import ConnectClient, SinkState
 from metrics_pipeline.sinks.hanging import HangingSession, end_sessions, hanging_sessions
+from metrics_pipeline.sinks.quarantine import Quarantine, Taken
+from metrics_pipeline.sinks.stretch import Stretch
 
 FIRST_DELAY_SECONDS = 1.0
 LONGEST_DELAY_SECONDS = 60.0
@@ -36,6 +40,13 @@ LONGEST_PATIENCE_SECONDS = 600.0
 
 NOTE_SECONDS = 30.0
 """How long what the keeper saw last stands for the present."""
+
+RESTARTS_WITH_A_BAD_RECORD = 1
+"""The same where the trace names what lies in a record; none soon after a quarantine."""
+SETTLE_SECONDS = 2.0
+"""How long the connector is left alone after a quarantine."""
+LONGEST_WAIT_SECONDS = 30.0
+"""Between two looks at a database that cannot store, which costs it little."""
 
 RECORD_BYTES = 2**20
 """Size of `repairs.jsonl` above which its older half goes."""
@@ -71,19 +82,34 @@ class RepairState(BaseModel):
     active: SinkKind | None = None
     stuck: StuckRestarts = StuckRestarts()
     log: str = ""
+    waits: int = 0
+    waits_for: str = ""
 
 
-Action = Literal["restart failed tasks", "restart all", "give up", "move offsets", "another log"]
+Action = Literal["restart failed tasks", "restart all", "quarantine", "wait", "give up", "move offsets", "another log"]
 
 
 @dataclass(frozen=True)
 class Restart:
-    """One restart that was asked of Connect, the decision to ask for no more, or what was done about another log or a growth."""
+    """One thing that was done: a restart, a quarantine, a move of offsets, or the decision to try no more.
+
+    Attributes:
+        at: when.
+        action: what.
+        reason: why, for people.
+        attempt: how many restarts there were.
+        stretches: what a quarantine took, by partition.
+    """
 
     at: str
     action: Action
     reason: str
     attempt: int
+    stretches: tuple[Stretch, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """For JSON; without what it has not."""
+        return {name: value for name, value in asdict(self).items() if value != ()}
 
 
 @dataclass(frozen=True)
@@ -131,6 +157,25 @@ def database_problem(settings: Settings) -> str | None:
     return None
 
 
+class Takes(Protocol):
+    """What is used of `quarantine.Quarantine`."""
+
+    def unfinished(self) -> int | None:
+        """See there."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """See there."""
+
+    def followed_closely(self) -> bool:
+        """See there."""
+
+    def finish(self) -> Taken | None:
+        """See there."""
+
+    def take(self, partitions: list[int] | None, cause: str) -> Taken:
+        """See there."""
+
+
 class SinkRepair:
     """Restarts what failed with back-off, and stops when restarting cannot help.
 
@@ -143,6 +188,7 @@ class SinkRepair:
         position: which sink is active, and how many sessions the COPY sink has.
         due: the move that the connector's offsets need.
         note: notes which log the topic's name stands for.
+        quarantine: takes the records that restarts do not get past.
         hanging: the connector's transactions that have been open for some seconds.
         end: ends sessions of the connector.
         holds: whether a partition holds a record at an offset or behind it.
@@ -161,6 +207,7 @@ class SinkRepair:
         position: Callable[[Settings], sinks.Position] = sinks.position,
         due: Callable[[Settings], moves.Move | None] = moves.due,
         note: Callable[[Settings], str | None] = moves.note,
+        quarantine: Takes | None = None,
         hanging: Callable[[Settings, float], list[HangingSession]] = hanging_sessions,
         end: Callable[[Settings, list[int]], int] = end_sessions,
         holds: Callable[[Settings, int, int], bool] = kafka.holds_record,
@@ -177,6 +224,7 @@ class SinkRepair:
         self._holds = holds
         self._due = due
         self._note = note
+        self._quarantine: Takes = quarantine or Quarantine(settings)
         self._clock = clock
         self._jitter = jitter
         self._state = _parse(state)
@@ -193,6 +241,8 @@ class SinkRepair:
             if (copying := self._copying()) is not None:
                 return copying
             sink = self._client.state(CONNECTOR)
+            if (finishing := self._unfinished(sink)) is not None:
+                return finishing
             if (moved := self._moved(sink)) is not None:
                 return moved
             if sink.connector in ("MISSING", "PAUSED", "STOPPED"):
@@ -236,11 +286,33 @@ class SinkRepair:
         stands = sink.connector in moves.STANDS_STILL
         if what is None or (not what.held and (sink.connector == "PAUSED" or (stands and what.growth))):
             return None  # stopped by a person: provisioning does it before it lets the connector run
-        if not moves.move(self._settings, self._client, what, resume=what.held or not stands):
+        with self._quarantine.alone():
+            done = moves.move(self._settings, self._client, what, resume=what.held or not stands)
+        if not done:
             return Tick(f"{what.reason}: the connector is stopped, and its consumers have not left yet", healthy=False)
         self._start_over()
         event = self._event("move offsets", what.reason)
         return Tick(f"offsets moved: {what.reason}", healthy=False, events=[event])
+
+    def _unfinished(self, sink: SinkState) -> Tick | None:
+        """End a quarantine that died, or leave the connector to the one that has it."""
+        try:
+            if self._quarantine.unfinished() is None:
+                return None
+            taken = self._quarantine.finish()
+        except BusyError as busy:
+            return Tick(str(busy), healthy=False)
+        except PipelineError as error:
+            if sink.connector != "STOPPED":
+                return None
+            return Tick(
+                f"{sink.problems[0]}, by a person or by a quarantine that is not finished: {error}", healthy=False
+            )
+        if not taken or not taken.stretches:
+            if sink.connector != "STOPPED":
+                return None
+            return Tick("a quarantine had died before it stored anything: the connector goes on", healthy=False)
+        return self._taken(taken, "finished what another one had begun")
 
     def _alive(self, sink: SinkState, offsets: Offsets | None) -> Tick:
         if offsets is None:
@@ -280,8 +352,11 @@ class SinkRepair:
         if (problem := self._database(self._settings)) is not None:
             # Restarting now would fail for certain, and would use up the attempts.
             return Tick(f"{problems}; restarted when PostgreSQL is back: {problem}", healthy=False)
-        if offsets is not None and (hopeless := self._hopeless(offsets)) is not None:
-            return self._give_up(sink, hopeless)
+        if offsets is not None and (hopeless := self._hopeless(sink, offsets)) is not None:
+            if not hopeless or not self._settings.sink_quarantine:
+                return self._give_up(sink, hopeless)
+            if (outcome := self._take(sink, hopeless)) is not None:
+                return outcome
         self._client.restart(CONNECTOR)
         if offsets is not None:
             for place in state.places.values():
@@ -292,13 +367,59 @@ class SinkRepair:
         event = self._event("restart failed tasks", problems)
         return Tick(f"restarted (attempt {state.restarts}): {problems}", healthy=False, events=[event])
 
-    def _give_up(self, sink: SinkState, where: list[int]) -> Tick:
+    def _take(self, sink: SinkState, where: list[int]) -> Tick | None:
+        """Let the quarantine take what restarts do not get past; None when there is something to be tried again."""
+        state = self._state
+        cause = sink.failed[0].cause if sink.failed else sink.problems[0]
+        try:
+            taken = self._quarantine.take(where, cause)
+        except BusyError as busy:
+            return Tick(str(busy), healthy=False)
+        except PipelineError as error:
+            return self._wait(sink, str(error))
+        if taken.stretches:
+            return self._taken(taken, cause)
+        if state.waits_for:
+            # PostgreSQL stores again, and it was no record: what failed may run now.
+            self._start_over()
+            return None
+        return self._give_up(sink, where, f"none of the next {taken.searched:,} records of a partition is bad")
+
+    def _taken(self, taken: Taken, cause: str) -> Tick:
+        reasons = ", ".join(f"{count:,} {name}" for name, count in sorted(taken.reasons.items()))
+        parts = [*map(str, taken.stretches), *([f"rejected: {reasons}"] if reasons else []), cause]
+        said = "; ".join([*parts, *([f"not all of it: {taken.problem}"] if taken.problem else [])])
+        event = self._event("quarantine", said, taken.stretches)
+        self._start_over()
+        self._state.not_before = self._clock() + SETTLE_SECONDS
+        return Tick(f"quarantined: {said}", healthy=False, events=[event])
+
+    def _wait(self, sink: SinkState, problem: str) -> Tick:
+        """Nothing is wrong with a record as long as nothing at all can be stored."""
+        state = self._state
+        delay = min(LONGEST_WAIT_SECONDS, FIRST_DELAY_SECONDS * 2.0 ** min(state.waits, 10)) * self._jitter()
+        state.waits += 1
+        state.not_before = self._clock() + delay
+        said = f"{'; '.join(sink.problems)}; nothing is quarantined: {problem}"
+        new = _VARYING.sub("", problem) != _VARYING.sub("", state.waits_for)
+        state.waits_for = problem
+        events = [self._event("wait", said)] if new else []
+        return Tick(f"{said}; tried again in {delay:.0f} s", healthy=False, events=events)
+
+    def _give_up(self, sink: SinkState, where: list[int], found: str = "") -> Tick:
         state = self._state
         place = _places(where, state.places) if where else f"topic {TOPIC}, before any record"
         cause = sink.failed[0].cause if sink.failed else sink.problems[0]
+        restarts = max((state.places[number].failures for number in where), default=ATTEMPTS)
         state.gave_up = (
-            f"the repair stopped trying: {ATTEMPTS} restarts without progress at {place}: {cause}. "
-            "Mend the cause or skip the record (docs/troubleshooting.md), then run the `provision` job: it restarts the sink"
+            f"the repair stopped trying: {restarts} restarts without progress at {place}: {cause}. "
+            + (f"{found}. ".capitalize() if found else "")
+            + "Mend the cause (docs/troubleshooting.md), then run the `provision` job: it restarts the sink"
+            + (
+                "; or let `metrics-pipeline rejects quarantine` store the good records and reject the bad ones"
+                if where and not self._settings.sink_quarantine
+                else ""
+            )
         )
         state.gave_up_at = {number: state.places[number].offset for number in where}
         state.signature = self._signature(sink)
@@ -326,15 +447,16 @@ class SinkRepair:
         state.stuck = StuckRestarts(count=state.stuck.count + 1, last=now)
         return Tick(f"restarted all: {reason}", healthy=False, events=[self._event("restart all", reason)])
 
-    def _event(self, action: Action, reason: str) -> Restart:
+    def _event(self, action: Action, reason: str, stretches: tuple[Stretch, ...] = ()) -> Restart:
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        return Restart(at, action, reason, self._state.restarts)
+        return Restart(at, action, reason, self._state.restarts, stretches)
 
     def _start_over(self) -> None:
         """Forget failures, but not where the partitions stand and since when."""
         state = self._state
         state.restarts, state.not_before = 0, 0.0
         state.gave_up, state.gave_up_at, state.signature = "", {}, ""
+        state.waits, state.waits_for = 0, ""
         for place in state.places.values():
             place.failures = 0
 
@@ -376,20 +498,56 @@ class SinkRepair:
         past = [state.running_since, state.stuck.last, *(place.since for place in state.places.values())]
         return max(past) > now or state.not_before > now + 2 * LONGEST_DELAY_SECONDS
 
-    def _hopeless(self, offsets: Offsets) -> list[int] | None:
+    def _hopeless(self, sink: SinkState, offsets: Offsets) -> list[int] | None:
         """The partitions that the last restarts did not move; empty when no record waits at all; None: go on trying."""
         places = self._state.places
-        resting = [number for number in self._held_up(offsets) if places[number].failures >= ATTEMPTS]
+        enough = self._enough(sink)
+        if not enough:
+            return sorted(number for number, waiting in offsets.waiting.items() if waiting)
+        resting = [number for number in self._held_up(offsets) if places[number].failures >= enough]
         if resting:
             return resting
         nothing_waits = not any(offsets.waiting.values())
         return [] if nothing_waits and all(place.failures >= ATTEMPTS for place in places.values()) else None
 
+    def _enough(self, sink: SinkState) -> int:
+        """Restarts without progress after which another one does not help either."""
+        if not self._settings.sink_quarantine or not any(task.names_a_record for task in sink.failed):
+            return ATTEMPTS
+        return 0 if self._quarantine.followed_closely() else RESTARTS_WITH_A_BAD_RECORD
+
     def _signature(self, sink: SinkState) -> str:
         """Differs when the failure or the connector's configuration does; values within messages do not count."""
         causes = sorted({_VARYING.sub("", task.cause) for task in sink.failed} | {sink.connector})
         config = self._client.config(CONNECTOR) or {}
-        return sha256(json.dumps([causes, sorted(config.items())]).encode()).hexdigest()[:16]
+        chosen = [self._settings.sink_quarantine] if self._settings.sink_quarantine else []
+        return sha256(json.dumps([causes, sorted(config.items()), chosen]).encode()).hexdigest()[:16]
+
+
+def quarantine_once(settings: Settings) -> Taken:
+    """Take what a connector with FAILED tasks cannot pass, whatever the settings and the repair say; noted in `repairs.jsonl`.
+
+    Raises:
+        ServiceError: nothing is FAILED, or a part cannot be used: see `quarantine.Quarantine.take`.
+        BusyError: a quarantine is under way.
+    """
+    quarantine = Quarantine(settings)
+    if quarantine.unfinished() is not None:
+        taken = quarantine.finish() or Taken()
+        cause = "finished what another one had begun"
+    else:
+        sink = connector.sink_state(settings)
+        if not sink.failed:
+            raise ServiceError(
+                f"no task is FAILED, so no record stops the connector ({'; '.join(sink.problems) or 'all of it runs'}): "
+                "there is nothing to quarantine"
+            )
+        cause = sink.failed[0].cause
+        taken = quarantine.take(None, cause)
+    if taken.stretches:
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        record(settings, [Restart(at, "quarantine", cause, 0, taken.stretches)], "command")
+    return taken
 
 
 def record(settings: Settings, events: list[Restart], source: str) -> None:
@@ -408,7 +566,7 @@ def record(settings: Settings, events: list[Restart], source: str) -> None:
         lines = path.read_text("utf-8").splitlines(keepends=True)
         path.write_text("".join(lines[len(lines) // 2 :]), "utf-8")
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({**asdict(event), "by": source}) + "\n" for event in events)
+        file.writelines(json.dumps({**event.document(), "by": source}) + "\n" for event in events)
 
 
 def note(settings: Settings, tick: Tick) -> None:

@@ -113,7 +113,7 @@ def dead_letters(settings: Settings, since: datetime | None = None) -> dict[int,
 
 @dataclass(frozen=True)
 class Rejected:
-    """Offsets of the topic that the COPY sink rejected, sorted, per partition.
+    """Offsets of the topic that were rejected, sorted, per partition.
 
     Attributes:
         every: all of them.

@@ -25,6 +25,8 @@ from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.kafka import Lag
 from metrics_pipeline.rejects import Recent, Reject
 from metrics_pipeline.sinks import active as sinks
+from metrics_pipeline.sinks import quarantine
+from metrics_pipeline.sinks.quarantine import RecentQuarantines
 from metrics_pipeline.sinks.watch import ProgressWatch
 from metrics_pipeline.summaries import DeviceSummaries, DeviceSummary, IngestionRate, MetricSummary, Minute
 
@@ -166,6 +168,7 @@ class World:
     age: float | None = 0.5
     lag: int = 1000
     resting: str | None = None
+    quarantines: RecentQuarantines = field(default_factory=RecentQuarantines)
     rejects: Recent = field(default_factory=lambda: Recent(0, {}, []))
     away: str = ""
 
@@ -189,6 +192,7 @@ def world(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> Worl
     monkeypatch.setattr(sinks, "lag", lambda _settings: Lag(world.lag, {0: world.lag}))
     monkeypatch.setattr(ProgressWatch, "wait", lambda _watch: world.resting)
     monkeypatch.setattr(rejects, "recent", lambda _settings, _seconds, _limit: world.rejects)
+    monkeypatch.setattr(quarantine, "recent", lambda _settings, _seconds: world.quarantines)
     return world
 
 
@@ -268,6 +272,19 @@ def test_rejects_are_a_warning_that_names_the_newest(world: World) -> None:
         found.description == "1,000 within 10 minutes; partition 3, offset 12: bad_value; partition 0, offset 7: no_key"
     )
     assert found.metadata["by_reason"].value == {"bad_value": 999, "no_key": 1}
+    assert found.metadata["quarantines"].value == 0
+
+
+def test_records_that_stopped_the_connector_are_a_warning_too(world: World) -> None:
+    world.quarantines = RecentQuarantines(2, 12_000, 3)
+    found = world.check("rejects")
+    assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert found.description == (
+        "0 within 10 minutes; 2 quarantines of records that stop the connector: 12,000 stored, 3 rejected"
+    )
+    assert found.metadata["quarantines"].value == 2
+    world.quarantines = RecentQuarantines(1, 0, 0, True)
+    assert (world.check("rejects").description or "").endswith("0 stored, 0 rejected, one is under way")
 
 
 def test_a_service_that_is_away_is_red_with_its_reason(world: World) -> None:

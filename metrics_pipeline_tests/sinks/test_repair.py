@@ -4,24 +4,61 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.errors import BusyError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, Settings
 from metrics_pipeline.sinks import connector, repair
 from metrics_pipeline.sinks.active import NO_WORKER, Position
 from metrics_pipeline.sinks.connector import ConnectClient
 from metrics_pipeline.sinks.hanging import HangingSession
 from metrics_pipeline.sinks.moves import Move
+from metrics_pipeline.sinks.quarantine import Taken
 from metrics_pipeline.sinks.repair import ATTEMPTS, Offsets, SinkRepair, Tick
+from metrics_pipeline.sinks.stretch import Stretch
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
 
 STALL_SECONDS = Settings().sink_stall_seconds
 POISON = "org.apache.kafka.connect.errors.ConnectException: x\nCaused by: org.postgresql.util.PSQLException: ERROR: bad row 17"
+
+
+@dataclass
+class FakeQuarantine:
+    """Finds no bad record unless told to; `answer` is what it takes, or why it cannot."""
+
+    answer: Taken | Exception = field(default_factory=Taken)
+    number: int | None = None
+    finished: int = 0
+    close: bool = False
+    taken: list[list[int] | None] = field(default_factory=list)
+
+    def unfinished(self) -> int | None:
+        return self.number
+
+    def alone(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def followed_closely(self) -> bool:
+        return self.close
+
+    def finish(self) -> Taken | None:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        self.finished += 1
+        self.number = None
+        return self.answer
+
+    def take(self, partitions: list[int] | None, cause: str) -> Taken:
+        assert cause
+        self.taken.append(partitions)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
 
 
 @dataclass
@@ -37,6 +74,7 @@ class World:
     position: Position = field(default_factory=Position)
     away: bool = False
     move: Move | None = None
+    quarantine: FakeQuarantine = field(default_factory=FakeQuarantine)
     settings: Settings = field(default_factory=Settings)
     hanging: list[HangingSession] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
@@ -69,6 +107,7 @@ class World:
             holds=lambda *_: self.holds,
             due=lambda _settings: self.move,
             note=lambda _settings: None,
+            quarantine=self.quarantine,
             clock=lambda: self.now,
             jitter=lambda: 1.0,
         )
@@ -438,3 +477,169 @@ def test_while_postgresql_is_away_the_sink_is_the_one_it_was(world: World) -> No
     assert [event.action for event in world.tick().events] == ["restart failed tasks"]
     world.away = True
     assert world.tick().message.startswith("connector"), "a connector is looked at without PostgreSQL"
+
+
+# --- Quarantine --------------------------------------------------------------------------------------------------
+
+NUL = (
+    "org.apache.kafka.connect.errors.ConnectException: x\nCaused by: org.postgresql.util.PSQLException: "
+    'ERROR: invalid byte sequence for encoding "UTF8": 0x00'
+)
+TAKEN = Taken((Stretch(0, 40, 60, 19, 1),), {"bad_tags": 1})
+
+
+def stuck(world: World, trace: str = NUL) -> None:
+    """It fails again as soon as it starts."""
+    world.connect.poison = trace
+    world.connect.fail(CONNECTOR, trace)
+
+
+def until_taken(world: World) -> Tick:
+    for _ in range(300):
+        outcome = world.tick()
+        if [event.action for event in outcome.events] == ["quarantine"]:
+            return outcome
+    raise AssertionError("nothing was quarantined")
+
+
+def test_a_record_that_the_trace_names_is_taken_after_one_restart(world: World) -> None:
+    stuck(world)
+    world.quarantine.answer = TAKEN
+    outcome = until_taken(world)
+    assert len(world.restarts) == 1
+    assert world.quarantine.taken == [[0]], "the other partition has nothing that waits"
+    (event,) = outcome.events
+    assert "partition 0, offsets 40 to 59: 19 stored, 1 rejected; rejected: 1 bad_tags; " in event.reason
+    assert "invalid byte sequence" in event.reason
+    assert event.stretches == TAKEN.stretches
+    world.connect.start(CONNECTOR)
+    world.connect.poison = ""
+    world.connect.start(CONNECTOR)
+    world.committed = {0: 60, 1: 100}
+    assert world.tick().healthy
+
+
+def test_another_failure_has_all_its_restarts_first(world: World) -> None:
+    stuck(world, POISON)
+    world.quarantine.answer = TAKEN
+    until_taken(world)
+    assert len(world.restarts) == ATTEMPTS
+
+
+def test_the_next_record_soon_after_is_taken_without_a_restart(world: World) -> None:
+    stuck(world)
+    world.quarantine.answer = TAKEN
+    until_taken(world)
+    world.connect.requests.clear()
+    world.quarantine.close = True
+    world.committed = {0: 60, 1: 90}
+    until_taken(world)
+    assert world.restarts == []
+    assert world.quarantine.taken[-1] == [0, 1], "wherever records wait: which of them is stuck was not tried"
+    world.quarantine.close = False
+    world.committed = {0: 80, 1: 100}
+    until_taken(world)
+    assert len(world.restarts) == 1
+
+
+def test_without_a_bad_record_it_stops_and_says_so(world: World) -> None:
+    stuck(world)
+    outcome = world.until_given_up()
+    assert "1 restarts without progress at topic metrics, partition 0, offset 40: " in outcome.message
+    assert "None of the next 20,000 records of a partition is bad. Mend the cause" in outcome.message
+    assert "rejects quarantine" not in outcome.message
+
+
+def test_switched_off_it_stops_as_ever_and_names_the_command(world: World) -> None:
+    world.settings = Settings(sink_quarantine=False)
+    stuck(world)
+    outcome = world.until_given_up()
+    assert world.quarantine.taken == []
+    assert len(world.restarts) == ATTEMPTS
+    assert "`metrics-pipeline rejects quarantine`" in outcome.message
+    world.settings = Settings()
+    world.quarantine.answer = TAKEN
+    until_taken(world)
+
+
+def test_a_database_that_cannot_store_is_waited_for_and_nothing_is_given_up(world: World) -> None:
+    stuck(world, POISON)
+    world.quarantine.answer = ServiceError("PostgreSQL could not store: no space left on device (53100)")
+    events, times = [], list[float]()
+    for _ in range(300):
+        outcome = world.tick()
+        if world.quarantine.taken[len(times) :]:
+            times.append(world.now)
+        events += [event for event in outcome.events if event.action != "restart failed tasks"]
+    assert [event.action for event in events] == ["wait"], "said once"
+    assert "nothing is quarantined: PostgreSQL could not store: no space left" in events[0].reason
+    assert len(world.restarts) == ATTEMPTS
+    apart = [round(b - a) for a, b in pairwise(times)]
+    assert apart[:5] == [1, 2, 4, 8, 16]
+    assert set(apart[5:]) == {30}
+    # It stores again, and no record is bad: what failed is started.
+    world.connect.poison = ""
+    world.quarantine.answer = Taken()
+    world.connect.requests.clear()
+    for _ in range(40):
+        if not world.restarts:
+            world.tick()
+    world.committed = {0: 100, 1: 100}
+    assert world.tick().healthy
+    assert len(world.restarts) == 1
+
+
+def test_the_second_repair_leaves_the_connector_to_the_first(world: World) -> None:
+    stuck(world)
+    world.connect.states[CONNECTOR], world.connect.task_states[CONNECTOR] = "STOPPED", {}
+    world.quarantine.number = 7
+    world.quarantine.answer = BusyError("a quarantine is under way")
+    state = world.state
+    assert world.tick() == Tick("a quarantine is under way", healthy=False)
+    assert world.connect.requests == [f"PUT /connectors/{CONNECTOR}/config"]
+    world.state = state
+    world.connect.start(CONNECTOR)
+    for _ in range(50):
+        assert not world.tick(60).events, "nor while it has not stopped it yet"
+
+
+def test_a_quarantine_that_died_is_finished(world: World) -> None:
+    world.connect.states[CONNECTOR], world.connect.task_states[CONNECTOR] = "STOPPED", {}
+    world.quarantine.number, world.quarantine.answer = 7, TAKEN
+    outcome = world.tick()
+    assert [event.action for event in outcome.events] == ["quarantine"]
+    assert "finished what another one had begun" in outcome.events[0].reason
+    assert world.quarantine.finished == 1
+
+
+def test_one_that_died_before_it_stored_is_finished_and_it_goes_on_as_ever(world: World) -> None:
+    world.quarantine.number = 7
+    world.connect.fail(CONNECTOR, POISON, 1)
+    assert [event.action for event in world.tick().events] == ["restart failed tasks"]
+    assert world.quarantine.finished == 1
+
+
+def test_one_that_died_with_the_connector_stopped_is_no_person(world: World) -> None:
+    world.connect.states[CONNECTOR], world.connect.task_states[CONNECTOR] = "STOPPED", {}
+    world.quarantine.number = 7
+    outcome = world.tick()
+    assert (outcome.healthy, outcome.events) == (False, [])
+    assert outcome.message == "a quarantine had died before it stored anything: the connector goes on"
+
+
+def test_while_postgresql_is_away_a_stopped_connector_may_be_a_quarantine_s(world: World) -> None:
+    given_up(world)
+    world.connect.states[CONNECTOR] = "STOPPED"
+    world.quarantine.number = 7
+    world.quarantine.answer = ServiceError("PostgreSQL at fake cannot be reached")
+    outcome = world.tick()
+    assert "STOPPED, by a person or by a quarantine that is not finished: PostgreSQL at fake" in outcome.message
+    assert json.loads(world.state or "")["gave_up"], "not forgotten before it is known"
+
+
+def test_what_was_taken_stands_in_the_file(tmp_path: Path) -> None:
+    settings = Settings(pipeline_data_dir=tmp_path)
+    event = repair.Restart("2026-11-22T16:00:00+00:00", "quarantine", "because", 1, TAKEN.stretches)
+    repair.record(settings, [event], "sensor")
+    (line,) = (tmp_path / "repairs.jsonl").read_text().splitlines()
+    assert json.loads(line)["stretches"] == [{"partition": 0, "first": 40, "next": 60, "stored": 19, "rejected": 1}]

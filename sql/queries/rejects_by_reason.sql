@@ -1,4 +1,4 @@
--- How many records did the COPY sink reject, by reason? `since` bounds their age in seconds, null does not.
+-- How many records were rejected, by reason? `since` bounds their age in seconds, null does not.
 SELECT reason, count(*)
 FROM rejected_metrics
 WHERE

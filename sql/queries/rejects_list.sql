@@ -1,4 +1,4 @@
--- The newest records that the COPY sink rejected, without their bytes.
+-- The newest records that were rejected, without their bytes.
 SELECT partition, "offset", reason, detail, rejected_at, replayed_at, octet_length(payload)
 FROM rejected_metrics
 WHERE
