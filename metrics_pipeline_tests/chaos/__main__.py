@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from metrics_pipeline.errors import PipelineError
-from metrics_pipeline_tests.chaos import scenarios, stalls
+from metrics_pipeline.settings import SinkKind
+from metrics_pipeline_tests.chaos import quarantine, scenarios, stalls
 from metrics_pipeline_tests.chaos.processes import VoidError
 from metrics_pipeline_tests.chaos.scenarios import Outcome
 from metrics_pipeline_tests.chaos.stack import Place, own_stack
@@ -47,6 +48,12 @@ def main() -> int:
     parser.add_argument("--stalls", type=int, default=2, help="rounds of everything that can stand still")
     parser.add_argument("--records", type=int, default=10_000_000, help="drained while memory is watched")
     parser.add_argument("--big", type=int, default=1_000, help="messages of 1 MB among them")
+    parser.add_argument(
+        "--bad-seconds", type=float, default=300, help="of one bad record in a thousand, by Kafka Connect"
+    )
+    parser.add_argument(
+        "--sick-seconds", type=float, default=300, help="of each fault of PostgreSQL, with Kafka Connect"
+    )
     parser.add_argument("--json", action="store_true", help="one object on standard output")
     parser.add_argument("--keep", action="store_true", help="leave folders with data and logs there")
     chosen = parser.parse_args()
@@ -61,6 +68,13 @@ def main() -> int:
         "silent-end": stalls.silent_end,
         "memory": lambda place: scenarios.memory(place, chosen.records, chosen.big),
     }
+    # With Kafka Connect as the sink.
+    connected: dict[str, Callable[[Place], Outcome]] = {
+        "bad-records": lambda place: quarantine.bad_one_in_a_thousand(place, chosen.bad_seconds),
+        "deaths-in-quarantine": quarantine.deaths,
+        "sick-database": lambda place: quarantine.sick_database(place, chosen.sick_seconds),
+    }
+    known |= connected
     if unknown := set(chosen.scenarios) - set(known):
         parser.error(f"no scenario {', '.join(sorted(unknown))}: there are {', '.join(known)}")
     # However it ends, the services end with it.
@@ -69,7 +83,7 @@ def main() -> int:
     results: dict[str, Any] = {}
     for name in chosen.scenarios or known:
         began = time.monotonic()
-        outcome = attempt(known[name], keep=chosen.keep)
+        outcome = attempt(known[name], "connect" if name in connected else "copy", keep=chosen.keep)
         say(f"{'FAILED' if outcome.problems else 'passed'}  {name} ({time.monotonic() - began:.0f} s)")
         for line in [f"{fact}: {value}" for fact, value in outcome.facts.items()] + outcome.problems:
             say(f"        {line}")
@@ -79,10 +93,10 @@ def main() -> int:
     return 1 if any(result["problems"] for result in results.values()) else 0
 
 
-def attempt(scenario: Callable[[Place], Outcome], *, keep: bool) -> Outcome:
+def attempt(scenario: Callable[[Place], Outcome], sink: SinkKind, *, keep: bool) -> Outcome:
     """Run a scenario on a stack of its own; what stops it is its problem."""
     try:
-        with own_stack(memory_gb=MEMORY_GB, keep=keep) as place:
+        with own_stack(sink=sink, memory_gb=MEMORY_GB, keep=keep) as place:
             if keep:
                 say(f"        data and logs: {place.settings.data_dir}")
             return scenario(place)

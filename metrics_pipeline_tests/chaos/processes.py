@@ -1,4 +1,4 @@
-"""Child processes of a scenario: the COPY sink, and the producer that loads it."""
+"""Child processes of a scenario: the COPY sink, the repair of the connector, and the producer that loads either sink."""
 
 from __future__ import annotations
 
@@ -123,6 +123,13 @@ class Sink(Child):
         """Wait until all of its workers consume."""
         until(self.answers, 60, "the workers run")
         return self
+
+
+class Repair(Child):
+    """The repair of the connector, ticking as the keeper's does; one dies or stops at a place of a quarantine if told to."""
+
+    def __init__(self, place: Place, name: str = "keeper", **variables: str) -> None:
+        super().__init__(place, f"repair-{name}", "metrics_pipeline_tests.chaos.repairer", name, **variables)
 
 
 class Load(Child):

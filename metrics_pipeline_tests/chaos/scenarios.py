@@ -69,7 +69,11 @@ class Outcome:
             if sink is None:
                 # In a group of its own, which has no dead members to wait for.
                 stack.enter_context(Sink(place, CHAOS_GROUP=f"chaos-{uuid4()}"))
-            self.report = verify(place.settings, timeout=120)
+            self.compare(place)
+
+    def compare(self, place: Place) -> None:
+        """Compare table and topic, once the active sink has stored what is left."""
+        self.report = verify(place.settings, timeout=120)
         report, counts = self.report, self.report.counts
         self.facts |= {"records": report.records, "rows": report.rows, "verify": report.lines()[0]}
         if not report.clean:

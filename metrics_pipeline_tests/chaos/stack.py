@@ -1,4 +1,4 @@
-"""PostgreSQL and a broker on free ports in a temporary folder, with the COPY sink the active one and no sink running."""
+"""PostgreSQL and a broker on free ports in a temporary folder: the COPY sink the active one and not running, or Kafka Connect running."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from metrics_pipeline import kafka, postgres
 from metrics_pipeline.bench.table import activate
 from metrics_pipeline.local import account, environment
 from metrics_pipeline.local.stack import Stack, build
-from metrics_pipeline.settings import Settings
+from metrics_pipeline.settings import Settings, SinkKind
+from metrics_pipeline.sinks import connector
 
 
 @dataclass(frozen=True)
@@ -61,27 +62,32 @@ class Place:
 
 
 @contextmanager
-def own_stack(*, memory_gb: float = 4, keep: bool = False) -> Iterator[Place]:
+def own_stack(*, sink: SinkKind = "copy", memory_gb: float = 4, keep: bool = False) -> Iterator[Place]:
     """Services that are gone when the block ends.
 
     Args:
+        sink: which one is active. Kafka Connect runs then; nobody repairs it.
         memory_gb: what they may use.
         keep: leave the folder with data and logs there.
     """
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-chaos-")).resolve()
     embedded: Stack | None = None
     try:
-        variables = environment.isolated(folder) | {"PIPELINE_MEMORY_GB": str(memory_gb), "SINK": "copy"}
+        variables = environment.isolated(folder) | {"PIPELINE_MEMORY_GB": str(memory_gb), "SINK": sink}
         with environment.replaced(variables):
             environment.write_secrets()
             settings = Settings.load()
             embedded = build(settings, with_dagster=False, quiet=True)
-            embedded.services.remove(embedded.service("sink"))
+            if sink == "copy":
+                embedded.services.remove(embedded.service("sink"))
             embedded.start(lambda _line: None, provision=False)
             postgres.migrate(settings)
             kafka.ensure_topic(settings)
-            with postgres.connect_admin(settings, settings.metrics_database) as connection:
-                activate(connection, "copy")
+            if sink == "copy":
+                with postgres.connect_admin(settings, settings.metrics_database) as connection:
+                    activate(connection, "copy")
+            else:
+                connector.ensure_connector(settings)
             place = Place(settings, environment.for_python(settings), embedded)
         yield place
     finally:

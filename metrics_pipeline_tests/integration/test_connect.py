@@ -84,7 +84,7 @@ def sink(stack: RunningStack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     file.write_text(json.dumps(connector.connector_config() | ours))
     monkeypatch.setattr(connector, "CONNECTOR_FILE", file)
     monkeypatch.setattr(connector, "ROOT", tmp_path)
-    settings = stack.settings.model_copy(update={"topic_partitions_metrics": 2})
+    settings = stack.settings.model_copy(update={"topic_partitions_metrics": 2, "sink_quarantine": False})
     with stack.admin() as connection:
         connection.execute(f"CREATE TABLE {TABLE} (LIKE metrics INCLUDING ALL)")
         connection.execute(f"GRANT SELECT, INSERT, UPDATE ON {TABLE} TO metrics_writer")
@@ -263,7 +263,7 @@ def test_a_lock_of_somebody_else_is_named_and_no_task_restarted(sink: Sink) -> N
 
 
 def test_a_record_that_cannot_be_stored_is_named_and_can_be_skipped(sink: Sink) -> None:
-    """PostgreSQL has no NUL in text; the converter lets it through, so it is no dead letter."""
+    """PostgreSQL has no NUL in text; the converter lets it through, so it is no dead letter. Nothing is quarantined here."""
     connector.ensure_connector(sink.settings)
     repairer = SinkRepair(sink.settings, due=lambda _: None, jitter=lambda: 0.1)
     key, value = metric.encode(Reading(UUID(int=1), TIMES[500], 10, 1.0, ["x"]))
@@ -279,7 +279,7 @@ def test_a_record_that_cannot_be_stored_is_named_and_can_be_skipped(sink: Sink) 
         time.sleep(0.2)
     assert f"at topic {TOPIC}, partition 1, offset 500: " in said
     assert 'invalid byte sequence for encoding "UTF8": 0x00' in said
-    # As docs/troubleshooting.md tells a person to do.
+    # What a quarantine does, by Connect's own REST API (KIP-875).
     url = f"{sink.settings.connect_rest}/connectors/{NAME}"
     _call("PUT", f"{url}/stop")
     time.sleep(2)
