@@ -250,7 +250,7 @@ def test_two_at_once_exclude_each_other_and_provisioning(place: Place) -> None:
 
 def test_a_change_of_the_sink_ends_what_is_unfinished(place: Place) -> None:
     with place_session(place) as session:
-        session.execute("INSERT INTO quarantines (topic, cause, records) VALUES (%s, 'a test', 1)", [TOPIC])
+        session.execute("INSERT INTO quarantines (topic, log_id, cause, records) VALUES (%s, '', 'a test', 1)", [TOPIC])
         assert Quarantine(place.settings).unfinished() is not None
         session.execute(postgres.query("sink_activate").encode(), {"active": "connect"})
     assert Quarantine(place.settings).unfinished() is None
