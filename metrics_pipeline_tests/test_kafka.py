@@ -57,6 +57,27 @@ def test_a_topic_is_created_once_and_then_left_alone(broker: FakeBroker) -> None
     assert kafka.ensure_topic(settings()).state == "unchanged"
 
 
+def test_a_log_is_a_topic_in_a_cluster(broker: FakeBroker) -> None:
+    with pytest.raises(ServiceError, match=f"topic {TOPIC} does not exist"):
+        kafka.topic_log(settings())
+    kafka.ensure_topic(settings())
+    logs = [kafka.topic_log(settings())]
+    broker.topic_ids[TOPIC] = 2
+    logs.append(kafka.topic_log(settings()))
+    broker.cluster = "other"
+    logs.append(kafka.topic_log(settings()))
+    broker.topic_ids[TOPIC] = 0  # a broker that has none
+    logs.append(kafka.topic_log(settings()))
+    ids = ["fake/AAAAAAAAAAAAAAAAAAAAAQ", "fake/AAAAAAAAAAAAAAAAAAAAAg", "other/AAAAAAAAAAAAAAAAAAAAAg", "other/"]
+    assert logs == [kafka.TopicLog(each, 3) for each in ids]
+
+
+def test_partitions_grow_to_a_multiple_only(broker: FakeBroker) -> None:
+    kafka.ensure_topic(settings())
+    with pytest.raises(DriftError, match=r"to a multiple only.*set TOPIC_PARTITIONS_METRICS=6"):
+        kafka.ensure_topic(settings(topic_partitions_metrics=5), grow=True)
+
+
 def test_settings_changed_by_hand_are_named_and_brought_back(broker: FakeBroker) -> None:
     kafka.ensure_topic(settings())
     broker.topics[TOPIC].config["retention.bytes"] = "1000"

@@ -9,9 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from metrics_pipeline.errors import InstallError
+from metrics_pipeline.errors import InstallError, ServiceError
+from metrics_pipeline.kafka import TopicWatch
 from metrics_pipeline.producer import guards
-from metrics_pipeline.producer.guards import LagWatch, check_disk
+from metrics_pipeline.producer.guards import LagWatch, LogGuard, check_disk
+from metrics_pipeline.settings import TOPIC
+from metrics_pipeline_tests.fake_kafka import FakeAdmin, FakeBroker, FakeTopic
 from metrics_pipeline_tests.fakes import until
 
 
@@ -79,3 +82,27 @@ def test_a_slow_answer_holds_nobody_up() -> None:
     watch.stop()
     assert watch._thread.is_alive()  # it still waits for its answer
     let_go.set()
+
+
+def test_a_run_ends_when_its_topic_is_another_one() -> None:
+    broker = FakeBroker(topics={TOPIC: FakeTopic(1, {0: (0, 0)}, {})})
+    guard = LogGuard(TopicWatch(FakeAdmin(broker, {})))  # type: ignore[arg-type]
+    guard.begin()
+    assert guard.log_id == "fake/AAAAAAAAAAAAAAAAAAAAAQ"
+    for _ in range(3):
+        guard.check()
+    broker.topic_ids[TOPIC] = 2
+    guard.check()  # an answer from before
+    with pytest.raises(ServiceError, match="is another one than when this run began: log fake/"):
+        guard.check()
+
+
+def test_a_run_that_begins_without_an_answer_learns_its_log_later() -> None:
+    broker = FakeBroker()
+    guard = LogGuard(TopicWatch(FakeAdmin(broker, {})))  # type: ignore[arg-type]
+    guard.begin()
+    assert guard.log_id == ""
+    broker.topics[TOPIC] = FakeTopic(1, {0: (0, 0)}, {})
+    for _ in range(3):
+        guard.check()
+    assert guard.log_id == "fake/AAAAAAAAAAAAAAAAAAAAAQ"
