@@ -171,8 +171,10 @@ class Mender:
             # What the sink stores from now on waits for these locks; what it has stored is in the topic already.
             if not search.catch_up(CATCH_UP):
                 return 0
-            self._apply(connection, [row for row in wrong if (row.partition, row.offset) in held], search)
-            _looked(connection, wrong)
+            mended = [row for row in wrong if (row.partition, row.offset) in held]
+            if mended:
+                self._apply(connection, mended, search)
+                _looked(connection, mended)
         return len(held)
 
     def _apply(self, connection: postgres.Connection, wrong: Sequence[DueRow], search: ReadingSearch) -> None:

@@ -1,4 +1,5 @@
--- Lock the rows that still are what Kafka Connect made of some records, in key order as the sinks do, and say of which records.
+-- Lock the rows that still are what Kafka Connect made of some records, and say of which records.
+-- Rows that somebody else has locked are left for the next time: Connect locks in no order, and would lose one of two deadlocks.
 SELECT c.partition, c."offset"
 FROM coerced_metrics AS c
 INNER JOIN unnest(%(partitions)s::integer [], %(offsets)s::bigint []) AS p (partition, "offset")
@@ -9,4 +10,4 @@ INNER JOIN metrics AS m
         AND m.value = c.value AND m.tags = c.tags
 WHERE c.topic = %(topic)s AND c.settled_at IS NULL
 ORDER BY m.device_id, m.published_at, m.metric_name
-FOR UPDATE OF m
+FOR UPDATE OF m SKIP LOCKED
