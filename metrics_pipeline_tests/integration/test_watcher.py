@@ -120,8 +120,6 @@ class Case:
         earlier: whether a good reading is stored before.
         later: whether one comes afterwards.
         place: where the bad one stands.
-        seen: whether Connect's row was surely there for a while. A key that is written in another way may stand in another partition,
-            and between partitions there is no order.
     """
 
     name: str
@@ -129,7 +127,6 @@ class Case:
     earlier: bool
     later: bool
     place: Place = (-1, -1)
-    seen: bool = True
 
     def expected(self) -> list[tuple[float, list[str]]]:
         """The row in the end."""
@@ -146,7 +143,8 @@ class Case:
             return f"{self} is named {reason}: {detail}"
         if (row := rows(stack, self.bad.row)) != self.expected():
             return f"{self}: its row is {row}"
-        return None if not self.seen or "Kafka Connect had stored" in detail else f"{self}: {detail}"
+        # A later good one may have been stored over it at once.
+        return None if self.later or "Kafka Connect had stored" in detail else f"{self}: {detail}"
 
 
 def settled(stack: RunningStack, cases: Sequence[Case], seconds: float = 60) -> None:
@@ -162,13 +160,19 @@ def settled(stack: RunningStack, cases: Sequence[Case], seconds: float = 60) -> 
         time.sleep(0.5)
 
 
-def of_every_kind() -> list[Case]:
-    return [
+def of_every_kind(*, apart: bool) -> list[Case]:
+    """All; or those whose keys are written as those of the good ones.
+
+    A key that is written in another way may stand in another partition, and between partitions there is no order. In the same one, Connect
+    takes it for another key, and PostgreSQL refuses the batch: `cannot affect row a second time`.
+    """
+    cases = [
         Case(name, make(uuid4()), earlier, later)
         for name, make in COERCED.items()
         for earlier in (False, True)
         for later in (False, True)
     ]
+    return [case for case in cases if apart or case.bad.wire[0] == case.bad.good(0.0, [])[0]]
 
 
 def publish_all(stack: RunningStack, cases: Sequence[Case], *, apart: bool) -> None:
@@ -186,7 +190,6 @@ def publish_all(stack: RunningStack, cases: Sequence[Case], *, apart: bool) -> N
         if step == "bad":
             for case, place in zip(cases, places, strict=True):
                 case.place = place
-                case.seen = not case.later and (apart or not case.earlier)
         if apart:
             until(lambda: stored(settings))
 
@@ -194,7 +197,7 @@ def publish_all(stack: RunningStack, cases: Sequence[Case], *, apart: bool) -> N
 @pytest.mark.parametrize("apart", [True, False], ids=["stored one after the other", "in one batch"])
 def test_each_kind_is_named_and_its_row_put_right(stack: RunningStack, before: VerifyReport, apart: bool) -> None:
     """Alone, after a good reading of its key, before one, and between two; among good ones of other keys."""
-    cases = of_every_kind()
+    cases = of_every_kind(apart=apart)
     with agreeing(stack, before):
         publish_all(stack, cases, apart=apart)
         until(lambda: stored(stack.settings))
@@ -245,7 +248,7 @@ def test_what_connect_stores_once_more_is_put_right_once_more(stack: RunningStac
 
 
 def test_killed_again_and_again_it_leaves_nothing_out(stack: RunningStack, before: VerifyReport) -> None:
-    cases = of_every_kind()
+    cases = of_every_kind(apart=False)
     with agreeing(stack, before):
         publish_all(stack, cases[: len(cases) // 2], apart=False)
         for number in range(8):
