@@ -31,7 +31,8 @@ from metrics_pipeline.settings import ProducerSettings
 start = datetime(2026, 1, 1, tzinfo=UTC)
 wires = Generator(ProducerSettings(), start).round(start + timedelta(seconds=1))
 keys, values = zip(*wires)
-columns, others = canonical.parse(keys, values, np.array([*map(len, keys)]), np.array([*map(len, values)]), TagTable())
+lengths = (np.array([*map(len, texts)]) for texts in (keys, values))
+columns, others = canonical.parse(canonical.padded(keys), canonical.padded(values), *lengths, TagTable())
 counts = Counter(columns.metric_name.tolist())
 assert sorted(counts) == sorted(MetricName), counts
 assert [decode(key, value).metric_name for key, value in wires] == columns.metric_name.tolist()

@@ -29,14 +29,8 @@ Wire = tuple[bytes, bytes]
 def fast_share(wires: Sequence[Wire]) -> str:
     """How many of the records the COPY sink's decoder takes by its fast road."""
     keys, values = [key for key, _ in wires], [value for _, value in wires]
-    padding = bytes(canonical.PADDING)
-    columns, _ = canonical.parse(
-        b"".join([padding, *keys, padding]),
-        b"".join([padding, *values, padding]),
-        np.array([*map(len, keys)], np.int64),
-        np.array([*map(len, values)], np.int64),
-        TagTable(),
-    )
+    key_lengths, lengths = (np.array([*map(len, texts)], np.int64) for texts in (keys, values))
+    columns, _ = canonical.parse(canonical.padded(keys), canonical.padded(values), key_lengths, lengths, TagTable())
     return f"{len(columns)} of {len(wires)} on the fast road"
 
 

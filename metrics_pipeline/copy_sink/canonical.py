@@ -43,7 +43,8 @@ _HEAD: Final = 120
 _NUMBER: Final = 24
 """Longest text of a number, with the comma behind it, that the fast road takes."""
 PADDING: Final = _HEAD + 8 * WORDS
-"""Bytes that must stand before and after the texts given to `parse`, so that nothing beyond them is looked at."""
+"""Bytes before and after the texts that `parse` takes, so that nothing beyond them is looked at."""
+_PADDING: Final = bytes(PADDING)
 SHORTEST: Final = _TIME_AT + 20 + len(_THIRD) + len(b'0,"value":0,"tags":[]}')
 
 _BYTE: Final = np.uint64(255)
@@ -216,13 +217,18 @@ def key_of(value: bytes) -> bytes:
     return value[: value.index(_FOURTH)] + b"}"
 
 
+def padded(texts: Sequence[bytes]) -> bytes:
+    """Texts one after another, as `parse` takes them."""
+    return b"".join([_PADDING, *texts, _PADDING])
+
+
 def parse(
     keys: bytes, values: bytes, key_lengths: Array, lengths: Array, tags: TagTable
 ) -> tuple[ReadingColumns, Array]:
     """Take apart the canonical ones among some records.
 
     Args:
-        keys: of the messages, one after another, between `PADDING` bytes before and after.
+        keys: of the messages, `padded`.
         values: of the same messages, likewise.
         key_lengths: of the keys, in bytes.
         lengths: of the values, in bytes.

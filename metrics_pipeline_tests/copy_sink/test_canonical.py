@@ -87,14 +87,8 @@ def fast(wires: Sequence[tuple[bytes, bytes]]) -> tuple[dict[int, Stored], list[
     """What the fast road alone takes, and what it leaves."""
     table = TagTable()
     keys, values = [key for key, _ in wires], [value for _, value in wires]
-    padding = bytes(canonical.PADDING)
-    columns, others = canonical.parse(
-        b"".join([padding, *keys, padding]),
-        b"".join([padding, *values, padding]),
-        np.array([*map(len, keys)], np.int64),
-        np.array([*map(len, values)], np.int64),
-        table,
-    )
+    key_lengths, lengths = (np.array([*map(len, texts)], np.int64) for texts in (keys, values))
+    columns, others = canonical.parse(canonical.padded(keys), canonical.padded(values), key_lengths, lengths, table)
     taken = stored(columns, table.encoded)
     assert sorted([*taken, *others.tolist()]) == list(range(len(wires)))
     return taken, others.tolist()
