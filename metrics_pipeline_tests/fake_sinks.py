@@ -1,9 +1,9 @@
-"""The tables `sink_state` and `sink_offsets` in memory, behind what `postgres.connect` returns."""
+"""The tables `sink_state` and `sink_offsets` in memory, behind what `postgres.connect` returns, and a quarantine that takes what it is told to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import psycopg
 from metrics_pipeline import postgres
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.settings import TOPIC
+from metrics_pipeline.sinks.quarantine import Taken
 
 LOG = "fake/AAAAAAAAAAAAAAAAAAAAAQ"
 
@@ -148,3 +149,37 @@ class FakeResult:
 
     def fetchall(self) -> list[tuple[Any, ...]]:
         return self._rows
+
+
+@dataclass
+class FakeQuarantine:
+    """Finds no bad record unless told to; `answer` is what it takes, or why it cannot."""
+
+    answer: Taken | Exception = field(default_factory=Taken)
+    number: int | None = None
+    finished: int = 0
+    close: bool = False
+    taken: list[list[int] | None] = field(default_factory=list)
+
+    def unfinished(self) -> int | None:
+        return self.number
+
+    def alone(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def followed_closely(self) -> bool:
+        return self.close
+
+    def finish(self) -> Taken | None:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        self.finished += 1
+        self.number = None
+        return self.answer
+
+    def take(self, partitions: list[int] | None, cause: str) -> Taken:
+        assert cause
+        self.taken.append(partitions)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer

@@ -243,6 +243,8 @@ def test_two_at_once_exclude_each_other_and_provisioning(place: Place) -> None:
         session.execute(postgres.query("sinks_lock"))
         with pytest.raises(BusyError, match="is under way"):
             Quarantine(place.settings).take(None, "a test")
+        with pytest.raises(BusyError, match="is under way"), Quarantine(place.settings).alone():
+            raise AssertionError("a move of the offsets would have been in the way")
     # Nothing is bad: nothing is stopped.
     assert Quarantine(place.settings).take(None, "a test") == Taken()
     assert connector.sink_state(place.settings).running

@@ -16,7 +16,7 @@ from metrics_pipeline.sinks.connector import ConnectClient
 from metrics_pipeline.sinks.repair import Offsets, SinkRepair, Tick
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
 from metrics_pipeline_tests.fake_kafka import FakeBroker, FakeTopic
-from metrics_pipeline_tests.fake_sinks import LOG, FakeSinkTables
+from metrics_pipeline_tests.fake_sinks import LOG, FakeQuarantine, FakeSinkTables
 
 MARKS = {0: (10, 100), 1: (0, 100), 2: (0, 100)}
 
@@ -44,7 +44,11 @@ class World:
 
     def tick(self) -> Tick:
         return SinkRepair(
-            self.settings, client=self.client, offsets=lambda _: Offsets({}, {}), database=lambda _: None
+            self.settings,
+            client=self.client,
+            offsets=lambda _: Offsets({}, {}),
+            database=lambda _: None,
+            quarantine=FakeQuarantine(),
         ).tick()
 
     def state(self) -> str:

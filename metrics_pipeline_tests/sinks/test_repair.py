@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,43 +21,10 @@ from metrics_pipeline.sinks.quarantine import Taken
 from metrics_pipeline.sinks.repair import ATTEMPTS, Offsets, SinkRepair, Tick
 from metrics_pipeline.sinks.stretch import Stretch
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
+from metrics_pipeline_tests.fake_sinks import FakeQuarantine
 
 STALL_SECONDS = Settings().sink_stall_seconds
 POISON = "org.apache.kafka.connect.errors.ConnectException: x\nCaused by: org.postgresql.util.PSQLException: ERROR: bad row 17"
-
-
-@dataclass
-class FakeQuarantine:
-    """Finds no bad record unless told to; `answer` is what it takes, or why it cannot."""
-
-    answer: Taken | Exception = field(default_factory=Taken)
-    number: int | None = None
-    finished: int = 0
-    close: bool = False
-    taken: list[list[int] | None] = field(default_factory=list)
-
-    def unfinished(self) -> int | None:
-        return self.number
-
-    def alone(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def followed_closely(self) -> bool:
-        return self.close
-
-    def finish(self) -> Taken | None:
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        self.finished += 1
-        self.number = None
-        return self.answer
-
-    def take(self, partitions: list[int] | None, cause: str) -> Taken:
-        assert cause
-        self.taken.append(partitions)
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return self.answer
 
 
 @dataclass
