@@ -40,10 +40,10 @@ REFRESH_SECONDS = 3
 SINKS = pytest.mark.parametrize("sink", ["connect", "copy"])
 
 
-def until(condition: Callable[[], object], seconds: float = 90) -> None:
+def until(condition: Callable[[], object], seconds: float = 90, shown: Callable[[], object] = lambda: "") -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, shown()
         time.sleep(0.1)
 
 
@@ -112,7 +112,16 @@ class Place:
                 return active.lag(self.settings).total == 0
             return False
 
-        until(stored)
+        until(stored, shown=self.words)
+
+    def words(self) -> str:
+        """Where the sink is, and the end of what the COPY sink and the repair wrote."""
+        settings = self.settings
+        log = settings.data_dir / "logs" / "test-sink.log"
+        said = log.read_text()[-4000:] if log.exists() else ""
+        return (
+            f"{active.position(settings)}, {kafka.topic_log(settings)}, {active.lag(settings)}, {self.events}\n{said}"
+        )
 
     def await_settled(self) -> None:
         """Until all growths are settled, and what was read again is stored."""
