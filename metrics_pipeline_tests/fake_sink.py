@@ -434,13 +434,6 @@ class FakeSession:
             self._refuse(pg.CheckViolation("new row violates check constraint"))
         self.changes.rows[key] = row
 
-    def executemany(self, statement: bytes, entries: list[tuple[Any, ...]]) -> None:
-        self._usable()
-        assert statement.decode() == postgres.query("sink_reject")
-        for topic, log, partition, offset, reason, _, _, _ in entries:
-            assert (topic, log) == (TOPIC, LOG)
-            self.changes.rejects[partition, offset] = reason
-
     def execute(self, statement: str | bytes, values: Any = None) -> Found:
         self._usable()
         text = statement.decode() if isinstance(statement, bytes) else statement
@@ -529,6 +522,14 @@ class FakeSession:
             self._store(key, row)
         return Found([])
 
+    def _sink_reject(self, values: Any) -> Found:
+        assert (values["topic"], set(values["logs"])) == (TOPIC, {LOG})
+        places = list(zip(values["partitions"], values["offsets"], strict=True))
+        assert len(set(places)) == len(places), "a statement cannot keep the same record twice"
+        assert len(values["details"]) == len(values["keys"]) == len(values["payloads"]) == len(places)
+        self.changes.rejects |= dict(zip(places, values["reasons"], strict=True))
+        return Found([])
+
     def _sink_end_stalled(self, _: Any) -> Found:
         stalled = [one for one in self._database.sessions if one is not self and one.locked and one.process]
         for session in stalled:
@@ -536,7 +537,7 @@ class FakeSession:
         return Found([(len(stalled),)])
 
 
-_STATEMENTS: Final = ("sink_lock", "sink_move", "sink_advance", "sink_upsert", "sink_end_stalled")
+_STATEMENTS: Final = ("sink_lock", "sink_move", "sink_advance", "sink_upsert", "sink_reject", "sink_end_stalled")
 
 
 @dataclass(frozen=True)

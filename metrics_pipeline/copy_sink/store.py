@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import psycopg
@@ -31,6 +31,8 @@ MOST_UPSERTS: Final = 64
 """Longest run of batches that are upserted without trying COPY alone again."""
 PIECE: Final = 1 << 17
 """Bytes handed to libpq at a time: of more psycopg makes pieces by itself, and copies them."""
+REJECTED_BYTES: Final = 1 << 20
+"""Bytes of records after which those rejected so far are sent: as text they take twice the memory."""
 REFUSED: Final = (pg.DataError, pg.IntegrityError)
 """What PostgreSQL raises when it refuses a value, rather than could not work."""
 
@@ -412,13 +414,28 @@ class RowWriter:
     def _reject(self, session: postgres.Connection, batch: Batch, rejects: list[BatchReject]) -> None:
         if not rejects:
             return
-        entries = []
+        # By place: one statement cannot keep the same record twice.
+        waiting: dict[tuple[int, int], tuple[Any, ...]] = {}
+        size = 0
         for reject in rejects:
             message = batch.messages[reject.at]
-            place = (TOPIC, batch.chunks[message.partition()].log, message.partition(), message.offset())
-            entries.append((*place, reject.reason, reject.detail, message.key(), message.value()))
-        with session.cursor() as cursor:
-            cursor.executemany(postgres.query("sink_reject").encode(), entries)
+            partition, offset, key, payload = message.partition(), message.offset(), message.key(), message.value()
+            log_id = batch.chunks[partition].log
+            waiting[partition, offset] = (log_id, partition, offset, reject.reason, reject.detail, key, payload)
+            size += len(key or b"") + len(payload or b"")
+            if size > REJECTED_BYTES:
+                self._keep(session, waiting.values())
+                waiting, size = {}, 0
+        if waiting:
+            self._keep(session, waiting.values())
+
+    @staticmethod
+    def _keep(session: postgres.Connection, entries: Iterable[tuple[Any, ...]]) -> None:
+        names = ("logs", "partitions", "offsets", "reasons", "details", "keys", "payloads")
+        columns = map(list, zip(*entries, strict=True))
+        session.execute(
+            postgres.query("sink_reject").encode(), {"topic": TOPIC, **dict(zip(names, columns, strict=True))}
+        )
 
 
 def latest(columns: ReadingColumns) -> ReadingColumns:
