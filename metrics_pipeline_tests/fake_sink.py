@@ -4,6 +4,7 @@ broker with its group, and PostgreSQL as far as transactions are concerned. The 
 
 from __future__ import annotations
 
+import json
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -523,11 +524,13 @@ class FakeSession:
         return Found([])
 
     def _sink_reject(self, values: Any) -> Found:
-        assert (values["topic"], set(values["logs"])) == (TOPIC, {LOG})
-        places = list(zip(values["partitions"], values["offsets"], strict=True))
+        records = json.loads(values["records"])
+        assert values["topic"] == TOPIC
+        places = [(record["partition"], record["offset"]) for record in records]
         assert len(set(places)) == len(places), "a statement cannot keep the same record twice"
-        assert len(values["details"]) == len(values["keys"]) == len(values["payloads"]) == len(places)
-        self.changes.rejects |= dict(zip(places, values["reasons"], strict=True))
+        for record in records:
+            assert record["log_id"] == LOG
+            self.changes.rejects[record["partition"], record["offset"]] = record["reason"]
         return Found([])
 
     def _sink_end_stalled(self, _: Any) -> Found:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+import msgspec
 import numpy as np
 import psycopg
 from psycopg import errors as pg
@@ -32,7 +33,7 @@ MOST_UPSERTS: Final = 64
 PIECE: Final = 1 << 17
 """Bytes handed to libpq at a time: of more psycopg makes pieces by itself, and copies them."""
 REJECTED_BYTES: Final = 1 << 20
-"""Bytes of records after which those rejected so far are sent: as text they take twice the memory."""
+"""Bytes of records after which those rejected so far are sent, so that large ones are not in memory several times."""
 REFUSED: Final = (pg.DataError, pg.IntegrityError)
 """What PostgreSQL raises when it refuses a value, rather than could not work."""
 
@@ -415,13 +416,20 @@ class RowWriter:
         if not rejects:
             return
         # By place: one statement cannot keep the same record twice.
-        waiting: dict[tuple[int, int], tuple[Any, ...]] = {}
+        waiting: dict[tuple[int, int], dict[str, Any]] = {}
         size = 0
         for reject in rejects:
             message = batch.messages[reject.at]
             partition, offset, key, payload = message.partition(), message.offset(), message.key(), message.value()
-            log_id = batch.chunks[partition].log
-            waiting[partition, offset] = (log_id, partition, offset, reject.reason, reject.detail, key, payload)
+            waiting[partition, offset] = {
+                "log_id": batch.chunks[partition].log,
+                "partition": partition,
+                "offset": offset,
+                "reason": reject.reason,
+                "detail": reject.detail,
+                "key": key,
+                "payload": payload,
+            }
             size += len(key or b"") + len(payload or b"")
             if size > REJECTED_BYTES:
                 self._keep(session, waiting.values())
@@ -430,12 +438,10 @@ class RowWriter:
             self._keep(session, waiting.values())
 
     @staticmethod
-    def _keep(session: postgres.Connection, entries: Iterable[tuple[Any, ...]]) -> None:
-        names = ("logs", "partitions", "offsets", "reasons", "details", "keys", "payloads")
-        columns = map(list, zip(*entries, strict=True))
-        session.execute(
-            postgres.query("sink_reject").encode(), {"topic": TOPIC, **dict(zip(names, columns, strict=True))}
-        )
+    def _keep(session: postgres.Connection, records: Iterable[dict[str, Any]]) -> None:
+        # Bytes become base64.
+        text = msgspec.json.encode(list(records)).decode()
+        session.execute(postgres.query("sink_reject").encode(), {"topic": TOPIC, "records": text})
 
 
 def latest(columns: ReadingColumns) -> ReadingColumns:
