@@ -160,6 +160,7 @@ class FakeQuarantine:
     finished: int = 0
     close: bool = False
     taken: list[list[int] | None] = field(default_factory=list)
+    though_good: bool = False
 
     def unfinished(self) -> int | None:
         return self.number
@@ -177,9 +178,10 @@ class FakeQuarantine:
         self.number = None
         return self.answer
 
-    def take(self, partitions: list[int] | None, cause: str) -> Taken:
+    def take(self, partitions: list[int] | None, cause: str, *, though_good: bool = False) -> Taken:
         assert cause
         self.taken.append(partitions)
+        self.though_good = though_good
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer

@@ -45,7 +45,7 @@ NO_CONNECTION = (
 _OF_A_RECORD = re.compile(
     r"invalid byte sequence|out of range|violates (?:check|not-null|foreign key|exclusion) constraint|null value in column"
     r"|invalid input syntax|SQLState: 2[23]|no key|cannot have null schema|ConstraintViolationException|DataException|DateTime(?:Parse)?Exception"
-    r"|NumberFormatException|Invalid UUID string|UUID string too large"
+    r"|NumberFormatException|Invalid UUID string|UUID string too large|cannot affect row a second time"
 )
 """What PostgreSQL's errors of the classes 22 and 23, Hibernate's for them, and the connector's own look like in a trace."""
 
@@ -94,6 +94,11 @@ class SinkState:
     def failed(self) -> tuple[TaskState, ...]:
         """The tasks that Connect gave up."""
         return tuple(task for task in self.tasks if task.state == "FAILED")
+
+    @property
+    def names_a_record(self) -> bool:
+        """Whether a task was given up for what lies in records."""
+        return any(task.names_a_record for task in self.failed)
 
     @property
     def problems(self) -> list[str]:

@@ -165,12 +165,14 @@ class Quarantine:
             session.commit()
             return self._finish(session, found) if found else None
 
-    def take(self, partitions: Iterable[int] | None, cause: str) -> Taken:
+    def take(self, partitions: Iterable[int] | None, cause: str, *, though_good: bool = False) -> Taken:
         """Store and reject the records that the connector cannot pass, and let it go on behind them.
 
         Args:
             partitions: where it is stuck; None: wherever records wait.
             cause: why, as the connector says it.
+            though_good: store the next records in its place even if none of them is bad: it may be that they come together that
+                the connector cannot bear, such as one key in two spellings in a batch.
 
         Raises:
             BusyError: another quarantine, or provisioning, is under way.
@@ -189,6 +191,8 @@ class Quarantine:
             places = self._places(partitions)
             bad = self._look(session, places, log)
             self._failpoints.reach("looked")
+            if not bad and though_good:
+                bad = {number: at for number, (at, _) in places.items()}
             if not bad:
                 return Taken()
             records = self._records(session)
@@ -360,9 +364,8 @@ class Quarantine:
                 stretch.next,
             )
 
-        # Without a reject nothing was in the connector's way: it passes the partition itself. One in which it has gone on since, or was
-        # set back, may hold older values by now: it has to pass the newer ones, too.
-        moved = tuple(stretch for stretch in found.stretches if stretch.rejected and stands(stretch))
+        # A partition in which it has gone on since, or was set back, may hold older values by now: it has to pass the newer ones, too.
+        moved = tuple(stretch for stretch in found.stretches if stands(stretch))
         if not kafka.commit(self._settings, {stretch.partition: stretch.next for stretch in moved}, CONNECTOR_GROUP):
             return ()  # somebody let the connector go on
         return moved

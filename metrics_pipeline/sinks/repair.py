@@ -172,7 +172,7 @@ class Takes(Protocol):
     def finish(self) -> Taken | None:
         """See there."""
 
-    def take(self, partitions: list[int] | None, cause: str) -> Taken:
+    def take(self, partitions: list[int] | None, cause: str, *, though_good: bool = False) -> Taken:
         """See there."""
 
 
@@ -372,7 +372,7 @@ class SinkRepair:
         state = self._state
         cause = sink.failed[0].cause if sink.failed else sink.problems[0]
         try:
-            taken = self._quarantine.take(where, cause)
+            taken = self._quarantine.take(where, cause, though_good=sink.names_a_record)
         except BusyError as busy:
             return Tick(str(busy), healthy=False)
         except PipelineError as error:
@@ -512,7 +512,7 @@ class SinkRepair:
 
     def _enough(self, sink: SinkState) -> int:
         """Restarts without progress after which another one does not help either."""
-        if not self._settings.sink_quarantine or not any(task.names_a_record for task in sink.failed):
+        if not self._settings.sink_quarantine or not sink.names_a_record:
             return ATTEMPTS
         return 0 if self._quarantine.followed_closely() else RESTARTS_WITH_A_BAD_RECORD
 
@@ -543,7 +543,7 @@ def quarantine_once(settings: Settings) -> Taken:
                 "there is nothing to quarantine"
             )
         cause = sink.failed[0].cause
-        taken = quarantine.take(None, cause)
+        taken = quarantine.take(None, cause, though_good=sink.names_a_record)
     if taken.stretches:
         at = datetime.now(UTC).isoformat(timespec="seconds")
         record(settings, [Restart(at, "quarantine", cause, 0, taken.stretches)], "command")
