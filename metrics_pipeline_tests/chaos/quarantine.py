@@ -83,6 +83,10 @@ def rejected(place: Place) -> dict[At, str]:
         return {(partition, offset): reason for partition, offset, reason in rows}
 
 
+def _taken(place: Place) -> int:
+    return int(place.one("SELECT coalesce(sum(rejected), 0) FROM quarantined_stretches"))
+
+
 def passed(place: Place, places: Sequence[At]) -> bool:
     """Whether the connector is behind all of these."""
     with suppress(PipelineError):
@@ -107,6 +111,7 @@ class Record:
     def __init__(self, place: Place) -> None:
         self._place = place
         self._known = rejected(place)
+        self._taken = _taken(place)
         self._lines = len(self._noted())
 
     def _noted(self) -> list[dict[str, Any]]:
@@ -124,6 +129,10 @@ class Record:
     def rejected(self) -> dict[At, str]:
         """What was rejected."""
         return {at: reason for at, reason in rejected(self._place).items() if at not in self._known}
+
+    def quarantined(self) -> int:
+        """How many records quarantines rejected. The watcher beside the connector names bad records, too, and takes none."""
+        return _taken(self._place) - self._taken
 
     def settle(self, outcome: Outcome, bad: Mapping[At, str], bound: float = BOUND) -> None:
         """Wait until nothing waits any more; then exactly these records are rejected, and topic and table agree."""
