@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import IntEnum
 from functools import lru_cache
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Annotated, Any, Final
 from uuid import UUID
@@ -59,6 +59,11 @@ class MetricName(IntEnum):
         """The unit of the value."""
         return _UNITS[self]
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Between which a reading is possible at all; what comes from files is measured by it, the wire is not."""
+        return _BOUNDS.get(self, (-inf, inf))
+
 
 _UNITS: Final = {
     MetricName.TEMPERATURE: "°C",
@@ -67,6 +72,15 @@ _UNITS: Final = {
     MetricName.CO2: "ppm",
     MetricName.LIGHT: "lx",
     MetricName.SOUND: "dB",
+}
+
+_BOUNDS: Final = {
+    MetricName.TEMPERATURE: (-100.0, 100.0),  # the coldest air is -90 °C; a sensor without its wire says -127
+    MetricName.HUMIDITY: (0.0, 100.0),
+    MetricName.PRESSURE: (300.0, 1100.0),  # on the highest mountain, and above the highest ever at sea level
+    MetricName.CO2: (0.0, 1_000_000.0),
+    MetricName.LIGHT: (0.0, 200_000.0),  # the sun at noon is 120,000 lx
+    MetricName.SOUND: (0.0, 194.0),  # the loudest that air carries
 }
 
 
