@@ -498,52 +498,184 @@ def produce(
 
 @app.command()
 def replay(
-    files: Annotated[list[Path], typer.Argument(help="CSV, NDJSON or Parquet, also with .gz")],
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="CSV, JSON or Parquet, also compressed by gzip, zstd, xz, bz2 or zip")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="read everything and show what would be published, and publish nothing")
+    ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="write what was understood as a recipe, for editing and keeping; publish nothing"),
+    ] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="FILE|PRESET|list", help="what the files mean; `list` shows the presets"),
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="device of all readings: a UUID, or a name")] = None,
     device_column: Annotated[str | None, typer.Option("--device-column", help="column that holds the device")] = None,
-    time_column: Annotated[str | None, typer.Option("--time", help="column that holds the time")] = None,
+    time_column: Annotated[
+        list[str] | None,
+        typer.Option("--time", help="column that holds the time; twice: the day's, and the time of day's"),
+    ] = None,
+    time_format: Annotated[
+        list[str] | None, typer.Option("--time-format", help="of times, as strptime has it: %d.%m.%Y %H:%M; repeatable")
+    ] = None,
+    time_unit: Annotated[
+        str | None, typer.Option("--time-unit", help="what numbers that are times count: s, ms, us, ns, excel, date")
+    ] = None,
+    date_order: Annotated[
+        str | None, typer.Option("--date-order", help="of dates such as 01/02/2024: dmy, mdy, ymd")
+    ] = None,
+    tz: Annotated[
+        str | None, typer.Option("--tz", help="zone of times that name none: Europe/Berlin, +01:00; default UTC")
+    ] = None,
+    ignore_offset: Annotated[
+        bool, typer.Option("--ignore-offset", help="take all times in --tz, whatever zone they name")
+    ] = False,
     mapping: Annotated[
         list[str] | None,
-        typer.Option("--map", metavar="COLUMN=METRIC", help="a column that is not named as its metric is"),
+        typer.Option(
+            "--map", metavar="COLUMN=METRIC", help="a column (or a name, in a long file) not named as its metric is"
+        ),
     ] = None,
-    tz: Annotated[str, typer.Option("--tz", help="zone of times that name none")] = "UTC",
+    unit: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--unit", metavar="METRIC=UNIT", help="unit of a metric or a column: temperature=degF, pressure=Pa"
+        ),
+    ] = None,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option("--scale", metavar="METRIC=FACTOR", help="multiply a metric or a column by this first"),
+    ] = None,
+    missing: Annotated[
+        list[str] | None, typer.Option("--missing", help="a value that means none: -200; repeatable")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--where", metavar="COLUMN=VALUE", help="only records with this value; repeatable"),
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option("--leave-out", help="a column not to look at; repeatable")
+    ] = None,
+    long_names: Annotated[
+        str | None,
+        typer.Option("--names", help="in a file with one reading a line: column that says what was measured"),
+    ] = None,
+    long_values: Annotated[str | None, typer.Option("--values", help="and the column with the value")] = None,
+    decimal: Annotated[str | None, typer.Option("--decimal", help="mark before decimals: , or .")] = None,
+    separator: Annotated[
+        str | None, typer.Option("--separator", help="between cells: a character, tab, or blanks")
+    ] = None,
+    header: Annotated[
+        int | None, typer.Option("--header", help="line with the names of the columns; 0: there is none")
+    ] = None,
+    encoding: Annotated[str | None, typer.Option("--encoding", help="of text: utf-8, cp1252, utf-16, …")] = None,
+    records: Annotated[
+        str | None, typer.Option("--records", help="where in a JSON document the records are: data.rows")
+    ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option("--select", metavar="SQL", help="a query over the table `input`, whose result is replayed"),
+    ] = None,
+    allow_implausible: Annotated[
+        bool, typer.Option("--allow-implausible", help="publish values that are not possible for their metric, too")
+    ] = False,
     on_error: Annotated[
-        OnError, typer.Option("--on-error", help="at a bad line: stop, or count it and go on")
+        OnError, typer.Option("--on-error", help="when a line is bad: publish nothing, or leave it out and count it")
     ] = OnError.stop,
     rate: Annotated[float | None, typer.Option("--rate", help="messages a second; default: as fast as it goes")] = None,
 ) -> None:
     """Publish readings out of files; exit code 0 only when all of them were acknowledged."""
-    from metrics_pipeline.producer.run import run_producer
-    from metrics_pipeline.replay.columns import ReplayOptions, parse_mapping
-    from metrics_pipeline.replay.source import open_replay
+    from metrics_pipeline.replay.publishing import listed_presets, prepared, publish
+    from metrics_pipeline.replay.recipe import checked_recipe, find_recipe, parse_mapping, parse_pairs, written
 
-    settings = Settings.load()
-    options = ReplayOptions(
-        mapping=parse_mapping(mapping or []),
-        device=device,
-        device_column=device_column,
-        time_column=time_column,
-        tz=tz,
-        skip_bad=on_error is OnError.skip,
-    )
-    source = open_replay(files, options)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with (
-        _stop_on_signals() as stop,
-        Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress,
-    ):
-        task = progress.add_task("replaying", total=source.total_bytes)
+    if recipe == "list":
+        for line in listed_presets():
+            _say(line)
+        return
 
-        def show(snapshot: Snapshot) -> None:
-            progress.update(task, completed=source.bytes_read, description=f"{snapshot.acknowledged:,} acknowledged")
-
+    def floats(pairs: dict[str, str]) -> dict[str, float]:
         try:
-            report = run_producer(
-                settings, source.messages(), kind="replay", stop=stop, on_progress=show, messages_per_second=rate
-            )
-        finally:
-            for line in source.report.text():
+            return {left: float(right) for left, right in pairs.items()}
+        except ValueError as error:
+            raise SettingError(f"--scale: {error}") from error
+
+    conditions: dict[str, list[str]] = {}
+    for text in where or []:
+        for left, right in parse_pairs("--where", [text], "COLUMN=VALUE").items():
+            conditions.setdefault(left, []).append(right)
+    said = {
+        "file": {
+            "encoding": encoding,
+            "separator": separator,
+            "header": header,
+            "decimal": decimal,
+            "records": records,
+        },
+        "time": {
+            "columns": time_column or [],
+            "formats": time_format or [],
+            "unit": time_unit,
+            "order": date_order,
+            "zone": tz,
+            "ignore_offset": ignore_offset or None,
+        },
+        "device": {"name": device, "column": device_column},
+        "long": {"names": long_names, "values": long_values},
+        "metrics": [part.model_dump(exclude_unset=True) for part in parse_mapping(mapping or [])],
+        "units": parse_pairs("--unit", unit or [], "METRIC=UNIT"),
+        "scales": floats(parse_pairs("--scale", scale or [], "METRIC=FACTOR")),
+        "missing": missing or [],
+        "where": conditions,
+        "leave_out": leave_out or [],
+    }
+    if device is not None and device_column is not None:
+        raise SettingError("--device and --device-column exclude each other: give one")
+    meant = checked_recipe(said | ({"select": select} if select else {}), "options")
+    if recipe is not None:
+        meant = meant.over(find_recipe(recipe))
+    settings = Settings.load()
+    with prepared(
+        settings, files or [], meant, skip_bad=on_error is OnError.skip, allow_implausible=allow_implausible
+    ) as source:
+        if plan:
+            for one in source.recipes()[:1]:
+                sys.stdout.write(written(one))
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with (
+            _stop_on_signals() as stop,
+            Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress,
+        ):
+            task = progress.add_task("looking", total=source.total_bytes)
+
+            def looking() -> bool:
+                progress.update(task, completed=source.bytes_read)
+                return stop.is_set()
+
+            found = source.look(looking)
+            for line in found.summary():
                 _say(line)
+            if stop.is_set():
+                raise KeyboardInterrupt
+            if dry_run:
+                for line in found.text():
+                    _say(line)
+                source.refuse()
+                return
+            source.refuse()
+
+            def show(snapshot: Snapshot) -> None:
+                progress.update(
+                    task, completed=source.bytes_read, description=f"{snapshot.acknowledged:,} acknowledged"
+                )
+
+            progress.update(task, description="replaying", completed=0)
+            report = publish(settings, source, stop=stop, on_progress=show, messages_per_second=rate)
+    for line in found.text():
+        _say(line)
     _say(report.summary())
     raise typer.Exit(0 if report.clean else 1)
 

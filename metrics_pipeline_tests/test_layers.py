@@ -35,7 +35,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "copy_sink": GROUND,
     "sinks": GROUND - {"web", "metric"} | {"copy_sink"},
     "producer": GROUND | {"sinks"},
-    "replay": {"errors", "metric"},
+    "replay": {"errors", "metric", "settings", "producer"},
     "watcher": GROUND | {"copy_sink"},
     "verification": GROUND | {"sinks"},
     "rejects": GROUND | {"producer"},

@@ -1,152 +1,167 @@
-"""Single cells of a file of readings: exact numbers, instants, devices and tags."""
+"""Single cells of a file of readings: exact numbers, devices and tags."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from datetime import UTC, date, datetime, timedelta
-from decimal import Decimal
-from math import isfinite
-from typing import Final
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final, NamedTuple
 from uuid import UUID, uuid5
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
+import polars as pl
 
-from metrics_pipeline.errors import RecordError, SettingError
+from metrics_pipeline.errors import RecordError
+from metrics_pipeline.replay.units import known_unit
 
 DEVICE_NAMESPACE: Final = UUID("87eca42d-fcfc-4e77-8282-70a42a8b3eea")
 """Namespace of the UUIDv5 that a device gets by its name. Never change it: the same name must stay the same device."""
 
-_UNIX: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MISSING: Final = """nan na n/a #n/a #na <na> null none nil nul missing unavailable unknown undefined invalid error #nv #value!
+#div/0! - -- --- ---- . ? \\n n.a. k.a. n.v. fehlt leer"""
+MISSING: Final = frozenset(_MISSING.split()) | {""}
+"""What a cell without a value says, in small letters."""
+
 _is_uuid: Final = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}").fullmatch
-_is_number: Final = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII).fullmatch
-_is_decimal_comma: Final = re.compile(r"[+-]?\d+,\d+", re.ASCII).fullmatch
-_finer_than_micro: Final = re.compile(r"[.,]\d{6}0*[1-9]", re.ASCII).search
 _pg_element: Final = re.compile(r'"((?:[^"\\]|\\.)*)"|([^",{}\\]+)', re.DOTALL)
+_with_comma: Final = re.compile(r"[+-]?\d*,(\d+)", re.ASCII).fullmatch
+_with_point: Final = re.compile(r"[+-]?\d*\.(\d+)([eE][+-]?\d+)?", re.ASCII).fullmatch
+_measured: Final = re.compile(
+    r"([+-]?(?:\d[\d.,]*|[.,]\d+)(?:[eE][+-]?\d+)?)\s*([^\d\s].*)?", re.ASCII | re.DOTALL
+).fullmatch
+_grouped: Final = {
+    ".": re.compile(r"[+-]?\d{1,3}(,\d{3})+\.\d+", re.ASCII).fullmatch,
+    ",": re.compile(r"[+-]?\d{1,3}(\.\d{3})+,\d+", re.ASCII).fullmatch,
+}
 
 
-def number(cell: object) -> float | None:
-    """The double nearest to what the cell says; None when it is empty.
+class Numbers(NamedTuple):
+    """The numbers of a column.
+
+    Attributes:
+        values: null where there is none.
+        units: by place, where a cell names its unit.
+        errors: by place.
+    """
+
+    values: pl.Series
+    units: dict[int, str]
+    errors: dict[int, RecordError]
+
+
+def numbers(cells: pl.Series, decimal: str = ".", missing: Collection[str] = ()) -> Numbers:
+    """The doubles nearest to what the cells of a column say.
+
+    Args:
+        cells: text or numbers.
+        decimal: the mark before decimals, a point or a comma.
+        missing: what cells without a value say besides `MISSING`, such as -200.
+    """
+    errors: dict[int, RecordError] = {}
+    units: dict[int, str] = {}
+    said = {text.strip().casefold() for text in missing}
+    if cells.dtype.is_numeric():
+        values = cells.cast(pl.Float64).fill_nan(None)
+        rest = values.is_infinite().fill_null(value=False)
+        texts = None
+    elif cells.dtype == pl.String:
+        text = cells.str.strip_chars(" \t\r\n\xa0")
+        if decimal == ",":
+            text = pl.select(
+                pl.when(~text.str.contains(r"\.|^[+-]?0\d")).then(text.str.replace(",", ".", literal=True))
+            ).to_series()
+        values = text.cast(pl.Float64, strict=False)
+        texts = cells
+        rest = values.is_null() | ~values.is_finite().fill_null(value=False)
+    else:
+        values = pl.Series([None] * len(cells), dtype=pl.Float64)
+        texts, rest = cells.cast(pl.String, strict=False), cells.is_not_null()
+    if rest.any():
+        places = rest.arg_true()
+        known: dict[object, tuple[float | None, str] | RecordError] = {}
+        found: list[float | None] = []
+        for place, cell in zip(
+            places.to_list(), (cells if texts is None else texts).gather(places).to_list(), strict=True
+        ):
+            value = known.get(cell)
+            if value is None:
+                try:
+                    value = number(cell, decimal, said)
+                except RecordError as error:
+                    value = error
+                if len(known) < 1 << 16:
+                    known[cell] = value
+            if isinstance(value, RecordError):
+                errors[place] = value
+                found.append(None)
+            else:
+                found.append(value[0])
+                if value[1]:
+                    units[place] = value[1]
+        values = values.scatter(places, pl.Series(found, dtype=pl.Float64))
+    for text_of_one in said:
+        try:
+            one = float(text_of_one.replace(",", "."))
+        except ValueError:
+            continue
+        values = pl.select(pl.when(values != one).then(values)).to_series()
+    return Numbers(values, units, errors)
+
+
+def number(cell: object, decimal: str = ".", missing: Collection[str] = ()) -> tuple[float | None, str]:
+    """The double nearest to what a cell says, None when it says that there is none; and the unit that it names.
 
     Raises:
         RecordError: it is no number, or not a finite double.
     """
-    if isinstance(cell, str):
-        text = cell.strip()
-        if not text:
-            return None
-        try:
-            # Python also reads 1_000 and the digits of other scripts.
-            value = float(text) if text.isascii() and "_" not in text else None
-        except ValueError:
-            value = None
-        if value is None:
-            hint = " (write decimals with a point)" if _is_decimal_comma(text) else ""
-            raise RecordError("bad_value", f"{shown(cell)} is not a number{hint}")
-    elif cell is None:
-        return None
-    elif isinstance(cell, bool) or not isinstance(cell, (float, int, Decimal)):
-        raise RecordError("bad_value", f"{shown(cell)} is not a number")
-    else:
-        try:
-            value = float(cell)
-        except OverflowError:
-            value = float("inf")
-    if not isfinite(value):
-        raise RecordError("bad_value", f"{shown(cell)} is not a finite double")
-    return value
-
-
-class Clock:
-    """Reads times; those without a zone are taken in one that is given.
-
-    A local time that does not exist (clocks put forward) is refused, and so is one that occurs twice (clocks put back).
-
-    Attributes:
-        zone: where times without a zone were taken.
-        zoneless: how many such times were read.
-    """
-
-    def __init__(self, zone: str = "UTC") -> None:
-        """Look up the zone.
-
-        Raises:
-            SettingError: there is no such zone.
-        """
-        try:
-            self.zone = ZoneInfo(zone)
-        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-            raise SettingError(
-                f"--tz {zone}: no such time zone; use a name of the IANA database such as UTC or Europe/Berlin"
-            ) from error
-        self.zoneless = 0
-        self._is_utc = zone in ("UTC", "Etc/UTC")
-
-    def instant(self, cell: object) -> datetime:
-        """The instant that a cell says, in UTC.
-
-        Text is ISO 8601 or a number; a number counts seconds, milliseconds, microseconds or nanoseconds since 1970, told
-        apart by its size (seconds below 10^11, then each unit up to a thousand times that).
-
-        Raises:
-            RecordError: it is none, is finer than a microsecond, or stands for no instant or two in the zone.
-        """
-        try:
-            if isinstance(cell, str):
-                moment = self._text(cell.strip())
-            elif isinstance(cell, datetime):
-                moment = cell
-            elif isinstance(cell, date):
-                moment = datetime(cell.year, cell.month, cell.day)  # noqa: DTZ001  # its zone comes below
-            elif isinstance(cell, int) and not isinstance(cell, bool):
-                return _since_1970(Decimal(cell))
-            elif isinstance(cell, float):
-                return _since_1970(Decimal(repr(cell)))
-            else:
-                raise RecordError("bad_time", "is empty" if cell is None else f"{shown(cell)} is not a time")
-            if moment.tzinfo is None:
-                self.zoneless += 1
-                moment = moment.replace(tzinfo=UTC) if self._is_utc else self._local(moment)
-            return moment.astimezone(UTC)
-        except (ValueError, ArithmeticError) as error:
-            raise RecordError("bad_time", f"{shown(cell)} is not a time between the years 1 and 9999") from error
-
-    def _text(self, text: str) -> datetime:
-        if not text:
-            raise RecordError("bad_time", "is empty")
-        if _is_number(text):
-            if len(text) in (8, 14):
-                raise RecordError("bad_time", f"{text} may be a date or a number of seconds: write it as 2015-02-04")
-            return _since_1970(Decimal(text))
-        # The parser drops further digits in silence, and two readings could become one.
-        if len(text) > 19 and _finer_than_micro(text):
-            raise RecordError("bad_time", f"{shown(text)} is finer than a microsecond, which is all that is kept")
-        return datetime.fromisoformat(text)
-
-    def _local(self, moment: datetime) -> datetime:
-        first, second = (moment.replace(tzinfo=self.zone, fold=fold) for fold in (0, 1))
-        before, after = first.utcoffset(), second.utcoffset()
-        if before == after or before is None or after is None:
-            return first
-        if before < after:
-            raise RecordError("bad_time", f"{moment} does not exist in {self.zone.key}: clocks were put forward")
+    if cell is None:
+        return None, ""
+    text = str(cell).strip(" \t\r\n\xa0\"'").replace("\u2212", "-")
+    if text.casefold() in MISSING or text.casefold() in missing:
+        return None, ""
+    measured = _measured(re.sub(r"(?<=\d)[\xa0\u202f\u2009'](?=\d{3})", "", text))
+    unit = known_unit(measured[2]) if measured and measured[2] else ""
+    if measured is None or unit is None:
+        raise RecordError("bad_value", f"{shown(cell)} is not {'a finite double' if _infinite(text) else 'a number'}")
+    digits = measured[1]
+    if re.match(r"[+-]?0\d+,", digits):
         raise RecordError(
-            "bad_time",
-            f"{moment} occurs twice in {self.zone.key}, where clocks were put back: write it with its offset "
-            f"({first.isoformat(' ')} or {second.isoformat(' ')})",
+            "bad_value", f"{shown(cell)} may be a number and a code behind it: take it apart with --select"
         )
+    other = "," if decimal == "." else "."
+    if _grouped[decimal](digits):
+        digits = digits.replace(other, "")
+    elif other in digits and (decimal == "." or re.fullmatch(r"[+-]?\d{1,3}(\.\d{3})+", digits)):
+        raise RecordError(
+            "bad_value",
+            f"{shown(cell)} is not a number with decimals behind a {'point' if decimal == '.' else 'comma'}: say --decimal",
+        )
+    try:
+        value = float(digits.replace(",", "."))
+    except ValueError as error:
+        raise RecordError("bad_value", f"{shown(cell)} is not a number") from error
+    if value in (float("inf"), float("-inf")):
+        raise RecordError("bad_value", f"{shown(cell)} is not a finite double")
+    return value, unit
 
 
-def _since_1970(count: Decimal) -> datetime:
-    micro = count / 1000
-    for limit, scale in ((10**11, 1_000_000), (10**14, 1000), (10**17, 1)):
-        if abs(count) < limit:
-            micro = count * scale
-            break
-    if micro != micro.to_integral_value():
-        raise RecordError("bad_time", f"{count} is finer than a microsecond, which is all that is kept")
-    return _UNIX + timedelta(microseconds=int(micro))
+def _infinite(text: str) -> bool:
+    return text.casefold().lstrip("+-") in ("inf", "infinity")
+
+
+def decimal_mark(texts: Iterable[str]) -> str | None:
+    """The mark before decimals in numbers written as text; None when `1,013` and its like may be either."""
+    comma = point = unsure = 0
+    for text in texts:
+        if (match := _with_comma(text)) and not re.match(r"[+-]?0\d", text):
+            if len(match[1]) == 3 and not text.lstrip("+-").startswith(("0", ",")):
+                unsure += 1
+            else:
+                comma += 1
+        elif _with_point(text):
+            point += 1
+    if comma or point:
+        return "," if comma > point else "."
+    return None if unsure else "."
 
 
 def device_id(cell: object) -> UUID:
@@ -161,6 +176,8 @@ def device_id(cell: object) -> UUID:
         return UUID(bytes=cell)
     if isinstance(cell, int) and not isinstance(cell, bool):
         return _device_of(str(cell))
+    if isinstance(cell, float) and cell.is_integer():  # a whole number in a column in which some are missing
+        return _device_of(str(int(cell)))
     raise RecordError("bad_uuid", "is empty" if cell is None else f"{shown(cell)} is neither a UUID nor a name")
 
 
@@ -196,6 +213,8 @@ def tags(cell: object) -> list[str]:
                 pass
         elif (elements := _pg_array(text)) is not None:
             return elements
+        elif text[0] != "{" and not any(mark in text for mark in ",;|"):
+            return [text]
     raise RecordError("bad_tags", f'{shown(cell)} is not a list of tags: write ["a","b"] or {{a,b}}')
 
 
