@@ -215,7 +215,9 @@ def tags(cell: object) -> list[str]:
             return elements
         elif text[0] != "{" and not any(mark in text for mark in ",;|"):
             return [text]
-    raise RecordError("bad_tags", f'{shown(cell)} is not a list of tags: write ["a","b"] or {{a,b}}')
+    raise RecordError(
+        "bad_tags", f'{shown(cell)} is not a list of tags: write ["a","b"] or {{a,b}}, or say --leave-out'
+    )
 
 
 def _pg_array(text: str) -> list[str] | None:

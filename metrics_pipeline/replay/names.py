@@ -17,11 +17,11 @@ def _words(text: str) -> frozenset[str]:
 METRICS: Final = {name.name.lower(): int(name) for name in MetricName}
 
 _SYNONYMS: Final = {
-    "temperature": "temp temps temperatur température temperatura temperatuur airtemp airtemperature ambienttemperature "
+    "temperature": "temp temps temperatur température temperatura temperatuur teplota airtemp airtemperature ambienttemperature "
     "lufttemperatur tair tempair",
     "humidity": "hum humid rh relativehumidity relhumidity relhum rhum feuchte luftfeuchte luftfeuchtigkeit feuchtigkeit "
-    "relfeuchte relativefeuchte relativeluftfeuchte relativeluftfeuchtigkeit humidité humedad umidità hygro",
-    "pressure": "press pres airpressure atmosphericpressure barometricpressure barometer baro luftdruck druck pressão presión",
+    "relfeuchte relativefeuchte relativeluftfeuchte relativeluftfeuchtigkeit humidité humedad umidità umidade luchtvochtigheid hygro",
+    "pressure": "press pres airpressure atmosphericpressure barometricpressure barometer baro luftdruck druck pressão presión pressione luchtdruk",
     "co2": "carbondioxide co₂ kohlendioxid",
     "light": "illuminance lux lightlevel beleuchtungsstärke illuminancelux",
     "sound": "noise soundlevel noiselevel soundpressurelevel spl schallpegel lautstärke",
@@ -57,7 +57,7 @@ _DEVICES_PERHAPS: Final = _words(
 )
 LONG_NAMES: Final = _words(
     "metricname metric valuetype field measurement parameter variable quantity property observedproperty entityid "
-    "valueid datatype measure measuretype metrictype kind key channel name attribute sensortype parametername "
+    "valueid datatype measure measuretype metrictype kind key channel name series attribute sensortype parametername "
     "variablename type"
 )
 LONG_VALUES: Final = _words("value state val reading result metricvalue measurementvalue fieldvalue datavalue")

@@ -426,6 +426,8 @@ class Clock:
         return (timedelta(microseconds=int(whole)) + _EPOCH - _EPOCH) // _MICRO
 
     def _text(self, text: str) -> int:
+        # Java writes the zone behind the offset, and so does Go.
+        text = re.sub(r"(Z|[+-]\d{2}:?\d{2})(?:\[[^\]]+\]| [A-Z]{2,5})$", r"\1", text)
         if _week(text):
             return self._of(datetime.fromisoformat(text))
         for form in _FORMS:

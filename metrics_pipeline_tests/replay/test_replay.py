@@ -14,6 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import polars as pl
 import pytest
 from hypothesis import given
@@ -26,6 +27,7 @@ from metrics_pipeline.replay.cells import DEVICE_NAMESPACE, number, numbers, tag
 from metrics_pipeline.replay.documents import parsed
 from metrics_pipeline.replay.files import _frame
 from metrics_pipeline.replay.names import METRICS
+from metrics_pipeline.replay.readings import messages
 from metrics_pipeline.replay.recipe import MetricPart, Recipe, checked_recipe, parse_mapping
 from metrics_pipeline.replay.source import Replay, ReplayReport
 from metrics_pipeline.replay.source import open_replay as open_files
@@ -290,6 +292,17 @@ TIMES: dict[str, tuple[object, datetime]] = {
     "offset": ("2015-02-04 18:51:00+01:00", AT),
     "offset of PostgreSQL": ("2015-02-04 17:51:00+00", AT),
     "microseconds": ("2015-02-04 17:51:00.000001", AT + timedelta(microseconds=1)),
+    "Java": ("2015-02-04T18:51+01:00[Europe/Berlin]", AT),
+    "Go": ("2015-02-04 17:51:00 +0000 UTC", AT),
+    "a zone by its name": ("2015-02-04 18:51 Europe/Berlin", AT),
+    "twelve hours": ("2015-02-04 05:51 PM", AT),
+    "midnight at noon": ("2015-02-04 12:51 a.m.", AT.replace(hour=0)),
+    "a German browser": ("04.02.2015, 17:51:00", AT),
+    "a mail": ("Wed, 04 Feb 2015 17:51:00 GMT", AT),
+    "months by name": ("4-Feb-2015 17:51", AT),
+    "American months": ("February 4, 2015 5:51 PM", AT),
+    "the end of a day": ("2015-02-03T24:00:00", AT.replace(hour=0, minute=0)),
+    "a leap second": ("2015-02-04T17:50:60Z", AT),
     "further zeros": ("2015-02-04 17:51:00.000001000", AT + timedelta(microseconds=1)),
     "day": ("2015-02-04", AT.replace(hour=0, minute=0)),
     "seconds": ("1423072260", AT),
@@ -607,8 +620,8 @@ def test_all_formats_give_the_same_messages(tmp_path: Path) -> None:
     }
     reference = found.pop("text.csv")
     assert len(reference) == 500 + 72
-    for name, messages in found.items():
-        assert messages == reference, name
+    for name, pairs in found.items():
+        assert pairs == reference, name
     decoded = [decode(*message) for message in reference]
     assert [bits(it.value) for it in decoded if it.metric_name == 40] == [bits(value) for value in values]
 
@@ -711,3 +724,31 @@ def test_the_occupancy_files_as_they_are(occupancy: list[Path]) -> None:
     assert (report.readings, report.lines, report.bad_lines, report.repeated_keys) == (82_240, 20_560, 0, 0)
     assert (report.ignored, report.zoneless) == (["HumidityRatio", "Occupancy"], 20_560)
     assert replay.bytes_read == replay.total_bytes
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.uuids(),
+            st.integers(-62_135_596_800_000_000, 253_402_300_799_999_999),
+            st.sampled_from([*METRICS.values()]),
+            st.floats(allow_nan=False, allow_infinity=False),
+            st.lists(
+                st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=9), max_size=3
+            ),
+        )
+    )
+)
+def test_messages_are_byte_for_byte_what_the_wire_says(
+    rows: list[tuple[uuid.UUID, int, int, float, list[str]]],
+) -> None:
+    frame = pl.DataFrame(
+        [(str(device), time, metric, value, json.dumps(labels)) for device, time, metric, value, labels in rows],
+        schema={"device": pl.String, "time": pl.Int64, "metric": pl.Int64, "value": pl.Float64, "tags": pl.String},
+        orient="row",
+    ).with_columns(pl.Series("tags", [msgspec.json.encode(row[4]).decode() for row in rows], pl.String))
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    assert messages(frame) == [
+        encode(Reading(device, epoch + timedelta(microseconds=time), metric, value, labels))
+        for device, time, metric, value, labels in rows
+    ]
