@@ -465,7 +465,7 @@ class Replay:
         report = self.look()
         if report.bad_lines and not self._skip_bad:
             place, reason, detail = _parts(report.bad_listed[0])
-            more = f"; {report.bad_lines - 1:,} more lines are bad, too" if report.bad_lines > 1 else ""
+            more = f"; bad lines: {report.bad_lines:,} in all" if report.bad_lines > 1 else ""
             raise RecordError(
                 reason,
                 f"{place}: {detail}; correct it, or leave bad lines out with --on-error skip{more}; nothing was published",
