@@ -204,7 +204,7 @@ def test_sessions_that_postgresql_ends_are_repaired_and_nothing_is_lost(sink: Si
 def test_tasks_that_run_and_do_not_move_are_restarted_with_their_sessions(sink: Sink) -> None:
     """PostgreSQL's process of a task is stopped within a put: Connect goes on to say RUNNING."""
     connector.ensure_connector(sink.settings)
-    repairer = SinkRepair(sink.settings.model_copy(update={"sink_stall_seconds": 5}))
+    repairer = SinkRepair(sink.settings.model_copy(update={"sink_stall_seconds": 5}), due=lambda _: None)
     assert repairer.tick().healthy
     sink.publish(60_000, partition=0)
     found, deadline = None, time.monotonic() + 30
@@ -242,7 +242,7 @@ def test_tasks_that_run_and_do_not_move_are_restarted_with_their_sessions(sink: 
 
 def test_a_lock_of_somebody_else_is_named_and_no_task_restarted(sink: Sink) -> None:
     connector.ensure_connector(sink.settings)
-    repairer = SinkRepair(sink.settings.model_copy(update={"sink_stall_seconds": 5}))
+    repairer = SinkRepair(sink.settings.model_copy(update={"sink_stall_seconds": 5}), due=lambda _: None)
     assert repairer.tick().healthy
     with sink.stack.admin() as person:
         person.execute("SET application_name = 'a person'")
