@@ -101,9 +101,7 @@ class Watcher:
                 continue
             try:
                 with closing(self._connect()) as connection:
-                    self._session(connection)
-            except psycopg.errors.UndefinedTable:
-                self._say("waiting for the tables: run the job `provision`", logging.INFO)
+                    self._await_tables(connection)
             except (PipelineError, KafkaException, psycopg.Error) as error:
                 self._say(f"trying again: {str(error).strip()}")
             self._stop.wait(RETRY_SECONDS)
@@ -118,6 +116,16 @@ class Watcher:
             application_name=SESSION,
             options="-c lock_timeout=5s -c statement_timeout=60s",
         )
+
+    def _await_tables(self, connection: postgres.Connection) -> None:
+        """Watch once there are the tables. It is connected meanwhile: that is how it is known to be up."""
+        while not self._stop.is_set():
+            try:
+                self._session(connection)
+            except psycopg.errors.UndefinedTable:
+                self._say("waiting for the tables: run the job `provision`", logging.INFO)
+                self._beat()
+                self._stop.wait(RETRY_SECONDS)
 
     def _session(self, connection: postgres.Connection) -> None:
         """Everything that one connection to PostgreSQL lasts for."""
