@@ -385,6 +385,18 @@ class SinkRepair:
             return None
         return self._give_up(sink, where, f"none of the next {taken.searched:,} records of a partition is bad")
 
+    def _take_resting(self, where: list[int], reason: str) -> Tick | None:
+        """Let the quarantine take dead letters that rest: the connector commits none as long as nothing is stored behind it."""
+        if not self._settings.sink_quarantine:
+            return None
+        try:
+            taken = self._quarantine.take(where, reason)
+        except BusyError as busy:
+            return Tick(str(busy), healthy=False)
+        except PipelineError:
+            return None  # whatever it is, new tasks may get over it
+        return self._taken(taken, reason) if taken.stretches else None
+
     def _taken(self, taken: Taken, cause: str) -> Tick:
         reasons = ", ".join(f"{count:,} {name}" for name, count in sorted(taken.reasons.items()))
         parts = [*map(str, taken.stretches), *([f"rejected: {reasons}"] if reasons else []), cause]
@@ -440,6 +452,8 @@ class SinkRepair:
         wait = state.stuck.last + min(limit * 2.0 ** (state.stuck.count - 1), LONGEST_PATIENCE_SECONDS) - now
         if state.stuck.count and wait > 0:
             return Tick(f"{reason}; restarted again in {wait:.0f} s", healthy=False)
+        if not sessions and (taken := self._take_resting(stuck, reason)) is not None:
+            return taken
         if sessions:
             # A task that was given up by Connect would keep its locks, and its successor would wait for them.
             self._end(self._settings, [session.pid for session in sessions])

@@ -221,6 +221,23 @@ def test_good_records_that_the_connector_cannot_bear_together_are_stored_in_its_
     clear(place.settings)  # elsewhere each record has a key of its own
 
 
+def test_a_dead_letter_that_comes_last_does_not_rest(place: Place) -> None:
+    """The connector commits no dead letter before it has stored something behind it: without the repair it would wait for ever."""
+    record = Record(place)
+    repair = SinkRepair(place.settings.model_copy(update={"sink_stall_seconds": 5}))
+    (first, (key, _)) = quarantine.good(2, uuid4())
+    (_, at) = publish(place, [first, (key, b"{no json")], partition=4)
+
+    def passed_it() -> bool:
+        repair.tick()
+        return active.lag(place.settings).total == 0
+
+    until(passed_it, 60, "the connector is behind the dead letter", 0.5)
+    assert record.rejected() == {at: "bad_json"}
+    assert record.quarantined() == 1
+    until(lambda: repair.tick().healthy, 60, "the repair has nothing to say")
+
+
 def test_switched_off_it_stops_and_the_command_does_it_once(place: Place) -> None:
     """The negative control: without a quarantine a record stops the connector for good."""
     record = Record(place)

@@ -315,6 +315,21 @@ def test_a_setting_says_how_long_it_may_not_move(world: World) -> None:
     assert [event.action for event in world.tick(1).events] == ["restart all"]
 
 
+def test_dead_letters_that_rest_are_taken_and_nothing_is_restarted(world: World) -> None:
+    world.quarantine.answer = Taken((Stretch(0, 40, 41, 0, 1),), {"bad_json": 1})
+    world.tick()
+    outcome = world.tick(STALL_SECONDS + 1)
+    assert [event.action for event in outcome.events] == ["quarantine"]
+    assert (world.restarts, world.quarantine.taken) == ([], [[0]])
+
+
+def test_without_a_quarantine_what_rests_is_restarted(world: World) -> None:
+    world.settings = Settings(sink_quarantine=False)
+    world.tick()
+    assert [event.action for event in world.tick(STALL_SECONDS + 1).events] == ["restart all"]
+    assert world.quarantine.taken == []
+
+
 def test_the_transactions_that_hang_are_ended_with_the_tasks(world: World) -> None:
     world.tick()
     world.hanging = [HangingSession(77, 80.2, "active", "Client/ClientRead"), HangingSession(78, 79.0)]
