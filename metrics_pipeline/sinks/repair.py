@@ -240,7 +240,7 @@ class SinkRepair:
         try:
             if (copying := self._copying()) is not None:
                 return copying
-            sink = self._client.state(CONNECTOR)
+            sink = self._ask()
             if (finishing := self._unfinished(sink)) is not None:
                 return finishing
             if (moved := self._moved(sink)) is not None:
@@ -255,6 +255,15 @@ class SinkRepair:
             return self._alive(sink, offsets)
         except PipelineError as error:
             return Tick(str(error), healthy=False)
+
+    def _ask(self) -> SinkState:
+        try:
+            return self._client.state(CONNECTOR)
+        except PipelineError:
+            # The topic may be made anew, or grow, while Connect is away: then as well it has to be known what it was before.
+            with suppress(PipelineError):
+                self._note(self._settings)
+            raise
 
     def _copying(self) -> Tick | None:
         """How the COPY sink is, when it is the active one."""

@@ -22,7 +22,7 @@ from uuid import UUID, uuid4
 import pytest
 from confluent_kafka.admin import AdminClient
 
-from metrics_pipeline import kafka, postgres
+from metrics_pipeline import kafka, postgres, topic_log
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.local import account, environment
 from metrics_pipeline.local.stack import Stack, build
@@ -122,6 +122,11 @@ class Place:
         return (
             f"{active.position(settings)}, {kafka.topic_log(settings)}, {active.lag(settings)}, {self.events}\n{said}"
         )
+
+    def is_noted(self) -> bool:
+        """Whether the database knows the log that the topic's name stands for now."""
+        with postgres.connect(self.settings, "metrics_reader") as connection:
+            return topic_log.present(connection) == kafka.topic_log(self.settings).id
 
     def await_settled(self) -> None:
         """Until all growths are settled, and what was read again is stored."""
@@ -276,6 +281,8 @@ def test_partitions_that_grow_while_the_sink_lags(place: Place, sink: str) -> No
     settings = place.choose(sink)
     make_anew(settings)
     place.halt(sink)
+    # Also while no sink runs: otherwise nobody could tell later how many partitions there were.
+    until(place.is_noted, 30)
     filler, device = readings(60_000), uuid4()
     place.publish(filler)
     place.publish(readings(2_000, 1.0, device))

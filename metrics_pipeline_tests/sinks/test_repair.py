@@ -45,6 +45,7 @@ class World:
     hanging: list[HangingSession] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
     holds: bool = True
+    noted: int = 0
 
     def look(self, settings: Settings) -> Position:
         if self.away:
@@ -72,7 +73,7 @@ class World:
             end=self.end_sessions,
             holds=lambda *_: self.holds,
             due=lambda _settings: self.move,
-            note=lambda _settings: None,
+            note=self.note,
             quarantine=self.quarantine,
             clock=lambda: self.now,
             jitter=lambda: 1.0,
@@ -80,6 +81,9 @@ class World:
         outcome = sink.tick()
         self.state = sink.dump()
         return outcome
+
+    def note(self, _settings: Settings) -> None:
+        self.noted += 1
 
     def end_sessions(self, _settings: Settings, pids: list[int]) -> int:
         self.ended += pids
@@ -389,6 +393,7 @@ def test_connect_away_is_said_and_no_crash(world: World) -> None:
     outcome = world.tick()
     assert not outcome.healthy
     assert "cannot be reached" in outcome.message
+    assert world.noted == 1, "a growth of the topic meanwhile would go unnoticed"
 
 
 def test_unassigned_tasks_are_waited_for(world: World) -> None:
