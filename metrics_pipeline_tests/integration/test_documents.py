@@ -1,23 +1,19 @@
-"""The documents' queries, and its way to skip a record, on the real stack."""
+"""The documents' queries, on the real stack."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import pytest
-import requests
 
-from metrics_pipeline import kafka, summaries
-from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC
-from metrics_pipeline.sinks import connector
+from metrics_pipeline import summaries
 from metrics_pipeline_tests.conftest import RunningStack
-from metrics_pipeline_tests.documents import DOCUMENTS, fences, page
+from metrics_pipeline_tests.documents import DOCUMENTS, fences
 
 pytestmark = pytest.mark.integration
 
@@ -66,34 +62,3 @@ def test_every_query_of_the_documents_runs_and_finds_something(query: str, stack
 def test_there_are_queries() -> None:
     assert len(QUERIES) >= 9
     assert "SELECT count(*) FROM metrics" in QUERIES
-
-
-def test_a_record_is_skipped_as_the_page_says(stack: RunningStack) -> None:
-    (block,) = [block for block in fences(page("troubleshooting"), "sh") if "/offsets" in block]
-    sink = f"{stack.settings.connect_rest}/connectors/{CONNECTOR}"
-    assert f"/connectors/{CONNECTOR}\n" in block
-    steps = re.findall(r"-X (\w+) \$sink/(\w+)", block)
-    assert steps == [("PUT", "stop"), ("PATCH", "offsets"), ("PUT", "resume")]
-    (body,) = re.findall(r"-d '(\{.*?\})'", block, re.DOTALL)
-    offsets = json.loads(body)
-    (place,) = offsets["offsets"]
-    assert place["partition"]["kafka_topic"] == TOPIC
-    partition = place["partition"]["kafka_partition"]
-    # Where the sink stands, so that nothing is skipped here.
-    behind = kafka.watermarks(stack.settings)[partition][1]
-    place["offset"]["kafka_offset"] = behind
-    _until(lambda: kafka.committed(stack.settings, CONNECTOR_GROUP).get(partition, 0) in (0, behind))
-    try:
-        requests.put(f"{sink}/stop", timeout=30).raise_for_status()
-        _until(lambda: requests.patch(f"{sink}/offsets", json=offsets, timeout=30).ok)
-        assert kafka.committed(stack.settings, CONNECTOR_GROUP)[partition] == behind
-    finally:
-        requests.put(f"{sink}/resume", timeout=30).raise_for_status()
-        _until(lambda: connector.sink_state(stack.settings).running)
-
-
-def _until(true: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
