@@ -11,7 +11,7 @@ from metrics_pipeline.errors import SettingError
 from metrics_pipeline.producer.run import RunReport, run_producer
 from metrics_pipeline.replay.recipe import Recipe, presets
 from metrics_pipeline.replay.selection import selected
-from metrics_pipeline.replay.source import Replay, ReplayReport, open_replay
+from metrics_pipeline.replay.source import Replay, open_replay
 from metrics_pipeline.settings import Settings
 
 
@@ -54,34 +54,6 @@ def publish(settings: Settings, source: Replay, **options: Any) -> RunReport:
     """
     source.refuse()
     return run_producer(settings, source.messages(), kind="replay", **options)
-
-
-def replay_file(
-    settings: Settings,
-    path: Path,
-    recipe: Recipe,
-    *,
-    skip_bad: bool = False,
-    allow_implausible: bool = False,
-    **options: Any,
-) -> tuple[ReplayReport, RunReport]:
-    """One file, published as a recipe says: what was in it, and what became of its readings.
-
-    Args:
-        settings: everything that can be set.
-        path: the file.
-        recipe: what it means.
-        skip_bad: whether bad records are left out rather than refused.
-        allow_implausible: whether values that are not possible are published.
-        options: those of `run_producer`, such as `stop`.
-
-    Raises:
-        SettingError: the file cannot be read, or something is missing or ambiguous.
-        RecordError: a record is bad, or there is no reading; nothing was published then.
-        PipelineError: what ended the run.
-    """
-    with prepared(settings, [path], recipe, skip_bad=skip_bad, allow_implausible=allow_implausible) as source:
-        return source.look(), publish(settings, source, **options)
 
 
 def listed_presets() -> list[str]:
