@@ -2,8 +2,12 @@
 
 import dagster as dg
 
-from metrics_pipeline.defs import monitoring, production, provisioning, resources
+from metrics_pipeline.defs import files, monitoring, production, provisioning, resources
 
 defs = dg.Definitions.merge(
-    resources.DEFINITIONS, provisioning.DEFINITIONS, production.DEFINITIONS, monitoring.DEFINITIONS
+    resources.DEFINITIONS,
+    provisioning.DEFINITIONS,
+    production.DEFINITIONS,
+    files.DEFINITIONS,
+    monitoring.DEFINITIONS,
 )

@@ -28,6 +28,7 @@ GROUPS: Final = {
     "ports": "Ports, all on 127.0.0.1",
     "stack": "Embedded stack",
     "compose": "Docker compose: ports on 127.0.0.1, and sizes",
+    "replay": "Files that are put into a folder",
     "monitoring": "Monitoring",
     "secrets": "Passwords; `up` fills in those that are empty",
 }

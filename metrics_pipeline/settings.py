@@ -292,6 +292,20 @@ class Settings(ProducerSettings):
         5.0, "GiB of free disk below which the producer stops", "stack"
     )
 
+    replay_folder: Path | None = _setting(
+        None,
+        "a folder whose new files are replayed, each once, and moved to `done` or `failed` in it; off while empty",
+        "replay",
+    )
+    replay_recipe: str = _setting(
+        "", "the recipe for them: a preset's name, or the path of a recipe file; default: what fits by itself", "replay"
+    )
+    replay_on_error: Literal["stop", "skip"] = _setting(
+        "stop",
+        "when a line of such a file is bad: `stop` publishes nothing of it, `skip` leaves the line out",
+        "replay",
+    )
+
     throughput_floor: Annotated[float, Field(ge=0)] = _setting(
         1.0, "stored rows/s below which the `throughput` check fails while the producer runs", "monitoring"
     )
@@ -336,7 +350,7 @@ class Settings(ProducerSettings):
 
     @classmethod
     def group(cls, name: str) -> list[str]:
-        """Names of the settings of one group (`producer`, `topic`, `sink`, `services`, `ports`, `stack`, `monitoring`, `secrets`)."""
+        """Names of the settings of one group (`producer`, `topic`, `sink`, `services`, `ports`, `stack`, `replay`, `monitoring`, `secrets`)."""
         extras = {field: info.json_schema_extra for field, info in cls.model_fields.items()}
         return [field for field, extra in extras.items() if isinstance(extra, dict) and extra.get("group") == name]
 
@@ -357,6 +371,11 @@ class Settings(ProducerSettings):
     def data_dir(self) -> Path:
         """The data folder, absolute; a relative setting counts from the workplace."""
         return (workplace() / self.pipeline_data_dir).resolve()
+
+    @property
+    def replay_path(self) -> Path | None:
+        """The folder of files to replay, absolute; a relative setting counts from the workplace."""
+        return None if self.replay_folder is None else (workplace() / self.replay_folder).resolve()
 
     @property
     def bootstrap_servers(self) -> str:

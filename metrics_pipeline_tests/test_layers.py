@@ -42,7 +42,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "summaries": {"errors", "settings", "postgres"},
     "exporter": GROUND | {"sinks", "summaries", "watcher"},
     # running it
-    "local": GROUND | {"sinks", "summaries", "watcher"},
+    "local": GROUND | {"sinks", "summaries", "watcher", "replay"},
     "compose": GROUND | {"sinks", "local"},
     "bench": GROUND | {"sinks", "producer", "copy_sink", "verification", "summaries", "local"},
     # people's entry points
@@ -63,7 +63,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "reference": {"settings", "cli"},
     "__main__": {"cli"},
     # Dagster
-    "defs": GROUND | {"sinks", "producer", "rejects", "summaries"},
+    "defs": GROUND | {"sinks", "producer", "replay", "rejects", "summaries"},
     "definitions": {"defs"},
 }
 """Each package and each module beside them, and what it may import besides itself."""

@@ -52,7 +52,7 @@ def publish(context: dg.OpExecutionContext, config: ProducerConfig, pipeline: Pi
     """Publish simulated readings for PRODUCER_RUN_SECONDS, observing the topic as it goes."""
     given = {name: value for name, value in config.model_dump().items() if value is not None}
     # The run's end is written by Dagster after this body: only then may an error be shown as one line.
-    with plain_errors(), _storage_at_the_end(context):
+    with plain_errors(), storage_at_the_end(context):
         settings = pipeline.load(**given)
         watch = Watch(context, settings)
         producer = Producer(
@@ -80,14 +80,14 @@ class Watch:
         self._observed = time.monotonic()
         self._meter = active.LagMeter(settings)
         limit = settings.producer_run_seconds + settings.producer_flush_seconds + STORAGE_SECONDS + SPARE_SECONDS
-        with _storage_may_be_away():
+        with storage_may_be_away():
             context.instance.add_run_tags(context.run_id, {dg.MAX_RUNTIME_SECONDS_TAG: str(int(limit))})
 
     def progress(self, snapshot: Snapshot) -> None:
         """Observe the topic when it is time to.
 
         Raises:
-            DagsterExecutionInterruptedError: the run is to be cancelled, and no signal told so.
+            DagsterExecutionInterruptedError: see `end_when_cancelled`.
         """
         if time.monotonic() - self._observed < OBSERVE_SECONDS:
             return
@@ -105,11 +105,7 @@ class Watch:
                 "paused": snapshot.paused,
             }
         )
-        with _storage_may_be_away():
-            run = self._context.instance.get_run_by_id(self._context.run_id)
-            if run is not None and run.status == dg.DagsterRunStatus.CANCELING:
-                # A run that the command line started has no code server that could send it a signal.
-                raise dg.DagsterExecutionInterruptedError
+        end_when_cancelled(self._context)
 
     def end(self, report: RunReport) -> None:
         """Observe how the run ended, unless it published nothing."""
@@ -126,12 +122,12 @@ class Watch:
                 "ledger_problem": report.ledger_problem,
             }
         )
-        with _storage_may_be_away():
+        with storage_may_be_away():
             self._context.log.info(report.summary())
 
     def _observe(self, figures: dict[str, Any]) -> None:
         known = {name: value for name, value in figures.items() if value is not None}
-        with _storage_may_be_away():
+        with storage_may_be_away():
             self._context.log_event(dg.AssetObservation(metrics_topic.key, metadata=known))
 
     def _lag(self) -> int | None:
@@ -141,8 +137,21 @@ class Watch:
             return None
 
 
+def end_when_cancelled(context: dg.OpExecutionContext) -> None:
+    """Look at the run's state.
+
+    Raises:
+        DagsterExecutionInterruptedError: the run is to be cancelled, and no signal told so.
+    """
+    with storage_may_be_away():
+        run = context.instance.get_run_by_id(context.run_id)
+        if run is not None and run.status == dg.DagsterRunStatus.CANCELING:
+            # A run that the command line started has no code server that could send it a signal.
+            raise dg.DagsterExecutionInterruptedError
+
+
 @contextmanager
-def _storage_may_be_away() -> Iterator[None]:
+def storage_may_be_away() -> Iterator[None]:
     """Dagster keeps its events in the PostgreSQL that the pipeline has to survive the restart of."""
     try:
         yield
@@ -151,7 +160,7 @@ def _storage_may_be_away() -> Iterator[None]:
 
 
 @contextmanager
-def _storage_at_the_end(context: dg.OpExecutionContext) -> Iterator[None]:
+def storage_at_the_end(context: dg.OpExecutionContext) -> Iterator[None]:
     """Go on, however the body ended, only when Dagster's storage takes the run's end, or STORAGE_SECONDS later."""
     try:
         yield
@@ -198,7 +207,7 @@ def _not_now(instance: dg.DagsterInstance, settings: Settings, lock: ledger.Hold
     guards.check_disk(settings.data_dir, settings.disk_free_limit_gb)
     if problem := active.sink_problem(settings):
         return problem
-    wait = _pause_after_failures(instance, time.time())
+    wait = pause_after_failures(instance, produce_metrics.name, time.time())
     return f"the last runs failed: next one in {wait:.0f} s" if wait > 0 else None
 
 
@@ -219,11 +228,11 @@ def _while_active(
     return dg.SensorResult(skip_reason=f"run {run.run_id[:8]}: {reason}", cursor="")
 
 
-def _pause_after_failures(instance: dg.DagsterInstance, now: float) -> float:
-    """Seconds still to wait: a producer that cannot start should not be started every five seconds."""
+def pause_after_failures(instance: dg.DagsterInstance, job: str, now: float) -> float:
+    """Seconds still to wait: a run that cannot work should not be started every five seconds."""
     pause = 0.0
     ended = 0.0
-    for record in instance.get_run_records(dg.RunsFilter(job_name=produce_metrics.name), limit=5):
+    for record in instance.get_run_records(dg.RunsFilter(job_name=job), limit=5):
         if record.dagster_run.status != dg.DagsterRunStatus.FAILURE:
             break
         ended = max(ended, record.end_time or 0.0)

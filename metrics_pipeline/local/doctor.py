@@ -16,6 +16,8 @@ from metrics_pipeline.local.budget import GIB, MIB, Budget
 from metrics_pipeline.local.postgres import configuration
 from metrics_pipeline.local.stack import unused_ports
 from metrics_pipeline.local.state import StackState
+from metrics_pipeline.replay.folder import ReplayFolder
+from metrics_pipeline.replay.recipe import named_recipe
 from metrics_pipeline.settings import Settings, env_file, external_services
 
 
@@ -59,6 +61,7 @@ def examine(settings: Settings) -> list[Finding]:
             f"{postgres_home(settings.data_dir, account)}, as {account.name if account else 'this user'}",
         ),
         Finding("sink", _sink(settings)),
+        *_replay_folder(settings),
         Finding(
             "JVM heaps",
             f"{settings.kafka_brokers} x broker {budget.broker_heap // MIB} MiB, "
@@ -76,6 +79,18 @@ def _sink(settings: Settings) -> str:
     if settings.sink == "connect":
         return "SINK=connect: Kafka Connect's JDBC sink"
     return f"SINK=copy: the COPY sink, {settings.sink_workers} workers; the stack runs no Kafka Connect"
+
+
+def _replay_folder(settings: Settings) -> list[Finding]:
+    if settings.replay_path is None:
+        return []
+    try:
+        found = ReplayFolder(settings.replay_path).look({})
+        named_recipe("REPLAY_RECIPE", settings.replay_recipe)
+    except (PipelineError, OSError) as error:
+        return [Finding("replay folder", str(error), ok=False)]
+    said = "; ".join([f"{settings.replay_path}: {found.waiting} files in it", *found.problems])
+    return [Finding("replay folder", said, ok=not found.problems)]
 
 
 def _memory(settings: Settings, budget: Budget) -> Finding:

@@ -15,6 +15,7 @@ from metrics_pipeline.errors import SettingError
 from metrics_pipeline.replay.layout import TextForm
 from metrics_pipeline.replay.names import METRICS
 from metrics_pipeline.replay.times import Order, Unit
+from metrics_pipeline.settings import workplace
 
 PRESETS: Final = resources.files("metrics_pipeline.replay") / "presets"
 
@@ -197,13 +198,17 @@ def presets() -> dict[str, Recipe]:
     return {name: find_recipe(name) for name in preset_names()}
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: str, where: str = "") -> Recipe:
     """A preset by its name, or the recipe in a file.
+
+    Args:
+        name: of the preset, or path of the file.
+        where: what an error begins with; default: the option.
 
     Raises:
         SettingError: there is none, or it is not as a recipe must be; names the key.
     """
-    where = f"--recipe {name}"
+    where = where or f"--recipe {name}"
     try:
         if name in preset_names():
             text = (PRESETS / f"{name}.toml").read_text("utf-8")
@@ -215,6 +220,18 @@ def find_recipe(name: str) -> Recipe:
             f"{where}: {reason}; it is the path of a file, or one of {', '.join(preset_names())}"
         ) from error
     return read_recipe(text, where)
+
+
+def named_recipe(setting: str, name: str) -> Recipe:
+    """A preset, or the recipe in a file, whose path counts from the workplace; what fits by itself for an empty name.
+
+    Raises:
+        SettingError: there is none, or it is not as a recipe must be.
+    """
+    if not name:
+        return Recipe()
+    where = f"{setting}={name}"
+    return find_recipe(name, where) if name in preset_names() else find_recipe(str(workplace() / name), where)
 
 
 def read_recipe(text: str, where: str) -> Recipe:

@@ -28,6 +28,7 @@ from metrics_pipeline.replay.units import own_unit, suspected
 BAD_LINES_LISTED: Final = 20
 KEYS_REMEMBERED: Final = 1 << 24
 """Readings among which repeated keys are counted (128 MiB of hashes)."""
+DEVICES_REMEMBERED: Final = 100_000
 
 _SHOWN_READINGS: Final = 5
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -95,6 +96,7 @@ class FileReport:
         since: the first instant, in microseconds since 1970.
         until: the last one.
         fitting: presets that are made for such files.
+        device_ids: UUIDs of the devices, the first 100,000.
     """
 
     path: str
@@ -119,6 +121,7 @@ class FileReport:
     since: int | None = None
     until: int | None = None
     fitting: list[str] = field(default_factory=list)
+    device_ids: set[str] = field(default_factory=set)
 
     def text(self) -> list[str]:
         """What was understood, for people: one line a fact."""
@@ -424,6 +427,8 @@ class Replay:
         since, until = frame["time"].min(), frame["time"].max()
         report.since = since if report.since is None else min(report.since, since)  # type: ignore[assignment,type-var]
         report.until = until if report.until is None else max(report.until, until)  # type: ignore[assignment,type-var]
+        if len(report.device_ids) < DEVICES_REMEMBERED:
+            report.device_ids.update(frame["device"].unique())
         for (code,), values in frame.select("metric", "value").partition_by("metric", as_dict=True).items():
             report.metrics[MetricName(code)].add(values["value"])
         if len(self._keys) < KEYS_REMEMBERED:

@@ -18,6 +18,7 @@ metrics_schema          provisioning  postgres,sql
 metrics_topic           provisioning  kafka           <- metrics_schema
 metrics_sink_connector  provisioning  kafka,postgres  <- metrics_topic
 metrics                 readings      postgres,table  <- metrics_sink_connector
+replayed_files          readings      file,kafka      <- metrics_topic
 device_summary          monitoring    postgres,sql    <- metrics
 ingestion_rate          monitoring    postgres,sql    <- metrics
 """
@@ -38,6 +39,7 @@ check_throughput    metrics_consumer_lag metrics_freshness metrics_rejects metri
 housekeeping        purge_ledger purge_runs
 produce_metrics     publish
 provision           metrics_schema metrics_schema_schema_at_head metrics_sink_connector metrics_sink_connector_connector_as_configured metrics_topic metrics_topic_topic_as_configured
+replay_files        replay
 summaries           device_summary ingestion_rate
 """
 
@@ -50,8 +52,9 @@ ingestion_rate_schedule      * * * * *    UTC  RUNNING  summaries
 """
 
 SENSORS = """
-producer_sensor     5 s  RUNNING  produce_metrics
-sink_repair_sensor  5 s  RUNNING  -
+producer_sensor       5 s   RUNNING  produce_metrics
+replay_folder_sensor  10 s  RUNNING  replay_files
+sink_repair_sensor    5 s   RUNNING  -
 """
 
 
@@ -85,12 +88,13 @@ def test_assets(graph: Any) -> None:
 
 
 def test_only_the_readings_are_not_dagsters_to_make(graph: Any) -> None:
-    assert graph.external_asset_keys == {dg.AssetKey("metrics")}
+    assert graph.external_asset_keys == {dg.AssetKey("metrics"), dg.AssetKey("replayed_files")}
 
 
 def test_provisioning_comes_in_order(graph: Any) -> None:
     names = [key.to_user_string() for level in graph.toposorted_asset_keys_by_level for key in level]
-    assert names[:4] == ["metrics_schema", "metrics_topic", "metrics_sink_connector", "metrics"]
+    readings = ["metrics_schema", "metrics_topic", "metrics_sink_connector", "metrics"]
+    assert [name for name in names if name in readings] == readings
 
 
 def test_checks(graph: Any) -> None:

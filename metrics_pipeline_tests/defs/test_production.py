@@ -293,7 +293,7 @@ def test_a_run_that_is_over_waits_for_dagsters_storage_within_a_bound(
         instance = Instance()
         run_id = "r"
 
-    with pytest.raises(ZeroDivisionError), production._storage_at_the_end(Context()):  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError), production.storage_at_the_end(Context()):  # type: ignore[arg-type]
         raise ZeroDivisionError  # however the body ended
     assert asked[-1] == pytest.approx(min(seconds, production.STORAGE_SECONDS), abs=1)
 
