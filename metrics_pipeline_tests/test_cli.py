@@ -266,6 +266,23 @@ def test_doctor_counts_further_brokers_and_workers(run: Run, monkeypatch: pytest
     assert re.search(r"ok +memory", run("doctor").out)
 
 
+def test_doctor_looks_at_the_folder_of_files(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "replay folder" not in run("doctor").out
+    folder = tmp_path / "inbox"
+    monkeypatch.setenv("REPLAY_FOLDER", str(folder))
+    assert re.search(rf"no +replay folder +REPLAY_FOLDER={folder}: it does not exist; make it", run("doctor").out)
+    folder.mkdir()
+    (folder / "a.csv").touch()
+    assert re.search(rf"ok +replay folder +{folder}: 1 files in it", run("doctor").out)
+    (folder / "b.csv").symlink_to("nowhere")
+    assert re.search(
+        r"no +replay folder .*: 1 files in it; b\.csv is a link: put the file itself there", run("doctor").out
+    )
+    monkeypatch.setenv("REPLAY_RECIPE", "nowhere")
+    assert re.search(r"no +replay folder +REPLAY_RECIPE=nowhere: No such file or directory; it is", run("doctor").out)
+    assert {path.name for path in folder.iterdir()} == {"a.csv", "b.csv"}, "it changes nothing"
+
+
 def test_up_refuses_a_folder_that_cannot_be_written(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("PIPELINE_DATA_DIR", str(tmp_path / "file" / "data"))

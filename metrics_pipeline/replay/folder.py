@@ -147,11 +147,12 @@ class ReplayFolder:
                     identity = [state.st_size, state.st_mtime_ns]
                     if len(found.seen) < FILES_REMEMBERED:
                         found.seen[entry.name] = identity
-                    if seen.get(entry.name) != identity:
-                        found.waiting += 1
-                        continue
-                    with open(entry.path, "rb"):  # noqa: PTH123  # as `open` does it later
+                    with open(entry.path, "rb"):  # noqa: PTH123  # `scandir` gives text
+                        pass
+                    if seen.get(entry.name) == identity:
                         order.append((state.st_mtime_ns, entry.name))
+                    else:
+                        found.waiting += 1
                 except FileNotFoundError:
                     continue
                 except OSError as error:

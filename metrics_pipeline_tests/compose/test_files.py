@@ -28,6 +28,7 @@ from metrics_pipeline_tests.compose_files import (
     CLUSTER,
     FILES,
     MAIN,
+    REPLAY,
     VARIABLE,
     all_before,
     each,
@@ -86,6 +87,8 @@ def test_every_variable_is_a_setting_with_its_default(file: Path) -> None:
         assert name.lower() in Settings.model_fields, f"{name} is no setting"
         if (file, name) == (CLUSTER, "TOPIC_REPLICATION_FACTOR"):  # what the overlay is for
             assert given == "3"
+        elif (file, name) == (REPLAY, "REPLAY_FOLDER"):  # without it there is nothing to mount
+            assert given is None
         else:
             assert given in ("", field_default(name)), f"{name}: {given!r}"
 
@@ -94,6 +97,17 @@ def test_every_variable_is_a_setting_with_its_default(file: Path) -> None:
 @pytest.mark.parametrize("variables", [None, {}], ids=[".env.example", "no .env"])
 def test_every_variable_resolves(files: tuple[Path, ...], variables: dict[str, str] | None) -> None:
     assert len(project(*files, variables=variables)) >= 16
+
+
+def test_the_replay_folder_is_mounted_where_runs_and_sensors_are() -> None:
+    code = project(MAIN, REPLAY, variables={"REPLAY_FOLDER": "/srv/inbox", "REPLAY_RECIPE": "tasmota"})["code"]
+    (mount,) = [volume for volume in code["volumes"] if not isinstance(volume, str)]
+    assert (mount["source"], mount["target"]) == ("/srv/inbox", code["environment"]["REPLAY_FOLDER"])
+    assert code["environment"]["REPLAY_RECIPE"] == "tasmota"
+    given = {name for name in code["environment"] if name.startswith("REPLAY_")}
+    assert given == {name.upper() for name in Settings.group("replay")}
+    with pytest.raises(KeyError, match="REPLAY_FOLDER"):
+        project(MAIN, REPLAY, variables={})
 
 
 # Each service
