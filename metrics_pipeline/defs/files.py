@@ -189,9 +189,17 @@ def _not_now(
     check_disk(settings.data_dir, settings.disk_free_limit_gb)
     if problem := active.sink_problem(settings):
         return problem
-    # A run that failed for a bad file has moved it. Notes are left where it could not work at all.
-    wait = pause_after_failures(instance, replay_files.name, time.time()) if found.under_way else 0
+    wait = pause_after_failures(instance, replay_files.name, time.time()) if _in_vain(instance, folder, found) else 0
     return f"the last runs failed: next one in {wait:.0f} s" if wait > 0 else None
+
+
+def _in_vain(instance: dg.DagsterInstance, folder: ReplayFolder, found: Look) -> bool:
+    """Whether the last run left something that it had to move; one that failed for a bad file has moved that."""
+    asked: set[str] = set()
+    for record in instance.get_run_records(_runs(folder), limit=1):
+        config: Any = record.dagster_run.run_config
+        asked.update(config["ops"][replay.name]["config"]["files"])
+    return bool(found.under_way or asked & set(found.ready))
 
 
 def _request(instance: dg.DagsterInstance, settings: Settings, folder: ReplayFolder, found: Look) -> dg.RunRequest:

@@ -10,6 +10,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from polars.exceptions import PanicException
+
 from metrics_pipeline.errors import PipelineError, RecordError, ServiceError, SettingError
 from metrics_pipeline.producer.run import RunReport
 from metrics_pipeline.replay.folder import DONE, FAILED, Note, ReplayFolder, sha256
@@ -93,7 +95,7 @@ def replay_one(
             source.refuse()
             publishing = True
             report = publish(settings, source, **options)
-    except Exception as error:
+    except (Exception, PanicException) as error:
         if isinstance(error, (SettingError, RecordError)):
             said = str(error)
         elif publishing or isinstance(error, PipelineError):

@@ -248,7 +248,13 @@ def test_new_files_are_replayed_once_and_bad_ones_named(world: World, topic: Top
     assert world.tick() == "no file is new"
 
 
-def test_a_failed_file_that_is_moved_back_is_another_run(world: World) -> None:
+def pass_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the pause after a failure were over."""
+    monkeypatch.setattr(files, "pause_after_failures", lambda *_given: 0.0)
+
+
+def test_a_failed_file_that_is_moved_back_is_another_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    pass_pause(monkeypatch)
     world.put("bad.csv", BAD)
     world.tick()
     first = world.request()
@@ -295,11 +301,26 @@ def test_a_run_whose_process_is_gone_is_ended_and_its_files_go_on(
     ended = world.instance.get_run_by_id(run.run_id)
     assert ended is not None
     assert ended.status == dg.DagsterRunStatus.FAILURE
+    pass_pause(monkeypatch)
     assert world.run(world.request()).success
     assert len(topic.messages) == 2
 
 
-def test_what_was_begun_goes_on_although_no_file_is_new(world: World, topic: Topic) -> None:
+def test_a_file_that_a_run_could_not_move_is_not_tried_again_at_once(world: World) -> None:
+    world.put("a.csv")
+    world.tick()
+    run = start(world, world.request())
+    world.instance.report_run_failed(run)
+    assert "the last runs failed: next one in " in str(world.tick())
+    world.put("b.csv")
+    (world.path / "a.csv").unlink()
+    world.tick()
+    assert config_of(world.request())["files"] == ["b.csv"], "what is new does not wait"
+
+
+def test_what_was_begun_goes_on_although_no_file_is_new(
+    world: World, topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The broker is away; then somebody takes the file away."""
     path = world.put("a.csv")
     world.tick()
@@ -309,16 +330,11 @@ def test_what_was_begun_goes_on_although_no_file_is_new(world: World, topic: Top
     assert "the last runs failed: next one in " in str(world.tick())
     path.unlink()
     topic.away = ""
-    wait(world)
+    pass_pause(monkeypatch)
     request = world.request()
     assert config_of(request)["files"] == []
     assert "taken away" in failure(world.run(request))
     assert world.tick() == "no file is new"
-
-
-def wait(world: World) -> None:
-    """As if the pause after a failure were over: the last run went well."""
-    execute(world.instance, {"files": []})
 
 
 @pytest.mark.parametrize(

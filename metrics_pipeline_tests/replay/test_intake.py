@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from polars.exceptions import PanicException
 
 from metrics_pipeline.errors import PipelineError, ServiceError, SettingError
 from metrics_pipeline.producer.run import RunReport
@@ -181,17 +182,18 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(world: World) -> Non
     assert (result.state, result.document["readings"]) == ("done", 5)
 
 
+@pytest.mark.parametrize("kind", [ZeroDivisionError, PanicException])
 def test_what_a_library_stumbles_over_keeps_no_other_file_waiting(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
 ) -> None:
     def stumbling(self: Replay) -> None:
-        raise ZeroDivisionError("of the library")
+        raise kind("of the library")
 
     world.put("a.csv")
     monkeypatch.setattr(Replay, "look", stumbling)
     (result,) = world.run("a.csv")
     assert result.state == "failed"
-    assert "cannot be read: ZeroDivisionError: of the library" in result.error
+    assert f"cannot be read: {kind.__name__}: of the library" in result.error
 
 
 class Death:
