@@ -198,7 +198,7 @@ def _in_vain(instance: dg.DagsterInstance, folder: ReplayFolder, found: Look) ->
     asked: set[str] = set()
     for record in instance.get_run_records(_runs(folder), limit=1):
         config: Any = record.dagster_run.run_config
-        asked.update(config["ops"][replay.name]["config"]["files"])
+        asked.update(config.get("ops", {}).get(replay.name, {}).get("config", {}).get("files", []))
     return bool(found.under_way or asked & set(found.ready))
 
 
