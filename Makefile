@@ -7,7 +7,11 @@ GO ?= go
 ORDER ?= 1
 # What the tests took longest for: a wait that somebody builds in is seen.
 DURATIONS := --durations=25 --durations-min=1
-export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What the shell tells Python in general was meant for something else; what it tells pip, requirements/pip.py sees to.
+unexport PYTHONHOME PYTHONPATH PYTHONPLATLIBDIR PYTHONSTARTUP PYTHONOPTIMIZE PYTHONWARNINGS PYTHONINSPECT
+unexport PYTHONUSERBASE PYTHONEXECUTABLE PYTHONCASEOK PYTHONIOENCODING PYTHONUTF8 PYTHONDEVMODE PYTHONSAFEPATH
+unexport PYTHONBREAKPOINT PYTHONDEBUG PYTHONVERBOSE PYTHONNOUSERSITE VIRTUAL_ENV __PYVENV_LAUNCHER__
+PIP := $(BIN)/python requirements/pip.py
 
 .DEFAULT_GOAL := help
 .PHONY: help up down test unit integration chaos lint types docs wheel dg workflows lock clean
@@ -20,13 +24,13 @@ $(VENV)/.runtime: requirements/runtime.txt pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (Debian and Ubuntu: apt-get install python3-venv), or name another Python with 'make PYTHON=…'" >&2; exit 1; }
 	@echo "Installing into $(VENV) (once)…"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/runtime.txt
-	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@$(PIP) install --quiet --require-hashes --no-deps -r requirements/runtime.txt
+	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.runtime
 	@echo "Installing the tools for tests into $(VENV) (once)…"
-	@$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/dev.txt
+	@$(PIP) install --quiet --require-hashes --no-deps -r requirements/dev.txt
 	@touch $@
 
 up: $(VENV)/.runtime  ## run the whole pipeline; Ctrl-C stops it (ARGS=--detach for the background)
