@@ -13,6 +13,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import requests
 
+from metrics_pipeline import loopback
 from metrics_pipeline.change import Change
 from metrics_pipeline.errors import DriftError, ServiceError
 from metrics_pipeline.settings import ROOT, TOPIC, Settings
@@ -50,9 +51,7 @@ class RegistryClient:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._session = requests.Session()
-        # A proxy of the machine has no business between us and a service beside us.
-        self._session.trust_env = False
+        self._session = loopback.session(url)
         self._session.headers["Accept"] = _TYPE
 
     @property

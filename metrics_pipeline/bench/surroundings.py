@@ -17,7 +17,7 @@ import psutil
 import psycopg
 import requests
 
-from metrics_pipeline import postgres
+from metrics_pipeline import loopback, postgres
 from metrics_pipeline.bench.place import Place
 from metrics_pipeline.local.account import postgres_home, unprivileged
 from metrics_pipeline.settings import CHECKOUT, ROOT, Settings, external_services
@@ -92,8 +92,7 @@ def _locked(artifact: str) -> str:
 
 
 def _connect_versions(settings: Settings) -> dict[str, str]:
-    session = requests.Session()
-    session.trust_env = False
+    session = loopback.session(settings.connect_rest)
     try:
         connect = session.get(settings.connect_rest, timeout=10).json()["version"]
         plugins = session.get(f"{settings.connect_rest}/connector-plugins", timeout=10).json()

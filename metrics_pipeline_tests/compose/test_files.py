@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import pytest
@@ -298,7 +299,21 @@ def test_what_is_set_in_env_reaches_the_pipeline() -> None:
         "DAGSTER_POSTGRES_URL",
         "PGPASSFILE",
         "DAGSTER_CODE_HOST",
+        "no_proxy",
+        "NO_PROXY",
     }
+
+
+def test_no_service_of_ours_is_asked_through_a_proxy() -> None:
+    """Docker may hand one to every container."""
+    environment = project(MAIN, CLUSTER)["code"]["environment"]
+    excepted = set(environment["no_proxy"].split(","))
+    assert environment["NO_PROXY"] == environment["no_proxy"]
+    urls = [
+        environment[name] for name in ("POSTGRES_URL", "CONNECT_URL", "SCHEMA_REGISTRY_URL", "DAGSTER_POSTGRES_URL")
+    ]
+    hosts = {urlsplit(one).hostname for url in urls for one in url.split(",")} | {environment["DAGSTER_CODE_HOST"]}
+    assert hosts <= excepted
 
 
 def test_env_example_gives_the_pipeline_its_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
