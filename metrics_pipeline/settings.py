@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_va
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from metrics_pipeline.dotenv_file import problems
 from metrics_pipeline.errors import SettingError
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -488,6 +489,9 @@ def producer_overrides(assignments: Sequence[str] | None, see: str = "docs/setti
     return overrides
 
 
+_IN_ENV_FILE = frozenset(name.upper() for name in Settings.model_fields) | {"DAGSTER_HOME", "DAGSTER_POSTGRES_URL"}
+
+
 def workplace() -> Path:
     """Where `.env` and the data stand unless a setting says otherwise: the checkout, or the folder one is in."""
     return CHECKOUT or Path.cwd()
@@ -499,14 +503,20 @@ def env_file() -> Path:
 
 
 def _refuse_services_in(path: Path) -> None:
-    """A URL there would be met by clients, while `up`, which looks at the environment, starts a service of its own."""
+    """A URL there would be met by clients, while `up`, which looks at the environment, starts a service of its own.
+
+    Nor may a setting of ours stand there in a way that the embedded stack and the containers would read differently.
+    """
     try:
         known = dotenv_values(path) if path.is_file() else {}
+        unclear = problems(path, _IN_ENV_FILE) if known or path.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SettingError(
             f"cannot read {path}: {reason}; run as the user who owns it, or set PIPELINE_ENV_FILE to a file of your own"
         ) from error
+    if unclear:
+        raise SettingError("; ".join(unclear))
     for name in SERVICE_URLS.values():
         if known.get(name):
             raise SettingError(

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from dotenv import dotenv_values, set_key
 
+from metrics_pipeline.dotenv_file import can_hold, written
 from metrics_pipeline.errors import InstallError
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.settings import Settings, env_file
+from metrics_pipeline.surroundings import for_children
 
 SECRETS = tuple(name.upper() for name in Settings.group("secrets"))
 
@@ -36,12 +38,17 @@ def remember(values: dict[str, str]) -> None:
     """
     path = env_file()
     known = dotenv_values(path) if path.exists() else {}
+    for name, value in values.items():
+        if not can_hold(value):
+            raise InstallError(
+                f"{name} cannot be written to {path} so that everybody reads it as it is: choose another value"
+            )
     try:
         path.touch(mode=0o600)
         path.chmod(0o600)
         for name, value in values.items():
             if known.get(name) != value:
-                set_key(path, name, value, quote_mode="auto")
+                set_key(path, name, written(value), quote_mode="never")
         path.chmod(0o600)
     except OSError as error:
         raise InstallError(
@@ -62,7 +69,7 @@ def for_python(settings: Settings) -> dict[str, str]:
     parts = {name.upper(): str(getattr(settings, name)) for name in ("kafka_brokers", "connect_workers")}
     ports = {name.upper(): str(getattr(settings, name)) for name in Settings.model_fields if name.endswith("_port")}
     return (
-        os.environ
+        for_children(os.environ, outside=bool(settings.postgres_url))
         | ports
         | parts
         | {
