@@ -11,6 +11,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from metrics_pipeline.data_folder import HEADER
 from metrics_pipeline.errors import BusyError
 
 
@@ -22,9 +23,12 @@ class WebServer:
         port: where to listen; 0 for any, see `port` after `start`.
         variable: the setting that moves the port, for the message when it is taken.
         host: address to listen on (`LISTEN_HOST`); loopback outside containers.
+        identity: of the data folder, with which every answer comes: a port may be another stack's.
     """
 
-    def __init__(self, routes: Sequence[Route], port: int, variable: str, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, routes: Sequence[Route], port: int, variable: str, host: str = "127.0.0.1", identity: str = ""
+    ) -> None:
         self.port = port
         self._host = host
         self._variable = variable
@@ -37,6 +41,7 @@ class WebServer:
                 ws="none",
                 loop="asyncio",
                 timeout_graceful_shutdown=1,
+                headers=[(HEADER, identity)] if identity else [],
             )
         )
         self._socket: socket.socket | None = None

@@ -30,6 +30,7 @@ from starlette.routing import Route
 from metrics_pipeline.copy_sink.counts import LATENCY_BUCKETS, WorkerCounts, WorkerReport
 from metrics_pipeline.copy_sink.progress import POSTGRES_STEPS, STALL_STEPS, Stall, stall_of
 from metrics_pipeline.copy_sink.sessions import SessionWatch
+from metrics_pipeline.data_folder import folder_id
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.web import WebServer
 
@@ -120,6 +121,7 @@ class Supervisor:
             settings.sink_port,
             "SINK_PORT",
             settings.listen_host,
+            folder_id(settings),
         )
 
     @property

@@ -99,6 +99,7 @@ class HealthServer(WebServer):
         registry: CollectorRegistry,
         stall_seconds: float,
         host: str = "127.0.0.1",
+        identity: str = "",
     ) -> None:
         """Prepare; the port is taken by `start`.
 
@@ -108,6 +109,7 @@ class HealthServer(WebServer):
             registry: what `/metrics` shows.
             stall_seconds: seconds without an owed acknowledgement after which `/health` answers 503.
             host: address to listen on.
+            identity: of the data folder.
         """
         self._snapshot = snapshot
         self._registry = registry
@@ -117,7 +119,7 @@ class HealthServer(WebServer):
             Route("/status", self._status),
             Route("/metrics", self._metrics),
         ]
-        super().__init__(routes, port, "PRODUCER_PORT", host)
+        super().__init__(routes, port, "PRODUCER_PORT", host, identity)
 
     async def _health(self, _: Request) -> Response:
         now = self._snapshot()

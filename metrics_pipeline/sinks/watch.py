@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import requests
 
 from metrics_pipeline import kafka
+from metrics_pipeline.answers import ForeignAnswerError, ask
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.settings import CONNECTOR_GROUP, TOPIC, Settings, SinkKind
 from metrics_pipeline.sinks import active
@@ -138,9 +139,11 @@ def copy_sink_problem(settings: Settings) -> str | None:
     """None when the COPY sink of this machine answers that it is well, else why not."""
     place = urlsplit(settings.sink_http).netloc
     try:
-        answer = requests.get(f"{settings.sink_http}/health", timeout=5)
+        answer = ask(settings, f"{settings.sink_http}/health", timeout=5)
     except requests.RequestException as error:
         return f"no answer on {place} ({type(error).__name__})"
+    except ForeignAnswerError as error:
+        return str(error)
     if answer.ok:
         return None
     try:
