@@ -13,13 +13,13 @@ import socket
 import subprocess
 import sysconfig
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import quote
 
 import psycopg
 from psycopg import sql
@@ -27,8 +27,10 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
 from pydantic import SecretStr
 
+from metrics_pipeline.data_folder import cluster_name, folder_id
 from metrics_pipeline.errors import InstallError, ServiceError, SettingError
 from metrics_pipeline.settings import CHECKOUT, ROOT, Role, Settings
+from metrics_pipeline.surroundings import forget_libpq, is_loopback
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -50,6 +52,52 @@ _ROLE_SETTINGS: dict[str, dict[str, str]] = {
     "metrics_producer": {"idle_in_transaction_session_timeout": "1min", "statement_timeout": "30s"},
     "dagster": {},
 }
+_SESSION: dict[str, str] = {
+    # First, since it decides what the others may be.
+    "role": "none",
+    # How values are written and read.
+    "datestyle": "ISO, MDY",
+    "intervalstyle": "postgres",
+    "timezone": "UTC",
+    "timezone_abbreviations": "Default",
+    "bytea_output": "hex",
+    "extra_float_digits": "1",
+    "lc_monetary": "C",
+    "lc_numeric": "C",
+    "lc_time": "C",
+    "xmlbinary": "base64",
+    "xmloption": "content",
+    # How statements are read.
+    "search_path": "public",
+    "standard_conforming_strings": "on",
+    "backslash_quote": "safe_encoding",
+    "array_nulls": "on",
+    "transform_null_equals": "off",
+    "quote_all_identifiers": "off",
+    "check_function_bodies": "on",
+    "row_security": "on",
+    "restrict_nonsystem_relation_kind": "",
+    "default_table_access_method": "heap",
+    # What a session may do, and for how long.
+    "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
+    "default_transaction_deferrable": "off",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "transaction_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "idle_session_timeout": "0",
+    "exit_on_error": "off",
+    "client_min_messages": "notice",
+    "stats_fetch_consistency": "cache",
+}
+"""What every session of ours has, whatever a variable, a role, a database or the server presets; a role's own settings go over it.
+
+PostgreSQL's defaults, but for the zone, the path and the locale. What only makes a statement slower or faster is not ours to say.
+"""
+_AS_IT_IS = {"synchronous_commit": ("on", "remote_write", "remote_apply")}
+"""Presets that may stay as they are when they are one of these: the first of them is set otherwise."""
+
 _TEMPORARY_TABLES: tuple[Role, ...] = ("metrics_writer", "metrics_summarizer")
 
 
@@ -96,7 +144,7 @@ def connect(
     application_name: str | None = None,
     **options: Any,
 ) -> Connection:
-    """Connect to the database of the readings; the session's time zone is UTC.
+    """Connect to the database of the readings; the session is as `session_sql` has it.
 
     Args:
         settings: where PostgreSQL is, and the role's password.
@@ -104,7 +152,7 @@ def connect(
         autocommit: each statement by itself; otherwise psycopg opens a transaction with the first one.
         connect_timeout: seconds to wait for the server.
         application_name: what `pg_stat_activity` shows; default: the program's and the role's name.
-        options: further arguments of `psycopg.connect`.
+        options: further arguments of `psycopg.connect`; those of the server (`options="-c NAME=VALUE"`) are set once connected.
 
     Raises:
         ServiceError: not reachable, password refused, or no such database; says which setting to look at.
@@ -161,22 +209,148 @@ def connect_admin(settings: Settings, database: str = "postgres", **options: Any
     )
 
 
-def _open(settings: Settings, *, variable: str, **options: Any) -> Connection:
+def connect_dagster(settings: Settings, **options: Any) -> Connection:
+    """Connect to Dagster's own database as Dagster's role.
+
+    Raises:
+        ServiceError: as `connect` does.
+    """
+    return _open(
+        settings,
+        user="dagster",
+        password=settings.dagster_password.get_secret_value(),
+        dbname="dagster",
+        variable="DAGSTER_PASSWORD",
+        **{"connect_timeout": CONNECT_SECONDS, "application_name": "metrics-pipeline dagster", **options},
+    )
+
+
+def session_settings(role: str) -> dict[str, str]:
+    """What a session of a role has, whatever is preset for it."""
+    return _SESSION | _ROLE_SETTINGS.get(role, {})
+
+
+def session_options(settings: Mapping[str, str]) -> str:
+    """Settings as the start-up parameter `options`, which not even a time limit of a thousandth of a second comes before."""
+    return " ".join(f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in settings.items())
+
+
+def session_sql(settings: Mapping[str, str]) -> str:
+    """One statement that gives a session these settings, for a program of any kind to begin with.
+
+    Unlike start-up parameters, no pooler in between refuses it.
+    """
+    return f"SELECT {_set_configs(settings)}"
+
+
+def _set_configs(settings: Mapping[str, str]) -> str:
+    calls = [f"set_config({_literal(name)}, {_literal(value)}, false)" for name, value in settings.items()]
+    for name, good in _AS_IT_IS.items():
+        present = f"current_setting({_literal(name)})"
+        kept = f"CASE WHEN {present} IN ({', '.join(map(_literal, good))}) THEN {present} ELSE {_literal(good[0])} END"
+        calls.append(f"set_config({_literal(name)}, {kept}, false)")
+    return ", ".join(calls)
+
+
+def _literal(value: str) -> str:
+    """As SQL reads it whatever `standard_conforming_strings` is; of ours, none has a backslash."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _open(settings: Settings, *, variable: str, autocommit: bool = False, **options: Any) -> Connection:
     host, port = settings.postgres_host, settings.postgres_host_port
+    outside = bool(settings.postgres_url)
+    forget_libpq(os.environ, outside=outside)
     try:
         # What an existing server's URL says beyond host, user and database (sslmode, …) holds for every role.
-        extra = conninfo_to_dict(settings.postgres_url) if settings.postgres_url else {}
+        extra = conninfo_to_dict(settings.postgres_url) if outside else _EMBEDDED
     except psycopg.ProgrammingError as error:
         # libpq quotes the piece it cannot read, which may be the password.
         raise SettingError(
             "POSTGRES_URL cannot be read: write postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
         ) from error
-    server_options = " ".join(["-c timezone=UTC", str(extra.get("options") or ""), options.pop("options", "")]).strip()
-    arguments = {**extra, "host": host, "port": port, **options, "options": server_options}
+    wanted = session_settings(options["user"]) | _server_options(options.pop("options", ""))
+    arguments = {**extra, "host": host, "port": port, "client_encoding": "utf8", **options}
     try:
-        return psycopg.connect(**arguments)
+        connection = _connect(arguments, wanted)
     except psycopg.OperationalError as error:
         raise ServiceError(_why(settings, error, arguments, variable)) from error
+    except (psycopg.Error, *NO_DATABASE_ERRORS) as error:
+        raise ServiceError(f"PostgreSQL at {host}:{port} cannot be used: {one_line(error)}") from error
+    try:
+        _begin(settings, connection, wanted)
+        connection.autocommit = autocommit
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, (psycopg.Error, *NO_DATABASE_ERRORS)):
+            raise ServiceError(
+                f"PostgreSQL at {host}:{port} does not give {options['user']} the session it needs: {one_line(error)}"
+            ) from error
+        raise
+    return connection
+
+
+def _connect(arguments: dict[str, Any], wanted: dict[str, str]) -> Connection:
+    """A session that has its settings from its first moment, where nobody in between refuses that."""
+    place = (arguments["host"], arguments["port"])
+    if place not in _POOLERS:
+        given = f"{arguments.get('options', '')} {session_options(wanted)}".strip()
+        try:
+            return psycopg.connect(**{**arguments, "options": given}, autocommit=True)
+        except psycopg.OperationalError as error:
+            if "startup parameter" not in str(error):
+                raise
+            _POOLERS.add(place)
+    return psycopg.connect(**arguments, autocommit=True)
+
+
+_POOLERS: set[tuple[str, int]] = set()
+"""Where a pooler refused start-up parameters (PgBouncer: «unsupported startup parameter»), so that nobody asks again."""
+
+_EMBEDDED = {"sslmode": "disable", "gssencmode": "disable", "require_auth": "scram-sha-256"}
+"""How the embedded server is met. By SCRAM it proves, too, that it knows the password: another one on its port does not."""
+
+
+def _begin(settings: Settings, connection: Connection, wanted: Mapping[str, str]) -> None:
+    """Give a new session its settings, and see that the server is one that it can work with.
+
+    Raises:
+        ServiceError: it is another data folder's, holds no UTF-8, or presets what a role without superuser cannot change.
+    """
+    told = ", ".join(f"current_setting('{name}')" for name in ("cluster_name", "server_encoding", *_PRESET))
+    row = connection.execute(f"SELECT {told}, {_set_configs(wanted)}").fetchone() or ()
+    cluster, encoding, *presets = map(str, row[: 2 + len(_PRESET)])
+    place = f"PostgreSQL at {settings.postgres_host}:{settings.postgres_host_port}"
+    ours = "" if settings.postgres_url else folder_id(settings)
+    if ours and cluster != cluster_name(ours):
+        raise ServiceError(
+            f"what answers at {settings.postgres_host}:{settings.postgres_host_port} is not the PostgreSQL of "
+            f"{settings.data_dir}: start that with `metrics-pipeline up`, set POSTGRES_PORT to where it is, "
+            "or name another server by POSTGRES_URL"
+        )
+    if connection.info.dbname not in (settings.metrics_database, "dagster"):
+        return  # only looked at by who makes the others
+    if encoding != "UTF8":
+        raise ServiceError(
+            f"{place}: the encoding of database {connection.info.dbname} is {encoding}, and readings are UTF-8: make it anew "
+            "with ENCODING 'UTF8', or set POSTGRES_DB to another one"
+        )
+    for (name, needed), preset in zip(_PRESET.items(), presets, strict=True):
+        if preset != needed:
+            raise ServiceError(
+                f"{place} presets {name} = {preset} for {connection.info.user} in {connection.info.dbname}, without which "
+                f"nothing would be counted: ALTER ROLE or ALTER DATABASE … RESET {name}, as superuser"
+            )
+
+
+_PRESET = {"session_replication_role": "origin", "track_counts": "on", "track_activities": "on"}
+"""What only a superuser may set, and what has to be so: triggers that fire, and counters that count."""
+
+
+def _server_options(text: str) -> dict[str, str]:
+    """`-c NAME=VALUE …` as a mapping."""
+    given = (word for word in text.split() if word != "-c")
+    return {name: value for name, _, value in (word.partition("=") for word in given)}
 
 
 def _why(settings: Settings, error: psycopg.OperationalError, arguments: dict[str, Any], variable: str) -> str:
@@ -264,13 +438,19 @@ def _statements(settings: Settings, what: str) -> Iterator[None]:
     """Turn an error of a statement into one line that says what could not be done."""
     try:
         yield
-    except psycopg.Error as error:
+    except (psycopg.Error, *NO_DATABASE_ERRORS) as error:
         place = f"PostgreSQL at {settings.postgres_host}:{settings.postgres_host_port}"
         raise ServiceError(f"{place} could not {what}: {one_line(error)}") from error
 
 
-def one_line(error: psycopg.Error) -> str:
+NO_DATABASE_ERRORS = (ValueError, LookupError, NotImplementedError, OverflowError)
+"""What psycopg lets through of Python's own errors: text that is no UTF-8, an encoding or a date that Python does not have."""
+
+
+def one_line(error: Exception) -> str:
     """The server's message with its detail and hint, without the statement; secrets are never among them."""
+    if not isinstance(error, psycopg.Error):
+        return " ".join(str(error).split()) or type(error).__name__
     parts = [error.diag.message_primary or str(error), error.diag.message_detail, error.diag.message_hint]
     return "; ".join(" ".join(part.split()) for part in parts if part) + (
         f" ({error.sqlstate})" if error.sqlstate else ""
@@ -348,8 +528,11 @@ def _change(settings: Settings, *command: str) -> tuple[list[str], list[str]]:
         if command[0] == "rollback" and not before.applied and not before.missing:
             return [], []
         # dbmate's driver insists on TLS unless told otherwise; this connection knows what the server offers.
-        encrypted = conn.pgconn.ssl_in_use and not _is_loopback(settings.postgres_host)
-        url = f"{settings.role_url('metrics_owner')}?sslmode={'require' if encrypted else 'disable'}"
+        encrypted = conn.pgconn.ssl_in_use and not is_loopback(settings.postgres_host)
+        # It has no way to begin a session with a statement.
+        begin = quote(session_options(session_settings("metrics_owner")))
+        mode = "require" if encrypted else "disable"
+        url = f"{settings.role_url('metrics_owner')}?sslmode={mode}&options={begin}"
         _dbmate(
             {"METRICS_MIGRATION_URL": url},
             "--env=METRICS_MIGRATION_URL",
@@ -362,13 +545,6 @@ def _change(settings: Settings, *command: str) -> tuple[list[str], list[str]]:
         after = _status(conn)
     old, new = (status.applied + status.missing for status in (before, after))
     return [name for name in old if name not in new], [name for name in new if name not in old]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _dbmate(environment: dict[str, str], *arguments: str) -> None:
@@ -422,6 +598,10 @@ def run_sql(settings: Settings, statement: str, *, timeout_seconds: float = STAT
                 raise ServiceError("SQL refused: COPY cannot be run here: write a SELECT, and choose --csv") from error
             at = _line(statement, error.diag.statement_position)
             raise ServiceError(f"SQL failed{at}: {one_line(error)}") from error
+        except NO_DATABASE_ERRORS as error:
+            raise ServiceError(
+                f"SQL gave a value that cannot be shown ({one_line(error)}): cast it to text in the query"
+            ) from error
 
 
 def _line(statement: str, position: str | None) -> str:

@@ -4,7 +4,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import dagster as dg
-import psycopg
 
 from metrics_pipeline import postgres, rejects, summaries
 from metrics_pipeline.defs import chart
@@ -257,7 +256,7 @@ def purge_runs(context: dg.OpExecutionContext, pipeline: Pipeline) -> None:
     for run_id in gone:
         instance.delete_run(run_id)
         instance.compute_log_manager.delete_logs(prefix=[run_id])
-    with psycopg.connect(settings.dagster_postgres_url) as connection:
+    with postgres.connect_dagster(settings) as connection:
         # Dagster deletes these neither with their run nor by age.
         connection.execute(postgres.query("purge_check_history"), {"hours": settings.run_retention_hours})
     context.log.info(f"deleted {len(gone)} runs from before {before:%Y-%m-%d %H:%M} UTC")

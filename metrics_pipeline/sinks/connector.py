@@ -15,7 +15,7 @@ import requests
 import stamina
 from stamina.instrumentation import set_on_retry_hooks
 
-from metrics_pipeline import kafka
+from metrics_pipeline import kafka, loopback
 from metrics_pipeline.change import Change
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.settings import CONNECTOR, ROOT, Settings
@@ -153,14 +153,16 @@ class ConnectClient:
         self._patience = patience
         self._cluster = cluster
         self._known_cluster = ""
-        self._session = requests.Session()
-        # A proxy of the machine has no business between us and a service beside us.
-        self._session.trust_env = False
+        self._sessions = {url: loopback.session(url) for url in self._urls}
 
     @property
     def _url(self) -> str:
         """The worker that answered last."""
         return self._urls[0]
+
+    @property
+    def _session(self) -> requests.Session:
+        return self._sessions[self._url]
 
     def version(self) -> str:
         """Connect's version.

@@ -14,10 +14,9 @@ from uuid import UUID
 from xml.etree import ElementTree as ET
 
 import dagster as dg
-import psycopg
 import pytest
 
-from metrics_pipeline import rejects, summaries
+from metrics_pipeline import postgres, rejects, summaries
 from metrics_pipeline.definitions import defs
 from metrics_pipeline.defs import chart, monitoring
 from metrics_pipeline.defs.provisioning import metrics_schema, metrics_sink_connector, metrics_topic
@@ -311,7 +310,7 @@ def test_old_runs_and_their_logs_go_except_those_that_provisioned(monkeypatch: p
             assert "asset_check_executions" in statement
             purged.append(parameters)
 
-    monkeypatch.setattr(psycopg, "connect", lambda _url: Connection())
+    monkeypatch.setattr(postgres, "connect_dagster", lambda _settings: Connection())
     monkeypatch.setattr(monitoring, "datetime", _Later)
     monkeypatch.setattr("metrics_pipeline.defs.monitoring.ledger.purge", lambda _settings: purged.append("ledger"))
     with dg.instance_for_test() as instance:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from metrics_pipeline import kafka
+from metrics_pipeline import kafka, postgres
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.settings import CONNECTOR, ROOT, Settings
@@ -341,3 +341,12 @@ def test_a_worker_of_another_cluster_among_ours_is_passed_over(fake: FakeConnect
         settings = Settings(connect_workers=2, connect_port=first, connect_2_port=second)
         assert connector.ensure_connector(settings).state == "created"
         assert (other.asked, other.requests) == ([], [])
+
+
+def test_the_connectors_sessions_begin_as_ours_do() -> None:
+    """Its pool has a statement for it: what a role or a database presets changes nothing of what it stores.
+
+    It is said in a transaction, and a later one that fails must not take it back.
+    """
+    wanted = postgres.session_sql(postgres.session_settings("metrics_writer"))
+    assert connector.connector_config()["hibernate.agroal.initialSQL"] == f"{wanted}; COMMIT"
