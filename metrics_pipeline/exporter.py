@@ -25,6 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from metrics_pipeline import kafka, postgres, summaries
+from metrics_pipeline.data_folder import folder_id
 from metrics_pipeline.errors import PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR_GROUP, COPY_GROUP, TOPIC, Settings
 from metrics_pipeline.sinks import active, connector
@@ -44,6 +45,9 @@ PRODUCER_SECONDS: Final = 30
 """A producer whose run reported within this time is up; between two runs it is silent for a few seconds."""
 DAEMON_SECONDS: Final = 120.0
 """Dagster's daemons give a sign of life every 30 s."""
+
+CLOCK_SECONDS: Final = 5.0
+"""A sign of life from further ahead is none: the clock was set back since."""
 
 TASK_STATES: Final = ("RUNNING", "UNASSIGNED", "PAUSED", "FAILED", "RESTARTING", "STOPPED")
 
@@ -337,16 +341,18 @@ class DagsterSource:
 
     def __call__(self) -> list[Metric]:
         """Ask Dagster's database."""
-        with psycopg.connect(
-            self._settings.dagster_postgres_url,
+        with postgres.connect_dagster(
+            self._settings,
             autocommit=True,
             connect_timeout=CONNECT_SECONDS,
             application_name="metrics-pipeline exporter",
         ) as connection:
             (silence,) = connection.execute(postgres.query("exporter_daemons")).fetchone() or (None,)
             runs = connection.execute(postgres.query("exporter_dagster")).fetchall()
-        if silence is None or silence > DAEMON_SECONDS:
-            since = "ever" if silence is None else f"{silence:.0f} s"
+        if silence is None or not -CLOCK_SECONDS < silence <= DAEMON_SECONDS:
+            since = (
+                "ever" if silence is None else f"{silence:.0f} s" if silence > 0 else "as long as the clock is set back"
+            )
             raise ServiceError(
                 f"Dagster's daemon has given no sign of life for {since}: see `metrics-pipeline logs daemon`"
             )
@@ -368,7 +374,7 @@ class Exporter(WebServer):
     def __init__(self, settings: Settings) -> None:
         self.metrics = PipelineMetrics(settings)
         routes = [Route("/metrics", self._metrics), Route("/health", self._health)]
-        super().__init__(routes, settings.exporter_port, "EXPORTER_PORT", settings.listen_host)
+        super().__init__(routes, settings.exporter_port, "EXPORTER_PORT", settings.listen_host, folder_id(settings))
 
     def stop(self) -> None:
         """Give the port back, and ask the parts no more."""

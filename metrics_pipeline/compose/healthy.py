@@ -23,7 +23,7 @@ def main(*urls: str) -> int:
         try:
             if "://" not in url:
                 age = time.time() - Path(url).stat().st_mtime
-                if age > ALIVE_SECONDS:
+                if not -ALIVE_SECONDS < age <= ALIVE_SECONDS:  # the clock may have been set back since
                     sys.stderr.write(f"{url}: last touched {age:.0f} s ago\n")
                     return 1
                 continue

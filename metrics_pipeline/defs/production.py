@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ SPARE_SECONDS: Final = 60.0
 """What a run may take beyond its length, its flush and the wait for the storage before it is ended from outside."""
 GONE_SECONDS: Final = 60.0
 """A run that is STARTED and has not held the producer's lock for this long has lost its process."""
+TICK_SECONDS: Final = 30.0
+"""What a tick of the sensor counts for at most: the clock between two of them may have been set."""
+CLOCK_SECONDS: Final = 5.0
+"""By how much two clocks may differ before one of them is said to have been set."""
 FIRST_PAUSE_SECONDS: Final = 5.0
 LONGEST_PAUSE_SECONDS: Final = 60.0
 
@@ -79,9 +84,16 @@ class Watch:
         self._settings = settings
         self._observed = time.monotonic()
         self._meter = active.LagMeter(settings)
-        limit = settings.producer_run_seconds + settings.producer_flush_seconds + STORAGE_SECONDS + SPARE_SECONDS
+        self._limit = settings.producer_run_seconds + settings.producer_flush_seconds + STORAGE_SECONDS + SPARE_SECONDS
+        self._begun = time.time() - time.monotonic()
+        self._shift = 0.0
+        self._bound()
+
+    def _bound(self) -> None:
+        """Tell Dagster how long the run may take. It goes by the machine's clock: when that is set, so is the bound."""
+        limit = max(1, int(self._limit + self._shift))
         with storage_may_be_away():
-            context.instance.add_run_tags(context.run_id, {dg.MAX_RUNTIME_SECONDS_TAG: str(int(limit))})
+            self._context.instance.add_run_tags(self._context.run_id, {dg.MAX_RUNTIME_SECONDS_TAG: str(limit)})
 
     def progress(self, snapshot: Snapshot) -> None:
         """Observe the topic when it is time to.
@@ -89,6 +101,10 @@ class Watch:
         Raises:
             DagsterExecutionInterruptedError: see `end_when_cancelled`.
         """
+        shift = time.time() - time.monotonic() - self._begun
+        if abs(shift - self._shift) > CLOCK_SECONDS:
+            self._shift = shift
+            self._bound()
         if time.monotonic() - self._observed < OBSERVE_SECONDS:
             return
         self._observed = time.monotonic()
@@ -219,9 +235,12 @@ def _while_active(
     if run.status != dg.DagsterRunStatus.STARTED or (lock is not None and run.run_id in lock.name):
         return dg.SensorResult(skip_reason=f"run {run.run_id[:8]} is {run.status.value}", cursor="")
     seen = json.loads(context.cursor or "{}")
-    since = seen["since"] if seen.get("run") == run.run_id else time.time()
-    if time.time() - since < GONE_SECONDS:
-        cursor = json.dumps({"run": run.run_id, "since": since})
+    now, gone = time.time(), 0.0
+    if seen.get("run") == run.run_id:
+        # From tick to tick, and none for longer than it can have taken.
+        gone = seen.get("gone", 0.0) + min(max(now - seen.get("at", now), 0.0), TICK_SECONDS)
+    if gone < GONE_SECONDS:
+        cursor = json.dumps({"run": run.run_id, "gone": gone, "at": now})
         return dg.SensorResult(skip_reason=f"run {run.run_id[:8]} does not hold the producer's lock", cursor=cursor)
     reason = f"its process is gone: it has not held the producer's lock for {GONE_SECONDS:.0f} s"
     context.instance.report_run_failed(run, reason)
@@ -231,13 +250,14 @@ def _while_active(
 def pause_after_failures(instance: dg.DagsterInstance, job: str, now: float) -> float:
     """Seconds still to wait: a run that cannot work should not be started every five seconds."""
     pause = 0.0
-    ended = 0.0
-    for record in instance.get_run_records(dg.RunsFilter(job_name=job), limit=5):
+    records = instance.get_run_records(dg.RunsFilter(job_name=job), limit=5)
+    for record in records:
         if record.dagster_run.status != dg.DagsterRunStatus.FAILURE:
             break
-        ended = max(ended, record.end_time or 0.0)
         pause = min(LONGEST_PAUSE_SECONDS, max(FIRST_PAUSE_SECONDS, 2 * pause))
-    return ended + pause - now
+    ended = (records[0].end_time or 0.0) if records else 0.0
+    # A newest end in the future is from before the clock was set back: it says nothing, and the next one will.
+    return 0.0 if ended - now > CLOCK_SECONDS else ended + pause - now
 
 
 @dg.sensor(minimum_interval_seconds=5, default_status=dg.DefaultSensorStatus.RUNNING)
@@ -267,11 +287,17 @@ def sink_repair_sensor(context: dg.SensorEvaluationContext, pipeline: Pipeline) 
 
 
 def producing(instance: dg.DagsterInstance, settings: Settings) -> float | None:
-    """Seconds since a producer, however started, was meant to run; None when none is."""
+    """Seconds since a producer, however started, was meant to run; None when none is.
+
+    For ever when it seems to begin in the future: the clock was set back, and nothing may be excused by a start just now.
+    """
     begun = [record.start_time for record in active_runs(instance, produce_metrics.name) if record.start_time]
     if lock := ledger.holder(settings):
         begun.append(lock.since.timestamp())
-    return time.time() - min(begun) if begun else None
+    if not begun:
+        return None
+    age = time.time() - min(begun)
+    return math.inf if age < -CLOCK_SECONDS else max(age, 0.0)
 
 
 DEFINITIONS = dg.Definitions(jobs=[produce_metrics], sensors=[producer_sensor, sink_repair_sensor])

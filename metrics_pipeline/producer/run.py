@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID, uuid4
 
 import confluent_kafka
 
+from metrics_pipeline.data_folder import folder_id
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.kafka import TopicWatch
 from metrics_pipeline.producer.deliveries import Deliveries, Ranges, merged
@@ -80,10 +81,20 @@ class RunReport:
         )
 
 
-def simulated(
-    settings: ProducerSettings, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
-) -> Iterator[list[Message]]:
-    """Rounds of the simulated fleet without end; a round is empty when it is asked for too early."""
+def steady_clock() -> Callable[[], datetime]:
+    """A clock that goes on from now as time passes, whatever is done to the machine's clock meanwhile."""
+    begun, start = datetime.now(UTC), time.monotonic()
+    return lambda: begun + timedelta(seconds=time.monotonic() - start)
+
+
+def simulated(settings: ProducerSettings, clock: Callable[[], datetime] | None = None) -> Iterator[list[Message]]:
+    """Rounds of the simulated fleet without end; a round is empty when it is asked for too early.
+
+    Args:
+        settings: sizes and seed.
+        clock: of the readings; by default one that no step of the machine's clock stops, or lets run ahead.
+    """
+    clock = clock or steady_clock()
     generator = Generator(settings, clock())
     while True:
         yield generator.round(clock())
@@ -150,7 +161,12 @@ class Producer:
         if simulation if serve is None else serve:
             stall = settings.producer_stall_seconds
             self._server = HealthServer(
-                settings.producer_port, self.snapshot, metrics.registry, stall, settings.listen_host
+                settings.producer_port,
+                self.snapshot,
+                metrics.registry,
+                stall,
+                settings.listen_host,
+                folder_id(settings),
             )
         self._deliveries = Deliveries(self._probe.offer, clock)
         self._publisher = Publisher(

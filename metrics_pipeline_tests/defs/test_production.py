@@ -97,7 +97,9 @@ class FakeClock:
     def sleep(cls, seconds: float) -> None:
         cls.now += seconds
 
-    time = staticmethod(time.time)
+    @staticmethod
+    def time() -> float:
+        return time.time()
 
 
 @pytest.fixture
@@ -428,6 +430,62 @@ def test_a_run_whose_process_is_gone_is_ended_and_followed(world: World) -> None
     assert ended.status == dg.DagsterRunStatus.FAILURE
     world.lock = None
     assert world.tick(120) == "launch"
+
+
+def test_a_clock_that_is_set_ends_no_run_and_keeps_none_that_lost_its_process(world: World) -> None:
+    """One step of the clock counts for a tick, whichever way it goes."""
+    run = world.run(dg.DagsterRunStatus.STARTED)
+    assert "does not hold" in world.tick()
+    assert "does not hold" in world.tick(86_400), "ended by a step forward"
+    assert "does not hold" in world.tick(-2 * 86_400)
+    ticks = 0
+    while "its process is gone" not in world.tick():
+        ticks += 1
+        assert ticks <= production.GONE_SECONDS / 5, "kept by a step back"
+    ended = world.instance.get_run_by_id(run.run_id)
+    assert ended is not None
+    assert ended.status == dg.DagsterRunStatus.FAILURE
+
+
+def test_a_clock_that_is_set_back_does_not_keep_the_next_run_waiting(world: World) -> None:
+    run = world.run(dg.DagsterRunStatus.STARTED)
+    world.instance.report_run_failed(run)
+    assert "the last runs failed" in world.tick(0)
+    waited = 0.0
+    world.now -= 86_400
+    while world.tick() != "launch":
+        waited += 5
+        assert waited <= production.LONGEST_PAUSE_SECONDS + 5, "it waits for the clock"
+
+
+@pytest.mark.parametrize(("ahead", "excused"), [(-3, True), (2, True), (3600, False), (60, False)])
+def test_a_start_in_the_future_excuses_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, ahead: float, excused: bool
+) -> None:
+    """The clock was set back: a check that lets a start just now pass would be green until the clock is there again."""
+    world.lock = Holder("producer run x", datetime.fromtimestamp(world.now + ahead, UTC))
+    since = production.producing(world.instance, Settings.load())
+    assert since is not None
+    assert (0 <= since < 60) is excused
+
+
+@pytest.mark.parametrize("step", [86_400, -86_400])
+def test_the_bound_of_a_run_goes_with_the_clock(
+    instance: dg.DagsterInstance, producer: type[FakeProducer], monkeypatch: pytest.MonkeyPatch, step: float
+) -> None:
+    """Dagster ends a run by the machine's clock."""
+    wall = {"shift": 0.0}
+    monkeypatch.setattr(FakeClock, "time", staticmethod(lambda: FakeClock.now + wall["shift"]))
+
+    def script(self: FakeProducer) -> None:
+        self.progress()
+        wall["shift"] = step
+        self.progress()
+
+    producer.script = script
+    run = instance.get_run_by_id(produce(instance, producer_run_seconds=100, producer_flush_seconds=30).run_id)
+    assert run is not None
+    assert int(run.tags["dagster/max_runtime"]) == pytest.approx(max(1, 250 + step), abs=2)
 
 
 def test_a_lock_that_was_lost_for_a_moment_ends_nothing(world: World) -> None:

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
@@ -563,3 +563,31 @@ SETTING_TESTS = {
 
 def test_every_setting_of_the_producer_has_its_test() -> None:
     assert set(SETTING_TESTS) == set(ProducerSettings.model_fields)
+
+
+@pytest.mark.parametrize("step", [timedelta(hours=-1), timedelta(hours=1)], ids=["back", "forward"])
+def test_a_clock_that_is_set_neither_keeps_the_producer_waiting_nor_moves_its_readings(
+    step: timedelta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself a generator waits until the clock is where it was."""
+    shift = timedelta()
+
+    class Machine(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]  # of the class that it replaces
+            return datetime.now(tz) + shift
+
+    monkeypatch.setattr(producer, "datetime", Machine)
+    rounds = producer.simulated(Settings(producer_min_metrics=6, producer_max_metrics=6, producer_max_devices=3))
+    before = [next(rounds) for _ in range(3)]
+    shift = step
+    after: list[Message] = []
+
+    def came() -> bool:
+        after.extend(next(rounds))
+        return bool(after)
+
+    assert until(came), "it waits for the clock"
+    keys = [json.loads(key) for batch in [*before, after] for key, _ in batch]
+    moments = [datetime.fromisoformat(key["published_at"]) for key in keys]
+    assert max(moments) - min(moments) < timedelta(minutes=1)
