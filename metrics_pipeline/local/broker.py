@@ -159,14 +159,14 @@ def _service(
         require_same_brokers(settings)
         node.data.mkdir(parents=True, exist_ok=True)
         node.file.parent.mkdir(parents=True, exist_ok=True)
-        node.file.write_text("".join(f"{name}={value}\n" for name, value in properties(settings, node).items()))
+        node.file.write_text(java.properties(properties(settings, node)), "ascii")
         if not (node.data / "meta.properties").exists():
             with identity:
                 cluster = _new_identity() if alone else _shared_identity(node.data.parent / "cluster-id")
             _format(environment, node.file, cluster)
 
     def check() -> str | None:
-        return _no_answer(f"127.0.0.1:{node.port}", node.id)
+        return _no_answer(f"127.0.0.1:{node.port}", node.id, written_cluster(settings))
 
     return Service(
         name=node.name,
@@ -179,6 +179,7 @@ def _service(
         prepare=prepare,
         cwd=settings.data_dir,
         stop_seconds=45,
+        first_cause=java.first_cause,
         start_seconds=180,  # unclean shutdown: the logs are read again
     )
 
@@ -192,22 +193,48 @@ def look(settings: Settings) -> tuple[bool, str | None]:
     """Whether there is a broker to work with, and what is wrong; a cluster may lack one and work."""
     client = _client(settings.bootstrap_servers)
     try:
-        brokers = len(client.list_topics(timeout=3).brokers)
+        known = client.list_topics(timeout=3)
     except KafkaException as error:
         return False, f"no answer on {settings.bootstrap_servers}: {error.args[0].str()}"
+    if problem := _foreign(settings.bootstrap_servers, known.cluster_id, written_cluster(settings)):
+        return False, problem
+    brokers = len(known.brokers)
     if not brokers:
         return False, "no broker in the cluster yet"
     missing = 0 if settings.kafka_url else settings.kafka_brokers - brokers
     return True, f"{missing} of {settings.kafka_brokers} brokers away" if missing > 0 else None
 
 
-def _no_answer(address: str, node: int) -> str | None:
+def written_cluster(settings: Settings) -> str:
+    """The id of the Kafka cluster in the data folder; empty when none was made there, or KAFKA_URL names one elsewhere."""
+    if settings.kafka_url:
+        return ""
+    for node in nodes(settings):
+        try:
+            lines = (node.data / "meta.properties").read_text("utf-8").splitlines()
+        except OSError:
+            continue
+        if found := [line.partition("=")[2].strip() for line in lines if line.startswith("cluster.id=")]:
+            return found[0]
+    return ""
+
+
+def _foreign(address: str, theirs: str | None, ours: str) -> str | None:
+    if not ours or not theirs or theirs == ours:
+        return None
+    return f"what answers on {address} is a broker of another Kafka cluster ({theirs}): it is left alone"
+
+
+def _no_answer(address: str, node: int, cluster: str) -> str | None:
     """None when the broker at this address answers and has its place in the cluster."""
     client = _client(address)
     try:
-        brokers = client.list_topics(timeout=3).brokers
+        known = client.list_topics(timeout=3)
     except KafkaException as error:
         return f"no answer on {address}: {error.args[0].str()}"
+    if problem := _foreign(address, known.cluster_id, cluster):
+        return problem
+    brokers = known.brokers
     if not brokers:
         return "no broker in the cluster yet"
     return None if node in brokers else f"broker {node} has not joined the cluster yet"
@@ -231,12 +258,17 @@ def _shared_identity(file: Path) -> str:
     return file.read_text().strip()
 
 
+def _reason(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()]
+    return (java.first_cause(lines) or (lines or ["no output"])[0]).strip()[:300]
+
+
 def _format(environment: dict[str, str], file: Path, identity: str) -> None:
     arguments = ["format", f"--cluster-id={identity}", "--config", str(file)]
     command = java.command("kafka.tools.StorageTool", arguments, 128 * MIB)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise InstallError(
-            f"the broker's storage could not be formatted: {(done.stderr or done.stdout).strip()[-300:]}; "
+            f"the broker's storage could not be formatted: {_reason(done.stdout + done.stderr)}; "
             "if it is of an older version, `metrics-pipeline reset` starts afresh"
         )

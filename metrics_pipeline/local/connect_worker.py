@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import requests
+
+from metrics_pipeline import loopback
 from metrics_pipeline.local import broker, java
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.service import Service, http_problem, silence
@@ -58,7 +61,7 @@ def command(worker: Path, heap: int, *options: str) -> list[str]:
 def write_worker_file(worker: Path, plugin: Path) -> None:
     """Our worker file, with the folder of the plugin."""
     worker.parent.mkdir(parents=True, exist_ok=True)
-    worker.write_text(f"{WORKER_FILE.read_text()}plugin.path={plugin}\n")
+    worker.write_text(f"{WORKER_FILE.read_text('utf-8')}{java.properties({'plugin.path': str(plugin)})}", "utf-8")
 
 
 def _service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: Path, name: str) -> Service:
@@ -68,7 +71,7 @@ def _service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: P
     worker = settings.data_dir / "config" / ("worker.properties" if not number else f"worker-{number}.properties")
 
     def check() -> str | None:
-        return connect_problem(url)
+        return connect_problem(settings, url)
 
     return Service(
         name=name,
@@ -85,14 +88,34 @@ def _service(settings: Settings, budget: Budget, jars: Sequence[Path], plugin: P
         cwd=settings.data_dir,
         stop_seconds=45,
         start_seconds=120,
+        first_cause=java.first_cause,
     )
 
 
-def connect_problem(url: str) -> str | None:
-    """None when the worker answers, has joined its group and has the connector's plugin, else why not."""
+def connect_problem(settings: Settings, url: str) -> str | None:
+    """None when the worker answers, is of our Kafka cluster, has joined its group and has the connector's plugin, else why not."""
+    if (problem := _foreign(settings, url)) is not None:
+        return problem
     if (problem := http_problem(f"{url}/connectors")) is not None:
         return problem
     plugin = connector_config()["connector.class"]
     if http_problem(f"{url}/connector-plugins/{plugin}/config") is None:
         return None
     return f"Kafka Connect on {urlsplit(url).netloc} has no plugin {plugin}: correct plugin.path in its worker's file"
+
+
+def _foreign(settings: Settings, url: str) -> str | None:
+    """Why what answers is not a worker of ours; None for one that CONNECT_URL names, whosever it is."""
+    ours = "" if settings.connect_url else broker.written_cluster(settings)
+    if not ours:
+        return None
+    place = urlsplit(url).netloc
+    try:
+        theirs = loopback.get(f"{url}/", timeout=5).json()["kafka_cluster_id"]
+    except requests.RequestException as error:
+        return f"no answer on {place} ({type(error).__name__})"
+    except (KeyError, TypeError):
+        return f"what answers on {place} is no Kafka Connect"
+    return (
+        None if theirs == ours else f"what answers on {place} is the Kafka Connect of another Kafka cluster ({theirs})"
+    )

@@ -96,7 +96,8 @@ def postgres_platform() -> str:
 
 def cache_dir(settings: Settings) -> Path:
     """Where the jars are kept between runs."""
-    return settings.pipeline_cache_dir or Path(user_cache_dir("metrics-pipeline"))
+    # Absolute: the class path is read by processes that stand elsewhere.
+    return (settings.pipeline_cache_dir or Path(user_cache_dir("metrics-pipeline"))).absolute()
 
 
 def needed(uses: Iterable[str]) -> list[LockedJar]:

@@ -143,7 +143,7 @@ def test_a_connect_that_is_stopped_is_named_killed_and_started_again(stack: Runn
     with kept(settings, service) as told:
         began = time.monotonic()
         former.suspend()
-        assert "no answer on" in str(connect_problem(settings.connect_rest))
+        assert "no answer on" in str(connect_problem(settings, settings.connect_rest))
         assert until(lambda: service.process is not former, 30), told
         assert time.monotonic() - began < PATIENCE + 15
         assert "Kafka Connect does not answer for" in told[0]

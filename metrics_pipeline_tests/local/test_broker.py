@@ -155,13 +155,33 @@ def test_ports_that_nobody_uses_need_not_be_free(tmp_path: Path) -> None:
 def test_a_cluster_that_lacks_a_broker_works_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, object], found: int, expected: object
 ) -> None:
-    metadata = SimpleNamespace(brokers=dict.fromkeys(range(1, found + 1)))
+    metadata = SimpleNamespace(cluster_id="c1", brokers=dict.fromkeys(range(1, found + 1)))
     monkeypatch.setattr(broker, "_client", lambda addresses: SimpleNamespace(list_topics=lambda timeout: metadata))
     assert broker.look(settings(tmp_path, **given)) == expected
 
 
 def test_a_broker_is_well_when_it_has_its_place_in_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    metadata = SimpleNamespace(brokers={1: None, 3: None})
+    metadata = SimpleNamespace(cluster_id="c1", brokers={1: None, 3: None})
     monkeypatch.setattr(broker, "_client", lambda addresses: SimpleNamespace(list_topics=lambda timeout: metadata))
-    assert broker._no_answer("127.0.0.1:1", 3) is None
-    assert broker._no_answer("127.0.0.1:1", 2) == "broker 2 has not joined the cluster yet"
+    assert broker._no_answer("127.0.0.1:1", 3, "c1") is None
+    assert broker._no_answer("127.0.0.1:1", 2, "") == "broker 2 has not joined the cluster yet"
+    assert str(broker._no_answer("127.0.0.1:1", 3, "c2")).startswith(
+        "what answers on 127.0.0.1:1 is a broker of another Kafka"
+    )
+
+
+@pytest.mark.parametrize("brokers", [1, 3])
+def test_a_broker_of_another_cluster_is_nobodys_of_ours(
+    brokers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = settings(tmp_path, kafka_brokers=brokers)
+    metadata = SimpleNamespace(cluster_id="theirs", brokers=dict.fromkeys(range(1, brokers + 1)))
+    monkeypatch.setattr(broker, "_client", lambda addresses: SimpleNamespace(list_topics=lambda timeout: metadata))
+    assert broker.look(own) == (True, None), "nothing was ever made in this folder"
+    node = broker.nodes(own)[-1]
+    node.data.mkdir(parents=True)
+    (node.data / "meta.properties").write_text("#\nnode.id=1\ncluster.id=ours\nversion=1\n")
+    answers, problem = broker.look(own)
+    assert not answers
+    assert str(problem).endswith("is a broker of another Kafka cluster (theirs): it is left alone")
+    assert broker.look(settings(tmp_path, kafka_brokers=brokers, kafka_url="127.0.0.1:1"))[1] is None
