@@ -234,13 +234,18 @@ def doctor() -> None:
 @app.command()
 def reset(yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False) -> None:
     """Delete all data and logs of this stack. Settings and downloaded jars stay."""
+    from metrics_pipeline.local import lock
     from metrics_pipeline.local.account import postgres_home, unprivileged
-    from metrics_pipeline.local.state import StackState, take_lock
+    from metrics_pipeline.local.keeper import leftovers
+    from metrics_pipeline.local.state import StackState
 
     settings = Settings.load()
-    with take_lock(settings.data_dir):
-        if any(child.find() for child in StackState.read(settings.data_dir).children.values()):
-            raise BusyError("services of this stack still run: `metrics-pipeline down` first")
+    if not settings.data_dir.exists():
+        _say(f"There is nothing to delete: {settings.data_dir} does not exist.")
+        return
+    with lock.take(settings.data_dir):
+        if left := leftovers(settings, StackState.read(settings.data_dir)):
+            raise BusyError(f"services of this stack still run ({', '.join(left)}): `metrics-pipeline down` first")
         home = postgres_home(settings.data_dir, unprivileged())
         folders = [settings.data_dir]
         if home.exists() and not home.is_relative_to(settings.data_dir):

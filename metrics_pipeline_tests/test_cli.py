@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from metrics_pipeline import cli, postgres
 from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.local import lock as data_lock
 from metrics_pipeline.local.ports import free_ports
-from metrics_pipeline.local.state import take_lock
 from metrics_pipeline.reference import commands
 from metrics_pipeline.settings import ROOT, Settings
 
@@ -235,7 +235,7 @@ def test_reset_asks_first_and_deletes_the_data_only(data: Path, tmp_path: Path) 
 
 
 def test_reset_of_a_running_stack_is_refused(run: Run, data: Path) -> None:
-    lock = take_lock(data)
+    lock = data_lock.take(data)
     assert "is running already" in run("reset", "--yes").error
     lock.close()
     assert data.exists()
@@ -322,7 +322,7 @@ def test_up_changes_no_topic_of_another_number_of_brokers(
 
 
 def test_up_beside_a_running_keeper_is_refused(run: Run, data: Path) -> None:
-    lock = take_lock(data)
+    lock = data_lock.take(data)
     for arguments in (["up"], ["up", "--detach"]):
         assert "is running already" in run(*arguments).error
     lock.close()

@@ -17,20 +17,26 @@ PACKAGE = ROOT / "metrics_pipeline"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 GROUND = {"errors", "settings", "change", "metric", "kafka", "topic", "postgres", "topic_log", "registry", "web"}
+GROUND |= {"surroundings", "loopback", "data_folder", "answers", "dotenv_file"}
 """Modules on the ground floor. Among themselves they have an order, too."""
 
 MAY_IMPORT: Mapping[str, set[str]] = {
     # the ground
     "errors": set(),
-    "settings": {"errors"},
+    "surroundings": set(),
+    "loopback": {"surroundings"},
+    "dotenv_file": set(),
+    "data_folder": {"settings"},
+    "answers": {"settings", "data_folder", "loopback"},
+    "settings": {"errors", "dotenv_file"},
     "change": set(),
-    "web": {"errors"},
+    "web": {"errors", "data_folder"},
     "metric": {"errors", "settings"},
     "kafka": {"errors", "settings", "change"},
     "topic": {"errors", "settings", "kafka"},
-    "postgres": {"errors", "settings"},
+    "postgres": {"errors", "settings", "surroundings", "data_folder"},
     "topic_log": {"settings", "kafka", "postgres"},
-    "registry": {"errors", "settings", "change"},
+    "registry": {"errors", "settings", "change", "loopback"},
     # what is done with a reading
     "copy_sink": GROUND,
     "sinks": GROUND - {"web", "metric"} | {"copy_sink"},
@@ -61,7 +67,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
         "bench",
     },
     "reference": {"settings", "cli"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "surroundings"},
     # Dagster
     "defs": GROUND | {"sinks", "producer", "replay", "rejects", "summaries"},
     "definitions": {"defs"},

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from metrics_pipeline.errors import PipelineError
-from metrics_pipeline.local.state import StackState, take_lock
+from metrics_pipeline.local import lock
+from metrics_pipeline.local.stack import require_paths
+from metrics_pipeline.local.state import StackState
 from metrics_pipeline.settings import Settings
 
 START_SECONDS: Final = 900.0
@@ -53,7 +55,8 @@ def start(settings: Settings, options: Sequence[str], say: Callable[[str], None]
         PipelineError: it ended, for the reason that it gave, or is not up in time.
         KeyboardInterrupt: Ctrl-C; what was started has been stopped by then.
     """
-    take_lock(settings.data_dir).close()
+    require_paths(settings)
+    lock.take(settings.data_dir).close()
     log = settings.data_dir / "logs" / "keeper.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

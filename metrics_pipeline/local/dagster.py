@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
-import psycopg
 import requests
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
+from metrics_pipeline import loopback, postgres
 from metrics_pipeline.local.environment import dagster_home, for_python
 from metrics_pipeline.local.service import Service, http_problem
 from metrics_pipeline.settings import ROOT, Settings, workplace
 
 DEFINITIONS = "metrics_pipeline.definitions"
 LOCATION = "metrics_pipeline"
-HEARTBEATS = """query { instance { daemonHealth { allDaemonStatuses { daemonType required healthy } } } }"""
+HEARTBEATS = (
+    """query { instance { daemonHealth { allDaemonStatuses { daemonType required healthy lastHeartbeatTime } } } }"""
+)
+CLOCK_SECONDS = 5.0
+"""By how much a heartbeat may lie ahead."""
 ACTIVE_RUNS = """query { runsOrError(filter: {statuses: [QUEUED, NOT_STARTED, STARTING, STARTED, CANCELING]}) {
   ... on Runs { results { runId jobName status } } } }"""
 AGAIN = Retry(
@@ -106,14 +111,14 @@ MAKE_TABLES = [sys.executable, "-c", "from dagster import DagsterInstance; Dagst
 
 def has_tables(settings: Settings) -> bool:
     """Whether Dagster's own database is set up."""
-    with psycopg.connect(settings.dagster_postgres_url) as connection:
+    with postgres.connect_dagster(settings) as connection:
         row = connection.execute("SELECT to_regclass('public.alembic_version') IS NOT NULL").fetchone()
     return bool(row and row[0])
 
 
 def code_problem(settings: Settings) -> str | None:
     """None when the definitions are loaded and served, else why not."""
-    with grpc.insecure_channel(f"127.0.0.1:{settings.dagster_code_port}") as channel:
+    with loopback.channel(f"127.0.0.1:{settings.dagster_code_port}") as channel:
         try:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             answer = stub.Check(health_pb2.HealthCheckRequest(service="DagsterApi"), timeout=3)
@@ -133,7 +138,13 @@ def daemon_problem(settings: Settings) -> str | None:
         statuses = graphql(settings, HEARTBEATS)["instance"]["daemonHealth"]["allDaemonStatuses"]
     except (requests.RequestException, KeyError, TypeError) as error:
         return f"heartbeats cannot be read ({type(error).__name__})"
-    late = [status["daemonType"] for status in statuses if status["required"] and not status["healthy"]]
+    # Dagster takes a heartbeat from the future, after the clock was set back, for a fresh one.
+    latest = time.time() + CLOCK_SECONDS
+    late = [
+        status["daemonType"]
+        for status in statuses
+        if status["required"] and (not status["healthy"] or (status.get("lastHeartbeatTime") or 0) > latest)
+    ]
     return f"no heartbeat of {', '.join(late)}" if late else None
 
 
@@ -152,7 +163,7 @@ def graphql(settings: Settings, query: str, **variables: object) -> dict[str, An
     Raises:
         requests.RequestException: it cannot be reached, or answers with an error three times.
     """
-    with requests.Session() as session:
+    with loopback.session(settings.dagster_http) as session:
         session.mount("http://", HTTPAdapter(max_retries=AGAIN))
         answer = session.post(
             f"{settings.dagster_http}/graphql", json={"query": query, "variables": variables}, timeout=10

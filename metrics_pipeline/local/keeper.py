@@ -11,18 +11,20 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 import psutil
 
+from metrics_pipeline.data_folder import folder_id
 from metrics_pipeline.errors import BusyError, InstallError
-from metrics_pipeline.local import broker, environment, ports
-from metrics_pipeline.local.service import Service, identify
-from metrics_pipeline.local.stack import ShowLine, Stack, build, ports_in_use
-from metrics_pipeline.local.state import StackState, take_lock
+from metrics_pipeline.local import broker, environment, lock, ports
+from metrics_pipeline.local.processes import identify, marked
+from metrics_pipeline.local.service import Service
+from metrics_pipeline.local.stack import ShowLine, Stack, build, ports_in_use, require_paths
+from metrics_pipeline.local.state import StackState
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sinks.repair import SinkRepair, note, record
 
@@ -37,6 +39,9 @@ ASK_SECONDS = 2.0
 """Between two questions to a service, whether it answers at all."""
 SILENCES = 2
 """How many questions in a row must have been for nothing: after the machine was asleep, one is no sign."""
+KEEPER_SECONDS = 180.0
+"""How long `down` waits for the keeper: it flushes a producer's run, and lets PostgreSQL write its checkpoint."""
+STRAY_SECONDS = 10.0
 
 
 class Keeper:
@@ -63,7 +68,7 @@ class Keeper:
         self._free_ports = free_ports
         self._chosen = dict(chosen or {})
         self._settings = settings
-        self._lock: IO[str] | None = None
+        self._lock: lock.Lock | None = None
         self._state = StackState()
         self._stop = threading.Event()
         self._signal: signal.Signals | None = None
@@ -132,7 +137,7 @@ class Keeper:
             PipelineError: what failed; `__exit__` ends what was started.
         """
         self._prepare_folder()
-        self._lock = take_lock(self._settings.data_dir)
+        self._lock = lock.take(self._settings.data_dir)
         broker.require_same_brokers(self._settings)
         environment.write_secrets()
         self._settings = Settings.load()
@@ -200,6 +205,7 @@ class Keeper:
 
     def _prepare_folder(self) -> None:
         folder = self._settings.data_dir
+        require_paths(self._settings)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".writable"
@@ -305,31 +311,88 @@ def stop_running(settings: Settings, report: ShowLine) -> bool:
     """End a stack that runs in the background, or what a killed keeper left; whether there was anything to end.
 
     Raises:
-        BusyError: the keeper does not end in time.
+        BusyError: something goes on running, which it names.
+        InstallError: the folder cannot be used.
     """
-    state = StackState.read(settings.data_dir)
-    keeper = state.keeper.find() if state.keeper else None
-    if keeper is not None:
-        keeper.send_signal(signal.SIGTERM)
-        try:
-            keeper.wait(timeout=180)
-        except psutil.TimeoutExpired as error:
-            raise BusyError(
-                f"the keeper (pid {keeper.pid}) has not ended after 180 s: see {settings.data_dir / 'logs'}"
-            ) from error
-        return True
     if not settings.data_dir.exists():  # else a first `down` would fetch all the jars to find nothing
         return False
-    lock = take_lock(settings.data_dir)
-    try:
-        stack = build(settings)
-        state.adopt(stack.services)
-        others = state.others(stack.services, settings.data_dir / "logs")
-        was_running = bool(others) or any(service.alive() for service in stack.services)
-        for service in others:  # a sink of another SINK, which is to end before the broker does
-            service.stop()
-        stack.stop(report)
+    was_running = _end_keeper(settings)
+    with lock.take(settings.data_dir):
+        state = StackState.read(settings.data_dir)
+        if not was_running or leftovers(settings, state):
+            stack = build(settings)
+            state.adopt(stack.services)
+            others = state.others(stack.services, settings.data_dir / "logs")
+            was_running = was_running or bool(others) or any(service.alive() for service in stack.services)
+            for service in others:  # a sink of another SINK, which is to end before the broker does
+                service.stop()
+            stack.stop(report)
+            was_running = _end_strays(settings, report) or was_running
+        if left := leftovers(settings, state):
+            raise BusyError(
+                f"still running, although everything was told to end: {', '.join(left)}: end them by hand, then "
+                "`metrics-pipeline down` again"
+            )
         StackState().write(settings.data_dir)
-    finally:
-        lock.close()
     return was_running
+
+
+def leftovers(settings: Settings, state: StackState) -> list[str]:
+    """What runs of the stack in this data folder, each as `NAME (pid N)`: what was written down, and what bears its mark."""
+    found = {process.pid: part for process, part in marked(folder_id(settings))}
+    for name, child in state.children.items():
+        if (process := child.find()) is not None:
+            found[process.pid] = name
+    return [f"{name} (pid {pid})" for pid, name in sorted(found.items())]
+
+
+def _end_keeper(settings: Settings) -> bool:
+    """Let the keeper take everything down, and wait for its end; False when there is none.
+
+    Raises:
+        BusyError: it does not end in time.
+    """
+    written = StackState.read(settings.data_dir).keeper
+    keeper = (written.find() if written else None) or _keeper_with_lock(settings)
+    if keeper is None:
+        return False
+    try:
+        keeper.send_signal(signal.SIGTERM)
+        keeper.wait(timeout=KEEPER_SECONDS)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.AccessDenied as error:
+        raise BusyError(
+            f"the keeper (pid {keeper.pid}) is another user's: run `metrics-pipeline down` as that user"
+        ) from error
+    except psutil.TimeoutExpired as error:
+        raise BusyError(
+            f"the keeper (pid {keeper.pid}) has not ended after {KEEPER_SECONDS:.0f} s and goes on running, with: "
+            f"{', '.join(leftovers(settings, StackState.read(settings.data_dir))) or 'nothing else'}; "
+            f"see {settings.data_dir / 'logs'}"
+        ) from error
+    return True
+
+
+def _keeper_with_lock(settings: Settings) -> psutil.Process | None:
+    """A keeper of which nothing is written down, or something wrong: it has the lock. Others have it for a moment, too."""
+    holder = lock.holder(settings.data_dir)
+    try:
+        return holder if holder is not None and "up" in holder.cmdline() else None
+    except psutil.Error:
+        return None
+
+
+def _end_strays(settings: Settings, report: ShowLine) -> bool:
+    """End what bears the data folder's mark and belongs to no service that is known any more."""
+    strays = list(marked(folder_id(settings)))
+    for process, part in strays:
+        report(f"{part} (pid {process.pid}) was left over: ending it")
+        with suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs([process for process, _ in strays], timeout=STRAY_SECONDS)
+    for process in alive:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=STRAY_SECONDS)
+    return bool(strays)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import psycopg
 
-from metrics_pipeline.errors import InstallError
+from metrics_pipeline import postgres as database
+from metrics_pipeline.data_folder import cluster_name, folder_id
+from metrics_pipeline.errors import InstallError, PipelineError
 from metrics_pipeline.local.account import Account, claim_home, unprivileged
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.environment import minimal
@@ -54,6 +55,8 @@ def configuration(settings: Settings, budget: Budget) -> dict[str, str]:
         "port": str(settings.postgres_port),
         "unix_socket_directories": "''",
     }
+    if identity := folder_id(settings):
+        place["cluster_name"] = f"'{cluster_name(identity)}'"  # by which a session knows where it is
     return place | server_settings(budget.postgres)
 
 
@@ -87,6 +90,15 @@ def server_settings(memory: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def server_problem(settings: Settings) -> str | None:
+    """None when PostgreSQL lets the superuser in, and is the one that is meant; else why not."""
+    try:
+        database.connect_admin(settings, connect_timeout=3).close()
+    except PipelineError as error:
+        return str(error)
+    return None
+
+
 def service(settings: Settings, budget: Budget, place: Cluster) -> Service:
     """PostgreSQL as a child of the keeper."""
 
@@ -107,12 +119,7 @@ def service(settings: Settings, budget: Budget, place: Cluster) -> Service:
         return None
 
     def check() -> str | None:
-        try:
-            with psycopg.connect(settings.admin_url(), connect_timeout=3) as connection:
-                connection.execute("SELECT 1")
-        except psycopg.Error as error:
-            return str(error).strip().splitlines()[-1]
-        return None
+        return server_problem(settings)
 
     return Service(
         name="postgres",

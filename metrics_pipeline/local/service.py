@@ -18,8 +18,11 @@ from urllib.parse import urlsplit
 import psutil
 import requests
 
+from metrics_pipeline import loopback
 from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.local import ports
 from metrics_pipeline.local.account import Account
+from metrics_pipeline.local.processes import listens
 
 LOG_LIMIT = 20 * 2**20
 """Bytes of a log before it is moved aside."""
@@ -28,27 +31,6 @@ LOGS_KEPT = 3
 
 class CancelledError(Exception):
     """A start that nobody wants any more: no failure, and nothing to tell."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessId:
-    """A process for good: a pid alone may have been given to another one since."""
-
-    pid: int
-    created: float
-
-    def find(self) -> psutil.Process | None:
-        """The process, if it still runs."""
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
-                return process
-        return None
-
-
-def identify(process: psutil.Process) -> ProcessId:
-    """What to write down to find the process again."""
-    return ProcessId(process.pid, process.create_time())
 
 
 @dataclass(slots=True)
@@ -72,6 +54,8 @@ class Service:
         stop_signal: asks for a graceful end.
         stop_seconds: then it is killed.
         start_seconds: bound for becoming healthy.
+        ports: setting and number of each port that it has to listen on itself: somebody else's answer says nothing of it.
+        first_cause: reads the reason of its end out of its log's lines.
     """
 
     name: str
@@ -90,6 +74,8 @@ class Service:
     stop_signal: signal.Signals = signal.SIGTERM
     stop_seconds: float = 30
     start_seconds: float = 90
+    ports: tuple[tuple[str, int], ...] = ()
+    first_cause: Callable[[list[str]], str | None] = lambda _: None
     process: psutil.Process | None = None
     _child: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
@@ -169,15 +155,24 @@ class Service:
                 raise CancelledError
             if not self.alive():
                 raise ServiceError(
-                    f"{self.title} ended while starting (exit code {self.exit_code()}): {self.last_words()}; full log: {self.log}"
+                    f"{self.title} ended while starting (exit code {self.exit_code()}): {self.taken() or self.last_words()}; "
+                    f"full log: {self.log}"
                 )
             reason = self.check()
-            if reason is None:
+            if reason is None and (reason := self.taken()) is None:
                 return
             time.sleep(0.15)
         raise ServiceError(
             f"{self.title} is not healthy {self.start_seconds:.0f} s after its start: {reason}; log: {self.log}"
         )
+
+    def taken(self) -> str | None:
+        """Which of its ports somebody else has, if so: one may be taken between the look at it and the start."""
+        for name, port in self.ports:
+            if ports.is_free(port) or (self.process is not None and listens(self.process, port) is not False):
+                continue
+            return f"port {port} is in use by {ports.holder(port)}: set {name.upper()} to a free one, or let `up --free-ports` choose"
+        return None
 
     def stop(self) -> None:
         """End the process and everything in its session: gracefully first, then by force."""
@@ -209,6 +204,8 @@ class Service:
     def last_words(self) -> str:
         """The last telling line of the log: an error if there is one."""
         lines = [line for line in tail(self.log, 60) if line.strip()]
+        if (cause := self.first_cause(tail(self.log, 400))) is not None:
+            return cause[:300]
         errors = [
             line for line in lines if any(word in line for word in ("ERROR", "FATAL", "PANIC", "Error:", "Exception"))
         ]
@@ -253,7 +250,7 @@ def _family(process: psutil.Process, session: int | None) -> set[psutil.Process]
 def http_problem(url: str) -> str | None:
     """None when a GET succeeds within five seconds, else why not: a `check` of a service that speaks HTTP."""
     try:
-        requests.get(url, timeout=5).raise_for_status()
+        loopback.get(url, timeout=5).raise_for_status()
     except requests.RequestException as error:
         return f"no answer on {urlsplit(url).netloc} ({type(error).__name__})"
     return None
@@ -262,7 +259,7 @@ def http_problem(url: str) -> str | None:
 def silence(url: str) -> str | None:
     """None when a server answers within five seconds, whatever it says, else why not."""
     try:
-        requests.get(url, timeout=5)
+        loopback.get(url, timeout=5)
     except requests.RequestException as error:
         return f"no answer on {urlsplit(url).netloc} ({type(error).__name__})"
     return None

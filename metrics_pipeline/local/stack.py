@@ -11,7 +11,9 @@ was the active one (handover).
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -19,16 +21,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import psycopg
+import psutil
 import requests
 
 from metrics_pipeline import postgres as database
+from metrics_pipeline.data_folder import folder_id, make_folder_id
 from metrics_pipeline.errors import PipelineError, ServiceError
-from metrics_pipeline.local import broker, connect_worker, copy_sink, dagster, exporter, jars, postgres, watcher
+from metrics_pipeline.local import broker, connect_worker, copy_sink, dagster, exporter, jars, java, postgres, watcher
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.environment import dagster_home, for_python
+from metrics_pipeline.local.processes import mark, marked
 from metrics_pipeline.local.service import CancelledError, Service, tail
 from metrics_pipeline.settings import Settings, external_services
 from metrics_pipeline.sinks import active
@@ -47,6 +52,8 @@ PORTS: dict[str, tuple[str, ...]] = {
     "code": ("dagster_code_port", "producer_port"),
 }
 """What each service listens on, by the settings' names; the producer runs in the code server's care."""
+NOT_ITS_OWN = frozenset({"producer_port"})
+"""Of these, what another process listens on, and not always."""
 RUN_END_SECONDS = 45
 """Bound for a producer run to flush and end when the stack stops."""
 
@@ -205,7 +212,7 @@ class Stack:
         with path.open("wb") as output:
             child = subprocess.Popen(
                 command,
-                env=for_python(self.settings),
+                env=for_python(self.settings) | mark(folder_id(self.settings), name),
                 cwd=dagster_home(self.settings),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -254,13 +261,21 @@ def outsider_problem(settings: Settings, name: str) -> str | None:
     if name == "broker":
         return broker.broker_problem(settings)
     if name == "connect":
-        return connect_worker.connect_problem(settings.connect_rest)
-    try:
-        with psycopg.connect(settings.admin_url(), connect_timeout=5) as connection:
-            connection.execute("SELECT 1")
-    except psycopg.Error as error:
-        return str(error).strip().splitlines()[-1]
-    return None
+        return connect_worker.connect_problem(settings, settings.connect_rest)
+    return postgres.server_problem(settings)
+
+
+def require_paths(settings: Settings) -> None:
+    """Check that each part can be told where its files are, before any is made.
+
+    Raises:
+        SettingError: a folder's name is one that Kafka cannot be told.
+    """
+    external = external_services()
+    if "kafka" in external and ("connect" in external or settings.sink == "copy"):
+        return
+    java.require_sayable("PIPELINE_DATA_DIR", settings.data_dir)
+    java.require_sayable("PIPELINE_CACHE_DIR", jars.cache_dir(settings), in_class_path=True)
 
 
 def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False) -> Stack:
@@ -269,6 +284,7 @@ def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False)
     Raises:
         PipelineError: a download failed or a folder cannot be written.
     """
+    require_paths(settings)
     external = external_services()
     runs_connect = "connect" not in external and settings.sink == "connect"
     budget = Budget.of(settings)
@@ -281,6 +297,7 @@ def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False)
     services: list[Service] = []
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
+        identity = make_folder_id(settings.data_dir)
         if "postgres" not in external:
             services.append(postgres.service(settings, budget, postgres.cluster(settings, paths["postgres"][0])))
         if "kafka" not in external:
@@ -300,7 +317,24 @@ def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False)
         services += dagster.services(settings)
     if settings.exporter:
         services.append(exporter.service(settings))
+    for service in services:
+        service.environment = {**service.environment, **mark(identity, service.name)}
+        service.ports = tuple(
+            (name, getattr(settings, name)) for name in PORTS.get(service.name, ()) if name not in NOT_ITS_OWN
+        )
+        service.find = partial(_find, service.find, identity, service.name)
     return Stack(settings, services, external, budget)
+
+
+def _find(find: Callable[[], psutil.Process | None], identity: str, name: str) -> psutil.Process | None:
+    """A service's process that nobody wrote down, or whose note is lost."""
+    if (process := find()) is not None:
+        return process
+    for process, part in marked(identity):
+        with contextlib.suppress(OSError):
+            if part == name and os.getsid(process.pid) == process.pid:
+                return process
+    return None
 
 
 def ports_in_use(stack: Stack) -> list[str]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
-from metrics_pipeline.errors import BusyError
-from metrics_pipeline.local.service import ProcessId, Service, identify
+from metrics_pipeline.local.processes import ProcessId, certain, identify
+from metrics_pipeline.local.service import Service
 
 
 @dataclass(slots=True)
@@ -31,8 +30,10 @@ class StackState:
         try:
             content: dict[str, Any] = json.loads((data_dir / "stack.json").read_text())
             return cls(
-                keeper=ProcessId(**content["keeper"]) if content["keeper"] else None,
-                children={name: ProcessId(**child) for name, child in content["children"].items()},
+                keeper=ProcessId.parse(content["keeper"]) if content["keeper"] else None,
+                children={
+                    name: certain(ProcessId.parse(child), data_dir) for name, child in content["children"].items()
+                },
                 fingerprints=content["fingerprints"],
                 ready=content["ready"],
             )
@@ -80,21 +81,3 @@ class StackState:
                 except psutil.Error:
                     continue
                 self.fingerprints[service.name] = service.fingerprint
-
-
-def take_lock(data_dir: Path) -> IO[str]:
-    """The lock of this data folder's keeper, held until the file is closed or the process ends.
-
-    Raises:
-        BusyError: another keeper runs.
-    """
-    data_dir.mkdir(parents=True, exist_ok=True)
-    file = (data_dir / "keeper.lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise BusyError(
-            f"the pipeline in {data_dir} is running already: see `metrics-pipeline status`, or stop it with `metrics-pipeline down`"
-        ) from error
-    return file

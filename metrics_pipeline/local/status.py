@@ -15,10 +15,13 @@ import psycopg
 import requests
 
 from metrics_pipeline import postgres, summaries
+from metrics_pipeline.answers import ForeignAnswerError, ask
 from metrics_pipeline.errors import PipelineError
-from metrics_pipeline.local import broker
+from metrics_pipeline.local import broker, connect_worker, ports
 from metrics_pipeline.local.dagster import code_problem, daemon_problem, web_problem
-from metrics_pipeline.local.service import http_problem, silence
+from metrics_pipeline.local.processes import listens
+from metrics_pipeline.local.service import silence
+from metrics_pipeline.local.state import StackState
 from metrics_pipeline.settings import Settings, SinkKind
 from metrics_pipeline.sinks import active, quarantine, repair
 from metrics_pipeline.sinks.connector import sink_state
@@ -160,7 +163,7 @@ class Sampler:
         tasks = [{"id": task.id, "state": task.state} for task in state.tasks]
         # One worker has just answered for the group: only of several can another one be away.
         urls, problems = self._settings.connect_urls, state.problems
-        away = [url for url in urls if http_problem(url)] if len(urls) > 1 else []
+        away = [url for url in urls if connect_worker.connect_problem(self._settings, url)] if len(urls) > 1 else []
         if away:
             problems = [*problems, f"{len(away)} of {len(urls)} Connect workers away ({', '.join(away)})"]
         # Whether it gets ahead is known only to one who has looked for a while: the keeper.
@@ -180,9 +183,9 @@ class Sampler:
             return answer
         problem = copy_sink_problem(self._settings)
         try:
-            published = requests.get(f"{self._settings.sink_http}/status", timeout=3).json()
-        except (requests.ConnectionError, requests.Timeout):
-            # Nothing answers here: whether one runs elsewhere shows in PostgreSQL.
+            published = ask(self._settings, f"{self._settings.sink_http}/status").json()
+        except (requests.ConnectionError, requests.Timeout, ForeignAnswerError):
+            # None of ours answers here: whether one runs elsewhere shows in PostgreSQL.
             return answer | ({"healthy": True, "state": "running elsewhere"} if sessions else {"reason": problem})
         workers = published.get("workers") or []
         states = sorted({str(worker["state"]) for worker in workers})
@@ -205,10 +208,12 @@ class Sampler:
         url = self._settings.producer_http
         answer = _absent("producer") | {"url": url}
         try:
-            published = requests.get(f"{url}/status", timeout=3).json()
-            health = requests.get(f"{url}/health", timeout=3)
+            published = ask(self._settings, f"{url}/status").json()
+            health = ask(self._settings, f"{url}/health")
         except (requests.ConnectionError, requests.Timeout):
             return answer | {"state": "not running", "reason": "no producer answers"}
+        except ForeignAnswerError as error:
+            return answer | {"state": "not running", "reason": str(error)}
         latency = published["latency_seconds"]
         answer |= {
             "healthy": health.status_code == requests.codes.ok,
@@ -226,8 +231,28 @@ class Sampler:
 
     def _dagster(self) -> Sample:
         settings = self._settings
-        problem = web_problem(settings) or code_problem(settings) or daemon_problem(settings)
+        problem = (
+            self._taken("webserver", "dagster_port")
+            or self._taken("code", "dagster_code_port")
+            or web_problem(settings)
+            or code_problem(settings)
+            or daemon_problem(settings)
+        )
         return _part(problem, settings.dagster_http)
+
+    def _taken(self, name: str, port: str) -> str | None:
+        """Whether somebody else listens on the port of a part of Dagster's, whose answers do not say whose they are."""
+        number = int(getattr(self._settings, port))
+        if ports.is_free(number):
+            return None
+        child = StackState.read(self._settings.data_dir).children.get(name)
+        process = child.find() if child else None
+        if process is not None and listens(process, number) is not False:
+            return None
+        return (
+            f"what answers on 127.0.0.1:{number} is not the {name} of {self._settings.data_dir} "
+            f"({ports.holder(number)}): set {port.upper()} to another port"
+        )
 
 
 def _absent(name: str) -> Sample:

@@ -20,7 +20,7 @@ READY = """
 import os, time
 from pathlib import Path
 import psutil
-from metrics_pipeline.local.service import identify
+from metrics_pipeline.local.processes import identify
 from metrics_pipeline.local.state import StackState
 state = StackState(keeper=identify(psutil.Process()))
 state.ready = True

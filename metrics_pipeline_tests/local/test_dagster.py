@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,7 @@ def test_a_webserver_that_goes_on_failing_is_an_error(webserver: Webserver) -> N
 
 
 def test_a_late_daemon_is_named(webserver: Webserver) -> None:
-    statuses = [
+    statuses: list[dict[str, Any]] = [
         {"daemonType": "SENSOR", "required": True, "healthy": False},
         {"daemonType": "SCHEDULER", "required": True, "healthy": True},
         {"daemonType": "BACKFILL", "required": False, "healthy": False},
@@ -64,6 +65,12 @@ def test_a_late_daemon_is_named(webserver: Webserver) -> None:
     assert dagster.daemon_problem(webserver.settings) == "no heartbeat of SENSOR"
     statuses[0]["healthy"] = True
     assert dagster.daemon_problem(webserver.settings) is None
+    statuses[1]["lastHeartbeatTime"] = time.time() - 20
+    assert dagster.daemon_problem(webserver.settings) is None
+    statuses[1]["lastHeartbeatTime"] = time.time() + 3600
+    assert dagster.daemon_problem(webserver.settings) == "no heartbeat of SCHEDULER", (
+        "from before the clock was set back"
+    )
 
 
 def test_runs_that_are_being_canceled_are_not_asked_again(webserver: Webserver) -> None:

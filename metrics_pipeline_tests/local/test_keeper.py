@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from metrics_pipeline.data_folder import make_folder_id
+from metrics_pipeline.errors import BusyError
 from metrics_pipeline.local import keeper as module
 from metrics_pipeline.local.budget import Budget
-from metrics_pipeline.local.keeper import Keeper
+from metrics_pipeline.local.keeper import Keeper, leftovers, stop_running
+from metrics_pipeline.local.processes import identify, mark
 from metrics_pipeline.local.service import Service
 from metrics_pipeline.local.stack import Stack
+from metrics_pipeline.local.state import StackState
 from metrics_pipeline.settings import Settings
+from metrics_pipeline_tests.fakes import until
 
 
 class FakeService(Service):
@@ -163,3 +172,147 @@ def test_a_state_that_cannot_be_noted_ends_nothing(tmp_path: Path, monkeypatch: 
     service.runs = False
     assert run(keeper, 5) == 5
     assert service.starts == 1
+
+
+# --- Ending what runs, whatever is written down of it ------------------------------------------------------------
+
+SLEEP = "import time; time.sleep(120)"
+KEEPER = """
+import pathlib, signal, sys, time
+from metrics_pipeline.local import lock
+held = lock.take(pathlib.Path(sys.argv[1]))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+print("ok", flush=True)
+time.sleep(120)
+"""
+
+Begin = Callable[[str], psutil.Process]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Of a data folder whose stack has one service, `part`."""
+    own = Settings(pipeline_data_dir=tmp_path)
+    identity = make_folder_id(tmp_path)
+
+    def build(_settings: Settings) -> Stack:
+        command, environment = [sys.executable, "-c", SLEEP], mark(identity, "part")
+        service = Service("part", "The part", "", command, environment, tmp_path / "part.log", lambda: None)
+        return Stack(own, [service], frozenset(), Budget.of(own))
+
+    monkeypatch.setattr(module, "build", build)
+    return own
+
+
+@pytest.fixture
+def begin(settings: Settings) -> Iterator[Begin]:
+    """Starts a part of the stack, in a session of its own."""
+    made: list[subprocess.Popen[bytes]] = []
+
+    def start(name: str) -> psutil.Process:
+        environment = mark(make_folder_id(settings.data_dir), name) | {"PATH": os.defpath}
+        made.append(subprocess.Popen([sys.executable, "-c", SLEEP], env=environment, start_new_session=True))
+        process = psutil.Process(made[-1].pid)
+        assert until(process.environ)  # the kernel shows it a moment after the program begins
+        return process
+
+    yield start
+    for child in made:
+        child.kill()
+        child.wait()
+
+
+def ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def written(settings: Settings, content: object) -> None:
+    (settings.data_dir / "stack.json").write_text(json.dumps(content))
+
+
+def test_down_ends_what_runs_though_nothing_of_it_is_written_down(settings: Settings, begin: Begin) -> None:
+    process, stray = begin("part"), begin("of-no-stack-any-more")
+    said: list[str] = []
+    assert leftovers(settings, StackState()) == [f"part (pid {process.pid})", f"of-no-stack-any-more (pid {stray.pid})"]
+    assert stop_running(settings, said.append)
+    assert ended(process)
+    assert ended(stray)
+    assert leftovers(settings, StackState()) == []
+    assert f"of-no-stack-any-more (pid {stray.pid}) was left over: ending it" in said
+    assert not stop_running(settings, said.append), "there is nothing left"
+
+
+@pytest.mark.parametrize("started", ["created:5.0", "another-boot:1", ""])
+def test_down_ends_what_runs_though_what_is_written_down_is_wrong(
+    started: str, settings: Settings, begin: Begin
+) -> None:
+    process = begin("part")
+    wrong = {"pid": process.pid, "started": started}
+    written(settings, {"keeper": wrong, "children": {"part": wrong}, "fingerprints": {}, "ready": True})
+    assert stop_running(settings, lambda _line: None)
+    assert ended(process)
+
+
+def test_down_leaves_another_folders_alone(settings: Settings, begin: Begin, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    theirs = subprocess.Popen([sys.executable, "-c", SLEEP], env=mark(make_folder_id(tmp_path / "other"), "part"))
+    try:
+        begin("part")
+        assert stop_running(settings, lambda _line: None)
+        assert theirs.poll() is None
+    finally:
+        theirs.kill()
+        theirs.wait()
+
+
+@pytest.mark.parametrize("note", ["right", "wrong", "none", "unsigned"])
+def test_down_finds_the_keeper_by_its_note_or_by_its_lock(note: str, settings: Settings) -> None:
+    command = [sys.executable, "-c", KEEPER, str(settings.data_dir), "up"]
+    keeper = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert keeper.stdout is not None
+        assert keeper.stdout.readline() == b"ok\n"
+        me = identify(psutil.Process(keeper.pid))
+        started = {"right": me.started, "wrong": "created:1.0"}.get(note)
+        if started:
+            who = {"pid": keeper.pid, "started": started}
+            written(settings, {"keeper": who, "children": {}, "fingerprints": {}, "ready": True})
+        if note == "unsigned":
+            (settings.data_dir / "keeper.lock").write_text("")
+        assert stop_running(settings, lambda _line: None)
+        assert keeper.wait(5) == 0
+    finally:
+        keeper.kill()
+        keeper.communicate()
+
+
+def test_down_ends_no_other_program_that_has_the_lock_for_a_moment(settings: Settings) -> None:
+    other = subprocess.Popen([sys.executable, "-c", KEEPER, str(settings.data_dir), "reset"], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"ok\n"
+        with pytest.raises(BusyError, match=f"running already .pid {other.pid}"):
+            stop_running(settings, lambda _line: None)
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_down_says_what_goes_on_running(settings: Settings, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = begin("part")
+    monkeypatch.setattr(Service, "stop", lambda self: None)
+    monkeypatch.setattr(module, "_end_strays", lambda *_: False)
+    with pytest.raises(
+        BusyError, match=rf"still running, although everything was told to end: part .pid {process.pid}"
+    ):
+        stop_running(settings, lambda _line: None)
+
+
+def test_a_service_that_was_killed_by_nobody_but_the_note_is_adopted(settings: Settings, begin: Begin) -> None:
+    """`up` after a lost stack.json takes over what runs, rather than start it twice."""
+    from metrics_pipeline.local.stack import _find
+
+    process = begin("part")
+    assert _find(lambda: None, make_folder_id(settings.data_dir), "part") == process
+    assert _find(lambda: None, make_folder_id(settings.data_dir), "other") is None

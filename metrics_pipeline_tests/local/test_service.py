@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +18,11 @@ from starlette.routing import Route
 
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local import service as module
-from metrics_pipeline.local.service import CancelledError, ProcessId, Service, http_problem, identify, tail
+from metrics_pipeline.local.java import first_cause
+from metrics_pipeline.local.processes import ProcessId, identify
+from metrics_pipeline.local.service import CancelledError, Service, http_problem, tail
 from metrics_pipeline.web import WebServer
+from metrics_pipeline_tests.fakes import until
 
 READY = "print('ready', flush=True)\n"
 SLEEP = f"import time\n{READY}time.sleep(60)\n"
@@ -206,7 +210,7 @@ def test_what_shares_a_session_with_an_adopted_process_is_left_alone(make: Make)
 def test_a_pid_that_was_given_to_another_process_is_not_ours() -> None:
     me = identify(psutil.Process())
     assert me.find() is not None
-    assert ProcessId(me.pid, me.created - 100).find() is None
+    assert ProcessId(me.pid, f"{me.started}1").find() is None
 
 
 def test_a_process_that_ended_is_not_found() -> None:
@@ -300,3 +304,43 @@ def test_only_an_answer_of_success_is_no_problem() -> None:
     finally:
         server.stop()
     assert http_problem(f"http://{place}/well") == f"no answer on {place} (ConnectionError)"
+
+
+def test_a_port_that_somebody_else_took_meanwhile_is_named(make: Make) -> None:
+    """Its answer is healthy, and says nothing of our part."""
+    with socket.socket() as theirs:
+        theirs.bind(("127.0.0.1", 0))
+        theirs.listen()
+        port = theirs.getsockname()[1]
+        service = make(start_seconds=1.5)
+        service.ports = (("kafka_port", port),)
+        service.start()
+        with pytest.raises(
+            ServiceError, match=rf"port {port} is in use by .*pid {os.getpid()}.*: set KAFKA_PORT to a free one"
+        ):
+            service.wait_until_healthy()
+        assert service.alive()
+        failing = make("raise SystemExit(3)", name="other")
+        failing.ports = (("kafka_port", port),)
+        failing.start()
+        with pytest.raises(ServiceError, match=rf"ended while starting .exit code 3.: port {port} is in use by"):
+            failing.wait_until_healthy()
+
+
+def test_a_part_that_listens_itself_is_healthy(make: Make) -> None:
+    code = "import socket, time; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); print(s.getsockname()[1], flush=True); time.sleep(60)"
+    service = make(code)
+    service.check = lambda: None
+    service.start()
+    assert until(lambda: bool(tail(service.log, 1)))
+    service.ports = (("kafka_port", int(tail(service.log, 1)[0])),)
+    service.wait_until_healthy()
+
+
+def test_a_java_failure_shows_its_cause_and_not_the_end_of_its_trace(make: Make) -> None:
+    trace = "ERROR [main] it failed (X)\\njava.lang.Y: outer\\n\\tat a.b(C.java:1)\\nCaused by: java.net.BindException: Address already in use\\n\\t... 9 more\\nINFO [main] bye (X)"
+    service = make(f"print('{trace}'); raise SystemExit(1)")
+    service.first_cause = first_cause
+    service.start()
+    with pytest.raises(ServiceError, match=r"exit code 1.: java.net.BindException: Address already in use; full log"):
+        service.wait_until_healthy()

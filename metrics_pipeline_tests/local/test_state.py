@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from metrics_pipeline.errors import BusyError
-from metrics_pipeline.local.service import ProcessId, Service, identify
-from metrics_pipeline.local.state import StackState, take_lock
+from metrics_pipeline.local import lock
+from metrics_pipeline.local.processes import ProcessId, identify
+from metrics_pipeline.local.service import Service
+from metrics_pipeline.local.state import StackState
+from metrics_pipeline_tests.fakes import until
 
 Make = Callable[[str], Service]
 
@@ -44,7 +44,10 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 def test_a_state_survives_writing_and_reading(tmp_path: Path) -> None:
     state = StackState(
-        keeper=ProcessId(1, 2.5), children={"broker": ProcessId(3, 4.25)}, fingerprints={"broker": "abc"}, ready=True
+        keeper=ProcessId(1, "boot:25"),
+        children={"broker": ProcessId(3, "boot:26")},
+        fingerprints={"broker": "abc"},
+        ready=True,
     )
     state.write(tmp_path)
     assert StackState.read(tmp_path) == state
@@ -61,40 +64,18 @@ def test_no_state_is_none(tmp_path: Path) -> None:
     assert StackState.read(tmp_path / "nowhere") == StackState()
 
 
-def test_a_second_keeper_is_told_what_to_do(tmp_path: Path) -> None:
-    first = take_lock(tmp_path / "data")
-    with pytest.raises(BusyError, match=r"is running already: see `metrics-pipeline status`, or stop it with"):
-        take_lock(tmp_path / "data")
-    first.close()
-    take_lock(tmp_path / "data").close()
-
-
-def test_the_lock_of_a_killed_keeper_is_free(tmp_path: Path) -> None:
-    code = f"import pathlib; from metrics_pipeline.local.state import take_lock; file = take_lock(pathlib.Path({str(tmp_path)!r})); print('ok', flush=True); input()"
-    keeper = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert keeper.stdout is not None
-        assert keeper.stdout.readline() == b"ok\n"
-        with pytest.raises(BusyError):
-            take_lock(tmp_path)
-    finally:
-        keeper.kill()
-        keeper.communicate()
-    take_lock(tmp_path).close()
-
-
 def test_a_child_does_not_keep_the_lock_of_its_killed_keeper(tmp_path: Path, make: Make) -> None:
-    lock = take_lock(tmp_path)
+    taken = lock.take(tmp_path)
     make("part").start()
-    lock.close()
-    take_lock(tmp_path).close()
+    taken.close()
+    lock.take(tmp_path).close()
 
 
 def test_a_new_keeper_adopts_what_runs_as_it_would_start_it(tmp_path: Path, make: Make) -> None:
     service = make("part")
     service.start()
     assert service.process is not None
-    state = StackState(keeper=ProcessId(1, 1))
+    state = StackState(keeper=ProcessId(1, "boot:1"))
     state.note([service, make("not started")])
     state.write(tmp_path)
     assert set(json.loads((tmp_path / "stack.json").read_text())["children"]) == {"part"}
@@ -129,7 +110,7 @@ def test_what_ended_is_not_adopted(make: Make) -> None:
 
 def test_a_pid_of_another_program_is_not_adopted(make: Make) -> None:
     me = identify(psutil.Process())
-    state = StackState(children={"part": ProcessId(me.pid, me.created - 1000)}, fingerprints={"part": "x"})
+    state = StackState(children={"part": ProcessId(me.pid, f"{me.started}1")}, fingerprints={"part": "x"})
     after = make("part")
     assert state.adopt([after]) == []
     assert not after.alive()
@@ -148,7 +129,7 @@ def test_what_is_no_part_of_the_stack_any_more_can_be_ended(tmp_path: Path, make
     stays, goes = make("broker"), make("broker-2")
     for service in (stays, goes):
         service.start()
-    state = StackState(keeper=ProcessId(1, 1))
+    state = StackState(keeper=ProcessId(1, "boot:1"))
     state.note([stays, goes])
     (other,) = state.others([make("broker")], tmp_path)
     assert (other.name, other.process) == ("broker-2", goes.process)
@@ -156,3 +137,29 @@ def test_what_is_no_part_of_the_stack_any_more_can_be_ended(tmp_path: Path, make
     assert not goes.alive()
     assert stays.alive()
     assert state.others([make("broker")], tmp_path) == []
+
+
+def test_what_a_former_version_wrote_by_a_clock_that_was_set_is_found_all_the_same(tmp_path: Path, make: Make) -> None:
+    """It wrote a time of the wall clock; the process has our folder in its environment."""
+    service = make("part")
+    service.environment = {"PATH": os.defpath, "PIPELINE_DATA_DIR": str(tmp_path)}
+    service.start()
+    assert service.process is not None
+    assert until(service.process.environ)  # the kernel shows it a moment after the program begins
+    old = {"pid": service.process.pid, "created": service.process.create_time() - 5}
+    for child in (old, old | {"created": service.process.create_time()}):
+        text = {"keeper": {"pid": 1, "created": 1.5}, "children": {"part": child}, "fingerprints": {}, "ready": True}
+        (tmp_path / "stack.json").write_text(json.dumps(text))
+        after = make("part")
+        assert StackState.read(tmp_path).adopt([after]) == [after]  # how it was started is not known
+        assert after.process == service.process
+
+
+def test_what_a_former_version_wrote_and_another_program_has_the_pid_of_is_nobody(tmp_path: Path, make: Make) -> None:
+    old = {"pid": os.getpid(), "created": 5.0}
+    text = {"keeper": old, "children": {"part": old}, "fingerprints": {}, "ready": True}
+    (tmp_path / "stack.json").write_text(json.dumps(text))
+    state = StackState.read(tmp_path)
+    assert state.keeper is not None
+    assert state.keeper.find() is None
+    assert state.adopt([make("part")]) == []

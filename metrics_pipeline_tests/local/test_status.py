@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
+from metrics_pipeline.data_folder import make_folder_id
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.local import broker, live
+from metrics_pipeline.local.processes import identify
+from metrics_pipeline.local.state import StackState
 from metrics_pipeline.local.status import Sample, Sampler, is_healthy
 from metrics_pipeline.settings import Settings, SinkKind
+from metrics_pipeline.sinks.watch import copy_sink_problem
+from metrics_pipeline.web import WebServer
 from metrics_pipeline_tests.fake_http import Request, listening
 
 NOBODY = 1
@@ -122,3 +132,57 @@ def test_a_known_error_keeps_its_text(parts: Parts, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("metrics_pipeline.local.status.sink_state", fail)
     assert parts.sample("connect")["connect"]["reason"] == "Kafka Connect at fake cannot be reached"
+
+
+@pytest.mark.parametrize("theirs", ["", "another"])
+def test_another_stacks_producer_and_sink_are_never_shown_as_ours(
+    theirs: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_backoff: None
+) -> None:
+    """The real servers, of another data folder: ours was started once, and theirs has our ports."""
+    figures = {
+        "state": "running",
+        "acknowledged_per_second": 5,
+        "latency_seconds": {"p50": 1, "p99": 2},
+        "paused": None,
+    }
+    figures |= {"workers": [{"state": "running"}]}
+
+    async def answer(_: object) -> JSONResponse:
+        return JSONResponse(figures)
+
+    monkeypatch.setattr(broker, "look", lambda _settings: (False, "no answer"))
+    routes = [Route("/status", answer), Route("/health", answer)]
+    ours = make_folder_id(tmp_path)
+    for identity, shown_as_ours in ((theirs, False), (ours, True)):
+        server = WebServer(routes, 0, "X", identity=identity)
+        server.start()
+        try:
+            settings = Settings(
+                sink="copy", pipeline_data_dir=tmp_path, postgres_port=NOBODY, dagster_port=NOBODY,
+                dagster_code_port=NOBODY, producer_port=server.port, sink_port=server.port,
+            )  # fmt: skip
+            with closing(Sampler(settings)) as sampler:
+                sample = sampler.sample()
+            problem = copy_sink_problem(settings)
+        finally:
+            server.stop()
+        assert sample["producer"]["healthy"] is shown_as_ours
+        assert (sample["acknowledged_per_second"], sample["latency_seconds"]["p50"]) == (
+            (5, 1) if shown_as_ours else (0, None)
+        )
+        assert sample["sink"]["healthy"] is shown_as_ours
+        if not shown_as_ours:
+            whose = "that of another data folder" if theirs else "not of this pipeline"
+            assert f"what answers on 127.0.0.1:{server.port} is {whose}" in sample["producer"]["reason"]
+            assert whose in str(problem)
+
+
+def test_a_webserver_that_is_not_our_child_is_not_ours(parts: Parts, tmp_path: Path) -> None:
+    parts.answer = b'{"data": {"instance": {"daemonHealth": {"allDaemonStatuses": []}}}}'
+    settings = parts.settings("copy").model_copy(update={"pipeline_data_dir": tmp_path})
+    with closing(Sampler(settings)) as sampler:
+        said = sampler.sample()["dagster"]["reason"]
+        assert said.startswith(f"what answers on 127.0.0.1:{parts.port} is not the webserver of {tmp_path} (")
+        assert f"pid {os.getpid()}" in said
+        StackState(children={"webserver": identify(psutil.Process())}).write(tmp_path)
+        assert "webserver" not in sampler.sample()["dagster"]["reason"]
