@@ -435,6 +435,25 @@ def test_the_ledger_is_purged_of_what_nothing_can_be_compared_with(
         assert conn.execute("DELETE FROM producer_runs").rowcount == (len(rows) if stays else 0)
 
 
+@pytest.mark.parametrize(
+    ("source", "minutes_ago", "state"),
+    [
+        pytest.param("simulated", 0, "failed", id="its-lock-is-free"),
+        pytest.param("replay", 61, "failed", id="said-nothing-for-an-hour"),
+        pytest.param("replay", 59, "running", id="may-live"),
+    ],
+)
+def test_runs_that_never_said_how_they_ended(database: Settings, source: str, minutes_ago: int, state: str) -> None:
+    with postgres.connect(database, "metrics_producer", autocommit=True) as conn, conn.transaction(force_rollback=True):
+        conn.execute(
+            "INSERT INTO producer_runs (run_id, partition, source, state, started_at, updated_at, acknowledged, offsets) "
+            "SELECT %s, 0, %s, 'running', t, t, 3, '{[0,3)}' FROM (SELECT now() - %s * interval '1 minute' AS t) AS at",
+            [UUID(int=1), source, minutes_ago],
+        )
+        conn.execute(postgres.query("end_abandoned_runs"), {"run_id": UUID(int=2)})
+        assert conn.execute("SELECT state FROM producer_runs WHERE run_id = %s", [UUID(int=1)]).fetchone() == (state,)
+
+
 def test_who_produces_is_asked_by_an_index(database: Settings) -> None:
     """Every few seconds, by the time of the last sign of life."""
     with postgres.connect(database, "metrics_owner") as conn:
