@@ -385,6 +385,30 @@ def first_append(settings: Settings, partitions: Iterable[int]) -> float | None:
         return min(times, default=None)
 
 
+def stamps(settings: Settings, offsets: Mapping[int, int]) -> dict[int, int]:
+    """The timestamp of the record at an offset of each partition, in milliseconds since 1970; those without one are left out.
+
+    Raises:
+        ServiceError: the broker cannot be reached.
+    """
+    with _consumer(settings, config={"enable.partition.eof": True, "auto.offset.reset": "error"}) as consumer:
+        asked, found = dict(offsets), dict[int, int]()
+        consumer.assign([TopicPartition(TOPIC, number, offset) for number, offset in asked.items()])
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while asked and time.monotonic() < deadline:
+            message = consumer.poll(0.2)
+            if message is None or (number := message.partition()) is None or number not in asked:
+                continue
+            # An end, an offset that is not there, or the next record, are all that there is to hear.
+            offset = asked.pop(number)
+            if message.error() is None:
+                consumer.pause([TopicPartition(TOPIC, number)])
+                kind, milliseconds = message.timestamp()
+                if kind and message.offset() == offset:
+                    found[number] = milliseconds
+        return found
+
+
 def committed(settings: Settings, group: str = CONNECTOR_GROUP) -> dict[int, int]:
     """Offset that a consumer group committed in each partition of the topic; partitions without one are left out.
 
@@ -469,14 +493,18 @@ def _admin(settings: Settings) -> Iterator[AdminClient]:
 
 
 @contextmanager
-def _consumer(settings: Settings, group: str = CONNECTOR_GROUP) -> Iterator[Consumer]:
+def _consumer(
+    settings: Settings, group: str = CONNECTOR_GROUP, config: Mapping[str, Any] | None = None
+) -> Iterator[Consumer]:
     """A consumer that joins no group: it only asks for offsets, which it does more safely than an AdminClient.
 
     The AdminClient's requests to a group's coordinator abort the whole process when the broker goes away at the wrong
     moment (confluentinc/librdkafka#4605).
     """
     reasons: list[str] = []
-    consumer = Consumer(_config(settings, reasons) | {"group.id": group, "enable.auto.commit": False})
+    consumer = Consumer(
+        _config(settings, reasons) | {"group.id": group, "enable.auto.commit": False} | dict(config or {})
+    )
     try:
         with _explained(settings, reasons, lambda: None):
             yield consumer

@@ -57,7 +57,7 @@ class FakeMessage:
         return self.problem
 
     def timestamp(self) -> tuple[int, int]:
-        return 1, 0
+        return 1, self.at
 
 
 def copied(data: bytes) -> list[tuple[bytes, ...]]:
@@ -444,7 +444,7 @@ class FakeSession:
         for begin, run in (
             ("SELECT active = 'copy' FROM sink_state", self._active),
             ("SELECT connector_log FROM sink_state", lambda _: Found([(LOG,)])),
-            ("SELECT partition, next_offset, log_id FROM sink_offsets", self._offsets),
+            ("SELECT partition, next_offset, log_id, last_timestamp FROM sink_offsets", self._offsets),
             ("INSERT INTO sink_offsets", self._begin),
             ("CREATE TEMPORARY TABLE IF NOT EXISTS incoming_metrics", lambda _: Found([])),
             ("DELETE FROM incoming_metrics", self._empty),
@@ -470,7 +470,7 @@ class FakeSession:
         return Found([(self._database.active == "copy",)])
 
     def _offsets(self, values: Any) -> Found:
-        return Found([(number, at, LOG) for number in values[1] if (at := self._at(number)) is not None])
+        return Found([(number, at, LOG, None) for number in values[1] if (at := self._at(number)) is not None])
 
     def _begin(self, values: Any) -> Found:
         _, partition, log, offset = values

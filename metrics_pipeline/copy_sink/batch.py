@@ -52,6 +52,7 @@ class Chunk:
         start: where the partition stood before: what the database must say for the chunk to be written.
         stop: where it stands afterwards.
         log: which log these offsets are of: what the database must say, too.
+        stamp: the log's timestamp of the last record, in milliseconds since 1970; None when it has none.
     """
 
     partition: int
@@ -59,6 +60,7 @@ class Chunk:
     start: int
     stop: int
     log: str = ""
+    stamp: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import msgspec
@@ -72,10 +72,12 @@ class Offset:
     Attributes:
         log: in which log; nothing when the note is older than such notes.
         next: the offset of the first record that is not stored or rejected.
+        stamp: the log's timestamp of the record before it, in milliseconds since 1970; None when it is not known.
     """
 
     log: str
     next: int
+    stamp: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +126,11 @@ class Store:
         """Where each partition stands, and in which log; those never written are left out."""
         session = self._session()
         rows = session.execute(
-            "SELECT partition, next_offset, log_id FROM sink_offsets WHERE topic = %s AND partition = ANY (%s)",
+            "SELECT partition, next_offset, log_id, last_timestamp FROM sink_offsets WHERE topic = %s AND partition = ANY (%s)",
             [TOPIC, list(partitions)],
         ).fetchall()
         session.commit()
-        return {partition: Offset(log, offset) for partition, offset, log in rows}
+        return {partition: Offset(log, offset, stamp) for partition, offset, log, stamp in rows}
 
     def begin(self, partition: int, offset: Offset) -> None:
         """Note where a partition that was never written begins; a note that is there already stays."""
@@ -307,6 +309,7 @@ class Store:
                 "logs": [chunk.log for chunk in chunks],
                 "starts": [chunk.start for chunk in chunks],
                 "stops": [chunk.stop for chunk in chunks],
+                "stamps": [chunk.stamp for chunk in chunks],
             },
         ).rowcount
         if moved != len(chunks):

@@ -186,6 +186,7 @@ class BatchReader:
         runs = runs_of(messages)
         first = {run.partition: run.offsets[0] for run in reversed(runs)}
         last = {run.partition: run.offsets[-1] for run in runs}
+        behind = {run.partition: run.begin + len(run.offsets) - 1 for run in runs}
         moved: dict[int, Chunk] = {}
         begins: dict[int, int] = {}
         early = False
@@ -203,7 +204,9 @@ class BatchReader:
                 self._places.forget([number])
                 continue
             if (stop := last[number] + 1) > place.next:
-                moved[number] = Chunk(number, place.epoch, chunk.start if chunk else place.next, stop, place.log)
+                start = chunk.start if chunk else place.next
+                stamp = _stamp(messages[behind[number]])
+                moved[number] = Chunk(number, place.epoch, start, stop, place.log, stamp)
                 begins[number] = place.next
                 early = early or begin < place.next
         if not moved:
@@ -384,6 +387,7 @@ class CopyWorker:
         self._ends: dict[int, int] = {}
         self._heard = time.monotonic()
         self._still: dict[int, tuple[int, float]] = {}
+        self._proven: dict[int, Offset] = {}
         self._written: deque[dict[int, Chunk]] = deque()
         self._standby = threading.Event()
         self._stop = threading.Event()
@@ -605,6 +609,8 @@ class CopyWorker:
             if at.log != log_id or not low <= at.next <= high:
                 self._missing(number, at, log_id, low, high)
                 continue
+            if at.next > low and not self._proves(number, at):
+                continue
             target.offset = at.next
             try:
                 consumer.seek(target)
@@ -658,6 +664,34 @@ class CopyWorker:
                 high,
                 at.next,
             )
+
+    def _proves(self, number: int, at: Offset) -> bool:
+        """Whether the last record that was stored is still the log's; if not, the partition is read from its beginning."""
+        if at.stamp is None or self._proven.get(number) == at:
+            return True
+        stands = {
+            n: place
+            for n, place in self._places_store.offsets(self._places.unknown()).items()
+            if place.stamp is not None
+        }
+        asked = {n: place.next - 1 for n, place in stands.items() if self._proven.get(n) != place}
+        self._progress.at("reader", "ends")
+        found = kafka.stamps(self._settings, asked)
+        self._progress.at("reader", "offsets")
+        # A record that is not there any more (compacted, deleted) proves nothing, and is no reason to begin again.
+        self._proven |= {n: stands[n] for n in asked if found.get(n, stands[n].stamp) == stands[n].stamp}
+        if self._proven.get(number) == at:
+            return True
+        if stands.get(number) == at:
+            low = kafka.watermarks(self._settings)[number][0]
+            if self._places_store.move(number, at, Offset(at.log, low)):
+                log.error(
+                    "partition %s: offset %s was stored, and is another record now: the log was restored from before; "
+                    "reading it from its beginning",
+                    number,
+                    at.next - 1,
+                )
+        return False
 
     def _look(self, consumer: Consumer) -> None:
         """How far the partitions are from their ends; one that rests although records wait is sought again."""
@@ -800,6 +834,10 @@ class CopyWorker:
 
     def _on_error(self, error: KafkaError) -> None:
         log.info("broker: %s", error.str())
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001  # librdkafka's own code
+            # Whatever is there when it comes back has to prove that it is what was read before.
+            self._proven.clear()
+            self._places.forget(self._places.all())
 
     def _new_writer(self) -> Writer:
         return Writer(self._store, self._places, self.report, sleep=self._sleep, progress=self._progress)
@@ -817,6 +855,11 @@ class CopyWorker:
         if (state, reason) != (self.report.state, self.report.reason):
             log.info("%s%s", state, f": {reason}" if reason else "")
         self.report.state, self.report.reason = state, reason
+
+
+def _stamp(message: Any) -> int | None:
+    kind, milliseconds = message.timestamp()
+    return milliseconds if kind else None
 
 
 def _size(message: Any) -> int:

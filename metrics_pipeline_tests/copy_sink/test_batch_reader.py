@@ -48,12 +48,12 @@ def test_what_comes_in_pieces_is_one_batch(places: Partitions) -> None:
     batch = reader.take()
     assert offsets(batch) == [(0, 5), (0, 6), (1, 7), (0, 7), (0, 8)]
     assert batch is not None
-    assert batch.chunks == {0: Chunk(0, epochs[0], 5, 9), 1: Chunk(1, epochs[1], 7, 8)}
-    assert list(batch.stamps) == [0] * 5
+    assert batch.chunks == {0: Chunk(0, epochs[0], 5, 9, stamp=8), 1: Chunk(1, epochs[1], 7, 8, stamp=7)}
+    assert list(batch.stamps) == [5, 6, 7, 7, 8]
     reader.add(messages(0, 9))
     batch = reader.take()
     assert batch is not None
-    assert (offsets(batch), batch.chunks) == ([(0, 9)], {0: Chunk(0, epochs[0], 9, 10)})
+    assert (offsets(batch), batch.chunks) == ([(0, 9)], {0: Chunk(0, epochs[0], 9, 10, stamp=9)})
 
 
 def test_a_gap_before_a_batch_is_looked_at_again_unless_it_was_just_sought(places: Partitions) -> None:
@@ -73,7 +73,7 @@ def test_what_is_behind_the_place_or_of_no_place_is_left_out(places: Partitions)
     reader.add([*messages(0, 3, 4, 5), *messages(1, 1), *messages(2, 1)])
     batch = reader.take()
     assert batch is not None
-    assert (offsets(batch), batch.chunks) == ([(0, 5)], {0: Chunk(0, epoch, 5, 6)})
+    assert (offsets(batch), batch.chunks) == ([(0, 5)], {0: Chunk(0, epoch, 5, 6, stamp=5)})
     reader.add(messages(0, 4, 5))
     assert reader.take() is None
 
@@ -89,7 +89,7 @@ def test_a_place_that_was_lost_takes_its_part_of_the_open_batch_with_it(places: 
     batch = reader.take()
     assert batch is not None
     assert offsets(batch) == [(1, 0), (0, 2), (0, 3)]
-    assert batch.chunks == {0: Chunk(0, epoch, 2, 4), 1: Chunk(1, other, 0, 1)}
+    assert batch.chunks == {0: Chunk(0, epoch, 2, 4, stamp=3), 1: Chunk(1, other, 0, 1, stamp=0)}
 
 
 def test_what_is_dropped_is_gone(places: Partitions) -> None:

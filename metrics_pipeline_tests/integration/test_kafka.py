@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -90,3 +91,25 @@ def test_the_mark_of_a_transaction_is_no_record(settings: Settings) -> None:
     assert kafka.holds_record(settings, 0, 0)
     assert not kafka.holds_record(settings, 0, 1), "there is only the mark"
     assert not kafka.holds_record(settings, 1, 0), "there is nothing"
+
+
+def test_stamps_of_records_and_of_what_is_none(settings: Settings) -> None:
+    kafka.ensure_topic(settings)
+    producer = Producer(kafka.client_config(settings) | {"transactional.id": "of-test-stamps"})
+    producer.init_transactions(30)
+    producer.begin_transaction()
+    told: dict[int, int] = {}
+    for _ in range(3):
+        producer.produce(
+            OURS,
+            value=b"x",
+            partition=0,
+            on_delivery=lambda _, message: told.update({message.offset() or 0: message.timestamp()[1]}),
+        )
+    producer.produce(OURS, value=b"x", partition=1)
+    producer.commit_transaction(30)
+    began = time.monotonic()
+    # A record; the mark at an end; what is beyond the end; an empty partition.
+    assert kafka.stamps(settings, {0: 1, 1: 1, 2: 5, 3: 0}) == {0: told[1]}
+    assert kafka.stamps(settings, {}) == {}
+    assert time.monotonic() - began < kafka.TIMEOUT_SECONDS, "it waited for what never comes"

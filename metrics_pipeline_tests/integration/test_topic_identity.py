@@ -275,6 +275,42 @@ def test_another_cluster_under_the_same_address(place: Place, sink: str) -> None
     place.run("connect")
 
 
+@pytest.mark.parametrize("meanwhile", ["runs", "is down"])
+@SINKS
+def test_a_cluster_that_is_restored_from_a_snapshot(place: Place, sink: str, meanwhile: str) -> None:
+    """It has its id, the topic its id, and the offsets are taken by other records before the sink comes back."""
+    settings = place.choose(sink)
+    make_anew(settings)
+    place.publish(readings(3_000))
+    place.await_stored()
+    broker, kept = place.services.service("broker"), settings.data_dir / "snapshot"
+    broker.stop()
+    shutil.copytree(settings.data_dir / "kafka", kept, dirs_exist_ok=True)
+    broker.start()
+    broker.wait_until_healthy()
+    log = kafka.topic_log(settings).id
+    place.publish(readings(4_000))
+    place.await_stored()
+    if meanwhile == "is down":
+        place.halt(sink)
+    broker.stop()
+    shutil.rmtree(settings.data_dir / "kafka")
+    kept.rename(settings.data_dir / "kafka")
+    broker.start()
+    broker.wait_until_healthy()
+    assert kafka.topic_log(settings).id == log
+    published = readings(12_000)
+    place.publish(published)
+    place.run(sink)
+    until(lambda: place.values(published[0].device_id) == expected(published), shown=place.words)
+    place.await_stored()
+    report = verify(settings)
+    # What the snapshot does not have was acknowledged all the same: that is no fault of the sink, and is told.
+    assert (report.records, report.counts.lost, report.counts.different) == (15_000, 0, 0)
+    assert report.counts.unexpected == 4_000
+    assert any("both acknowledged offsets" in line for line in report.lines())
+
+
 @SINKS
 def test_partitions_that_grow_while_the_sink_lags(place: Place, sink: str) -> None:
     """In the old partitions the older value waits behind many records; in the new ones the newer value is the first."""

@@ -2,9 +2,10 @@
 -- All of them stay when another sink has become the active one: a statement that waited for the locks does not see that, because it
 -- began before.
 UPDATE sink_offsets AS o
-SET next_offset = m.stop, updated_at = now()
-FROM unnest(%(partitions)s::integer[], %(logs)s::text[], %(starts)s::bigint[], %(stops)s::bigint[])
-    AS m (partition, log_id, start, stop)
+SET next_offset = m.stop, last_timestamp = m.stamp, updated_at = now()
+FROM
+    unnest(%(partitions)s::integer[], %(logs)s::text[], %(starts)s::bigint[], %(stops)s::bigint[], %(stamps)s::bigint[])
+    AS m (partition, log_id, start, stop, stamp)
 WHERE
     o.topic = %(topic)s
     AND o.partition = m.partition

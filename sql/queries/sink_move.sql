@@ -1,6 +1,6 @@
 -- Move the COPY sink in one partition, perhaps to another log, unless it is not where it was expected or not the active sink.
 UPDATE sink_offsets
-SET log_id = %(log_id)s, next_offset = %(offset)s, updated_at = now()
+SET log_id = %(log_id)s, next_offset = %(offset)s, last_timestamp = NULL, updated_at = now()
 WHERE
     topic = %(topic)s
     AND partition = %(partition)s
