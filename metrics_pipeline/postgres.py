@@ -15,7 +15,7 @@ import sysconfig
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -23,7 +23,6 @@ from urllib.parse import quote
 
 import psycopg
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
 from pydantic import SecretStr
 
@@ -198,14 +197,15 @@ def connect_admin(settings: Settings, database: str = "postgres", **options: Any
     Raises:
         ServiceError: as `connect` does.
     """
-    url = conninfo_to_dict(settings.admin_url(database))
+    server = settings.postgres_server
     return _open(
         settings,
-        user=str(url.get("user") or settings.postgres_user),
-        password=str(url.get("password") or ""),
+        user=settings.admin_user,
+        password=server.password or settings.postgres_password.get_secret_value(),
         dbname=database,
         variable="POSTGRES_URL" if settings.postgres_url else "POSTGRES_PASSWORD",
         **{"autocommit": True, "connect_timeout": CONNECT_SECONDS, "application_name": "metrics-pipeline", **options},
+        passfile=server.passfile or None,
     )
 
 
@@ -261,14 +261,8 @@ def _open(settings: Settings, *, variable: str, autocommit: bool = False, **opti
     host, port = settings.postgres_host, settings.postgres_host_port
     outside = bool(settings.postgres_url)
     forget_libpq(os.environ, outside=outside)
-    try:
-        # What an existing server's URL says beyond host, user and database (sslmode, …) holds for every role.
-        extra = conninfo_to_dict(settings.postgres_url) if outside else _EMBEDDED
-    except psycopg.ProgrammingError as error:
-        # libpq quotes the piece it cannot read, which may be the password.
-        raise SettingError(
-            "POSTGRES_URL cannot be read: write postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
-        ) from error
+    # How an existing server is trusted holds for every role.
+    extra = settings.postgres_server.tls if outside else _EMBEDDED
     wanted = session_settings(options["user"]) | _server_options(options.pop("options", ""))
     arguments = {**extra, "host": host, "port": port, "client_encoding": "utf8", **options}
     try:
@@ -527,12 +521,9 @@ def _change(settings: Settings, *command: str) -> tuple[list[str], list[str]]:
         before = _status(conn)
         if command[0] == "rollback" and not before.applied and not before.missing:
             return [], []
-        # dbmate's driver insists on TLS unless told otherwise; this connection knows what the server offers.
-        encrypted = conn.pgconn.ssl_in_use and not is_loopback(settings.postgres_host)
         # It has no way to begin a session with a statement.
         begin = quote(session_options(session_settings("metrics_owner")))
-        mode = "require" if encrypted else "disable"
-        url = f"{settings.role_url('metrics_owner')}?sslmode={mode}&options={begin}"
+        url = f"{_for_dbmate(settings, conn)}&options={begin}"
         _dbmate(
             {"METRICS_MIGRATION_URL": url},
             "--env=METRICS_MIGRATION_URL",
@@ -545,6 +536,18 @@ def _change(settings: Settings, *command: str) -> tuple[list[str], list[str]]:
         after = _status(conn)
     old, new = (status.applied + status.missing for status in (before, after))
     return [name for name in old if name not in new], [name for name in new if name not in old]
+
+
+def _for_dbmate(settings: Settings, conn: Connection) -> str:
+    """The owner's URL, with a mode of TLS: dbmate's driver insists on it unless told otherwise, and knows no mode in between."""
+    server = settings.postgres_server
+    tls = server.tls
+    if tls.get("sslmode", "prefer") in ("allow", "prefer"):
+        # What the server offers is known by a connection of libpq's.
+        encrypted = conn.pgconn.ssl_in_use and not is_loopback(settings.postgres_host)
+        tls = {"sslmode": "require" if encrypted else "disable"}
+    password = settings.metrics_owner_password.get_secret_value()
+    return replace(server, tls=tls).url("metrics_owner", password, settings.metrics_database)
 
 
 def _dbmate(environment: dict[str, str], *arguments: str) -> None:

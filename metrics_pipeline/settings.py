@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from metrics_pipeline.dotenv_file import problems
 from metrics_pipeline.errors import SettingError
+from metrics_pipeline.server_url import ServerUrl
 
 _PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = _PACKAGE.parent if (_PACKAGE.parent / "sql" / "migrations").is_dir() else None
@@ -45,9 +46,8 @@ SinkKind = Literal["connect", "copy"]
 
 
 def _is_postgres_url(url: str) -> str:
-    if url and urlsplit(url).scheme not in ("postgresql", "postgres"):
-        raise ValueError("must begin with postgresql://")
-    _check_port(url)
+    if url:
+        ServerUrl.parse(url, os.environ)
     return url
 
 
@@ -427,35 +427,43 @@ class Settings(ProducerSettings):
         return f"http://127.0.0.1:{self.dagster_port}"
 
     @property
+    def postgres_server(self) -> ServerUrl:
+        """Where PostgreSQL is, for every program that opens a session there."""
+        if self.postgres_url:
+            return ServerUrl.parse(self.postgres_url, os.environ)
+        return ServerUrl("127.0.0.1", self.postgres_port)
+
+    @property
     def postgres_host(self) -> str:
         """Host of PostgreSQL."""
-        return (urlsplit(self.postgres_url).hostname if self.postgres_url else None) or "127.0.0.1"
+        return self.postgres_server.host
 
     @property
     def postgres_host_port(self) -> int:
         """Port of PostgreSQL."""
-        return (urlsplit(self.postgres_url).port or 5432) if self.postgres_url else self.postgres_port
+        return self.postgres_server.port
 
     @property
     def metrics_database(self) -> str:
         """Name of the database of the readings: the URL's, when one is set."""
-        return (unquote(urlsplit(self.postgres_url).path.strip("/")) if self.postgres_url else "") or self.postgres_db
+        return self.postgres_server.database or self.postgres_db
 
     def role_url(self, role: Role) -> str:
         """`postgresql://` URL of a role, password included: hand it to clients, never to a log."""
         return self._url(role, getattr(self, f"{role}_password"), self.metrics_database)
+
+    @property
+    def admin_user(self) -> str:
+        """Who makes roles and databases: the superuser, or the role that `POSTGRES_URL` names."""
+        return self.postgres_server.user or self.postgres_user
 
     def admin_url(self, database: str = "postgres") -> str:
         """`postgresql://` URL of the superuser, or of the role that `POSTGRES_URL` names.
 
         That role's password is `POSTGRES_PASSWORD` when the URL has none.
         """
-        if self.postgres_url:
-            url = urlsplit(self.postgres_url)
-            if url.username and url.password is None:
-                return self._url(unquote(url.username), self.postgres_password, database)
-            return urlunsplit(url._replace(path=f"/{quote(database, safe='')}"))
-        return self._url(self.postgres_user, self.postgres_password, database)
+        given = self.postgres_server.password
+        return self._url(self.admin_user, SecretStr(given) if given else self.postgres_password, database)
 
     @property
     def dagster_postgres_url(self) -> str:
@@ -463,11 +471,7 @@ class Settings(ProducerSettings):
         return self._url("dagster", self.dagster_password, "dagster")
 
     def _url(self, user: str, password: SecretStr, database: str) -> str:
-        secret = quote(password.get_secret_value(), safe="")
-        host = f"[{self.postgres_host}]" if ":" in self.postgres_host else self.postgres_host
-        return (
-            f"postgresql://{quote(user, safe='')}:{secret}@{host}:{self.postgres_host_port}/{quote(database, safe='')}"
-        )
+        return self.postgres_server.url(user, password.get_secret_value(), database)
 
 
 def producer_overrides(assignments: Sequence[str] | None, see: str = "docs/settings.md") -> dict[str, Any]:

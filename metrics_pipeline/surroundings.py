@@ -65,8 +65,8 @@ TRUST: Final = frozenset(
     name
     for name in LIBPQ
     if name.startswith(("PGSSL", "PGGSS", "PGREQUIRE", "PGCHANNEL", "PGKRB", "PGMAXPROTO", "PGMINPROTO", "PGPASSFILE"))
-)
-"""Of these, what says how a server that somebody else runs is trusted, and who we are there."""
+) - {"PGREQUIRESSL"}
+"""Of these, what says how a server that somebody else runs is trusted, and who we are there; `server_url` refuses what only libpq would obey."""
 
 HARMLESS: Final = frozenset(
     {"PYTHONUNBUFFERED", "PYTHONFAULTHANDLER", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHON"}

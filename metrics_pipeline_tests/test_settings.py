@@ -234,6 +234,7 @@ def test_urls_of_an_existing_server(monkeypatch: pytest.MonkeyPatch) -> None:
         "host": "::1",
         "port": "6000",
         "dbname": "my db",
+        "sslmode": "require",
     }
     assert conninfo_to_dict(settings.admin_url("dagster")) == {
         "user": "me",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import requests
 
@@ -23,9 +23,10 @@ PORTS = {"connect": "connect_port", "connect-2": "connect_2_port", "connect-3": 
 def sink_environment(settings: Settings) -> dict[str, str]:
     """What the connector's `${env:…}` references resolve to."""
     return {
-        "SINK_PG_HOST": settings.postgres_host,
+        # Parts of a JDBC URL.
+        "SINK_PG_HOST": f"[{host}]" if ":" in (host := settings.postgres_host) else host,
         "SINK_PG_PORT": str(settings.postgres_host_port),
-        "SINK_PG_DB": settings.metrics_database,
+        "SINK_PG_DB": quote(settings.metrics_database, safe=""),
         "SINK_PG_USER": "metrics_writer",
         "SINK_PG_PASSWORD": settings.metrics_writer_password.get_secret_value(),
     }

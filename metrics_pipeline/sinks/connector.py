@@ -18,6 +18,7 @@ from stamina.instrumentation import set_on_retry_hooks
 from metrics_pipeline import kafka, loopback
 from metrics_pipeline.change import Change
 from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.server_url import jdbc_parameters
 from metrics_pipeline.settings import CONNECTOR, ROOT, Settings
 
 CONNECTOR_FILE = ROOT / "connect" / f"{CONNECTOR}.json"
@@ -313,9 +314,12 @@ def client(settings: Settings, patience: float = PATIENCE_SECONDS) -> ConnectCli
     return ConnectClient(settings.connect_urls, patience, cluster)
 
 
-def connector_config() -> dict[str, str]:
-    """The connector as its file has it: put as it stands, secrets and addresses by reference."""
-    return {str(name): str(value) for name, value in json.loads(CONNECTOR_FILE.read_text("utf-8")).items()}
+def connector_config(settings: Settings | None = None) -> dict[str, str]:
+    """The connector as its file has it, secrets and addresses by reference; with what these settings say of the server beyond that."""
+    config = {str(name): str(value) for name, value in json.loads(CONNECTOR_FILE.read_text("utf-8")).items()}
+    if settings is not None and settings.postgres_url:
+        config["connection.url"] += jdbc_parameters(settings.postgres_server.tls)
+    return config
 
 
 def sink_state(settings: Settings, patience: float = 2.0) -> SinkState:
@@ -337,7 +341,7 @@ def connector_drift(settings: Settings, patience: float = PATIENCE_SECONDS) -> l
     config = rest.config(CONNECTOR)
     if config is None:
         return [f"connector {CONNECTOR} does not exist"]
-    return _differences(config, connector_config()) + rest.state(CONNECTOR).problems
+    return _differences(config, connector_config(settings)) + rest.state(CONNECTOR).problems
 
 
 def ensure_connector(settings: Settings, patience: float = PATIENCE_SECONDS) -> Change:
@@ -350,7 +354,7 @@ def ensure_connector(settings: Settings, patience: float = PATIENCE_SECONDS) -> 
     """
     rest = client(settings, patience)
     rest.version()
-    wanted = connector_config()
+    wanted = connector_config(settings)
     present = rest.config(CONNECTOR)
     details = ["connector " + CONNECTOR] if present is None else _differences(present, wanted)
     if details:
