@@ -12,11 +12,12 @@ import shutil
 import socket
 import subprocess
 import sysconfig
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import quote
@@ -28,6 +29,7 @@ from pydantic import SecretStr
 
 from metrics_pipeline.data_folder import cluster_name, folder_id
 from metrics_pipeline.errors import InstallError, ServiceError, SettingError
+from metrics_pipeline.guest import COLLATION, Guest
 from metrics_pipeline.settings import CHECKOUT, ROOT, Role, Settings
 from metrics_pipeline.surroundings import forget_libpq, is_loopback
 
@@ -38,6 +40,10 @@ QUERIES = ROOT / "sql" / "queries"
 
 CONNECT_SECONDS = 10
 STATEMENT_SECONDS = 300
+SESSION_LOOKS = 3
+"""How often it is looked whether a pooler leaves a session its backend: once is enough unless others use the pool, too."""
+OLDEST_VERSION = 17
+"""Of the server: the settings of a session are those that it has."""
 
 ROLES: tuple[Role, ...] = get_args(Role)
 """Those that use the database of the readings; `dagster` has its own."""
@@ -98,6 +104,14 @@ _AS_IT_IS = {"synchronous_commit": ("on", "remote_write", "remote_apply")}
 """Presets that may stay as they are when they are one of these: the first of them is set otherwise."""
 
 _TEMPORARY_TABLES: tuple[Role, ...] = ("metrics_writer", "metrics_summarizer")
+
+
+class StandbyServerError(ServiceError):
+    """The server takes no writes: another one does by now, or this one will."""
+
+
+class NoDatabaseError(ServiceError):
+    """The server has no database of that name."""
 
 
 @dataclass(frozen=True)
@@ -219,15 +233,15 @@ def connect_dagster(settings: Settings, **options: Any) -> Connection:
         settings,
         user="dagster",
         password=settings.dagster_password.get_secret_value(),
-        dbname="dagster",
+        dbname=settings.dagster_database,
         variable="DAGSTER_PASSWORD",
         **{"connect_timeout": CONNECT_SECONDS, "application_name": "metrics-pipeline dagster", **options},
     )
 
 
-def session_settings(role: str) -> dict[str, str]:
-    """What a session of a role has, whatever is preset for it."""
-    return _SESSION | _ROLE_SETTINGS.get(role, {})
+def session_settings(role: str, schema: str = "public") -> dict[str, str]:
+    """What a session of a role has, whatever is preset for it; names mean what is in the schema."""
+    return _SESSION | {"search_path": schema} | _ROLE_SETTINGS.get(role, {})
 
 
 def session_options(settings: Mapping[str, str]) -> str:
@@ -263,15 +277,19 @@ def _open(settings: Settings, *, variable: str, autocommit: bool = False, **opti
     forget_libpq(os.environ, outside=outside)
     # How an existing server is trusted holds for every role.
     extra = settings.postgres_server.tls if outside else _EMBEDDED
-    wanted = session_settings(options["user"]) | _server_options(options.pop("options", ""))
+    wanted = session_settings(options["user"], _schema_of(settings, options["user"]))
+    wanted |= _server_options(options.pop("options", ""))
     arguments = {**extra, "host": host, "port": port, "client_encoding": "utf8", **options}
     try:
         connection = _connect(arguments, wanted)
     except psycopg.OperationalError as error:
-        raise ServiceError(_why(settings, error, arguments, variable)) from error
+        absent = f'database "{options["dbname"]}" does not exist' in str(error)
+        kind = NoDatabaseError if absent else ServiceError
+        raise kind(_why(settings, error, arguments, variable)) from error
     except (psycopg.Error, *NO_DATABASE_ERRORS) as error:
         raise ServiceError(f"PostgreSQL at {host}:{port} cannot be used: {one_line(error)}") from error
     try:
+        _require_version(settings, connection.info.server_version)
         _begin(settings, connection, wanted)
         connection.autocommit = autocommit
     except BaseException as error:
@@ -282,6 +300,13 @@ def _open(settings: Settings, *, variable: str, autocommit: bool = False, **opti
             ) from error
         raise
     return connection
+
+
+def _schema_of(settings: Settings, role: str) -> str:
+    """Where what a role asks for is; who only makes the others names each thing whole."""
+    if role == "dagster":
+        return settings.dagster_schema
+    return settings.metrics_schema if role in ROLES else "public"
 
 
 def _connect(arguments: dict[str, Any], wanted: dict[str, str]) -> Connection:
@@ -305,15 +330,25 @@ _EMBEDDED = {"sslmode": "disable", "gssencmode": "disable", "require_auth": "scr
 """How the embedded server is met. By SCRAM it proves, too, that it knows the password: another one on its port does not."""
 
 
+def _require_version(settings: Settings, number: int) -> None:
+    if number < OLDEST_VERSION * 10_000:
+        raise ServiceError(
+            f"PostgreSQL at {settings.postgres_host}:{settings.postgres_host_port} is version {number // 10_000}, and the "
+            f"pipeline needs {OLDEST_VERSION} or newer: name another server by POSTGRES_URL"
+        )
+
+
 def _begin(settings: Settings, connection: Connection, wanted: Mapping[str, str]) -> None:
     """Give a new session its settings, and see that the server is one that it can work with.
 
     Raises:
-        ServiceError: it is another data folder's, holds no UTF-8, or presets what a role without superuser cannot change.
+        ServiceError: it is another data folder's, a standby, behind a pooler that gives sessions away between transactions, holds
+            no UTF-8, or presets what a role without superuser cannot change.
     """
     told = ", ".join(f"current_setting('{name}')" for name in ("cluster_name", "server_encoding", *_PRESET))
-    row = connection.execute(f"SELECT {told}, {_set_configs(wanted)}").fetchone() or ()
-    cluster, encoding, *presets = map(str, row[: 2 + len(_PRESET)])
+    asked = f"SELECT pg_backend_pid(), pg_is_in_recovery(), {told}, {_set_configs(wanted)}"
+    backend, standby, *said = connection.execute(asked).fetchone() or (0, False)
+    cluster, encoding, *presets = map(str, said[: 2 + len(_PRESET)])
     place = f"PostgreSQL at {settings.postgres_host}:{settings.postgres_host_port}"
     ours = "" if settings.postgres_url else folder_id(settings)
     if ours and cluster != cluster_name(ours):
@@ -322,7 +357,13 @@ def _begin(settings: Settings, connection: Connection, wanted: Mapping[str, str]
             f"{settings.data_dir}: start that with `metrics-pipeline up`, set POSTGRES_PORT to where it is, "
             "or name another server by POSTGRES_URL"
         )
-    if connection.info.dbname not in (settings.metrics_database, "dagster"):
+    if standby and wanted["default_transaction_read_only"] != "on":
+        raise StandbyServerError(
+            f"{place} is a standby, which takes no writes: promote it, or let POSTGRES_URL lead to the server that can be written"
+        )
+    if backend != connection.info.backend_pid:
+        _require_own_session(settings, connection, place)
+    if connection.info.dbname not in (settings.metrics_database, settings.dagster_database):
         return  # only looked at by who makes the others
     if encoding != "UTF8":
         raise ServiceError(
@@ -335,6 +376,53 @@ def _begin(settings: Settings, connection: Connection, wanted: Mapping[str, str]
                 f"{place} presets {name} = {preset} for {connection.info.user} in {connection.info.dbname}, without which "
                 f"nothing would be counted: ALTER ROLE or ALTER DATABASE … RESET {name}, as superuser"
             )
+
+
+_SESSION_MODE: set[tuple[str, int]] = set()
+"""Poolers that were seen to leave a session its backend."""
+
+
+def _require_own_session(settings: Settings, connection: Connection, place: str) -> None:
+    """Behind a pooler, which answers with process ids of its own: see that a session keeps its backend between two transactions.
+
+    Raises:
+        ServiceError: it does not.
+    """
+    pooler = (settings.postgres_host, settings.postgres_host_port)
+    if pooler in _SESSION_MODE:
+        return
+    server = settings.postgres_server
+    refused = ServiceError(
+        f"{place} is a pooler that hands a session's backend to others between its transactions (PgBouncer: pool_mode = "
+        "transaction or statement): locks, temporary tables and the settings of a session would be lost or somebody else's. "
+        "Let POSTGRES_URL lead to the server itself, or set pool_mode = session"
+    )
+    info = connection.info
+    url = server.url(info.user, info.password, info.dbname)
+    try:
+        with (
+            psycopg.connect(url, connect_timeout=CONNECT_SECONDS, client_encoding="utf8") as other,
+            impatient(other, CONNECT_SECONDS),
+        ):
+            for _ in range(SESSION_LOOKS):
+                own = _backend(connection)
+                # In a transaction, which keeps it: the one that was just given back, if any was.
+                if _backend(other) == own or _backend(connection) != own:
+                    raise refused
+                other.rollback()
+    except psycopg.errors.ProtocolViolation as error:  # it knows no transactions at all
+        raise refused from error
+    except psycopg.OperationalError as error:
+        raise ServiceError(
+            f"{place} is a pooler that has no session left ({one_line(error)}): give it more of them, about 30 for each of "
+            "its pools (PgBouncer: default_pool_size)"
+        ) from error
+    _SESSION_MODE.add(pooler)
+
+
+def _backend(connection: Connection) -> int:
+    (pid,) = connection.execute("SELECT pg_backend_pid()").fetchone() or (0,)
+    return int(pid)
 
 
 _PRESET = {"session_replication_role": "origin", "track_counts": "on", "track_activities": "on"}
@@ -367,16 +455,20 @@ def _why(settings: Settings, error: psycopg.OperationalError, arguments: dict[st
         return f"{place} is not ready yet ({text.rpartition('FATAL: ')[2].strip()}): try again in a few seconds"
     if re.search(r"permission denied for database", text):
         return f"{place}: {user} may not connect to database {database}: run `metrics-pipeline up`, which grants it"
+    if "unrecognized configuration parameter" in text:
+        return f"{place} is older than version {OLDEST_VERSION}, which the pipeline needs: name another server by POSTGRES_URL"
     reason = text.rpartition("failed: ")[2].split(" Is the server running")[0].split(" Multiple connection")[0]
     return f"{place} cannot be reached ({reason}): start it with `metrics-pipeline up`, or correct {where}"
 
 
 def bootstrap(settings: Settings) -> None:
-    """Make the roles and the databases, set the roles' passwords, limits and rights; may be run again at any time.
+    """Make the roles, databases and schemas, set the roles' passwords, limits and rights; may be run again at any time.
+
+    On a server of others (`POSTGRES_URL`) what is there already keeps its rights and its owner: only what is missing is added.
 
     Raises:
         SettingError: a role's password is empty.
-        ServiceError: PostgreSQL is not reachable, or the superuser may not do it.
+        ServiceError: PostgreSQL is not reachable, a name of ours is somebody else's there, or rights are missing: says which.
     """
     roles: tuple[str, ...] = (*ROLES, "dagster")
     for role in roles:
@@ -384,6 +476,9 @@ def bootstrap(settings: Settings) -> None:
             raise SettingError(
                 f"{role.upper()}_PASSWORD is empty: run `metrics-pipeline up`, which writes one to .env, or set it"
             )
+    if settings.postgres_url:
+        _join(settings)
+        return
     with connect_admin(settings) as conn, _statements(settings, "set up its roles and databases"):
         _serialise(conn)
         for role in roles:
@@ -391,7 +486,75 @@ def bootstrap(settings: Settings) -> None:
         _database(conn, settings.metrics_database, "metrics_owner", ROLES)
         for role in _TEMPORARY_TABLES:
             _do(conn, "GRANT TEMPORARY ON DATABASE {} TO {}", settings.metrics_database, role)
-        _database(conn, "dagster", "dagster", ("dagster",))
+        if not settings.postgres_schema:
+            _database(conn, "dagster", "dagster", ("dagster",))
+            return
+        _do(conn, "GRANT CONNECT ON DATABASE {} TO {}", settings.metrics_database, "dagster")
+    with (
+        connect_admin(settings, settings.metrics_database) as conn,
+        _statements(settings, f"make the schema {settings.postgres_schema}"),
+    ):
+        _serialise(conn)
+        for schema, owner in ((settings.metrics_schema, "metrics_owner"), (settings.dagster_schema, "dagster")):
+            _do(conn, "CREATE SCHEMA IF NOT EXISTS {} AUTHORIZATION {}", schema, owner)
+
+
+def _join(settings: Settings) -> None:
+    """Become a guest of a server that others run."""
+    guest = Guest(
+        database=settings.metrics_database,
+        named=bool(settings.postgres_server.database),
+        schema=settings.metrics_schema,
+        dagster_database=settings.dagster_database,
+        dagster_schema=settings.dagster_schema,
+        passwords={role: getattr(settings, f"{role}_password").get_secret_value() for role in (*ROLES, "dagster")},
+        temporary=_TEMPORARY_TABLES,
+        settings=_ROLE_SETTINGS,
+        folder=folder_id(settings),
+    )
+    with admin_somewhere(settings) as conn, _statements(settings, "set up its roles and databases"):
+        _serialise(conn)
+        place = f"PostgreSQL at {settings.postgres_host}:{settings.postgres_host_port}"
+        guest.arrive(conn, place, partial(_opens, settings, conn.info.dbname), partial(connect_admin, settings))
+
+
+def admin_somewhere(settings: Settings, **options: Any) -> Connection:
+    """Connect as `connect_admin` does, where that may be: on a server of others to the database of the readings, once that is there.
+
+    Raises:
+        ServiceError: as `connect` does.
+    """
+    if settings.postgres_url:
+        try:
+            return connect_admin(settings, settings.metrics_database, **options)
+        except NoDatabaseError:
+            pass
+    return connect_admin(settings, **options)
+
+
+_REFUSALS = ("password authentication failed", "SASL authentication failed", "is not permitted to log in")
+
+
+def _opens(settings: Settings, database: str, role: str) -> bool:
+    """Whether the password of a role's setting is the one that it has on the server.
+
+    Raises:
+        ServiceError: that cannot be found out.
+    """
+    server = settings.postgres_server
+    password = getattr(settings, f"{role}_password").get_secret_value()
+    try:
+        psycopg.connect(server.url(role, password, database), connect_timeout=CONNECT_SECONDS).close()
+    except psycopg.OperationalError as error:
+        text = " ".join(str(error).split())
+        if "permission denied for database" in text or "does not have CONNECT privilege" in text:
+            return True  # who is not known is not told what he may
+        if any(said in text for said in _REFUSALS):
+            return False
+        raise ServiceError(
+            f"PostgreSQL at {server.host}:{server.port} does not let {role} in ({text.rpartition('FATAL: ')[2].strip()})"
+        ) from error
+    return True
 
 
 def _serialise(conn: Connection) -> None:
@@ -412,12 +575,7 @@ def _role(conn: Connection, role: str, password: SecretStr) -> None:
 
 def _database(conn: Connection, database: str, owner: str, users: Sequence[str]) -> None:
     if conn.execute("SELECT FROM pg_database WHERE datname = %s", [database]).fetchone() is None:
-        if conn.execute("SELECT NOT pg_has_role(current_user, %s, 'SET')", [owner]).fetchone() == (True,):
-            # Who may make roles without being superuser has to be able to act as the owner.
-            _do(conn, "GRANT {} TO {}", owner, conn.info.user)
-        # The same order of text on every platform.
-        collation = "TEMPLATE template0 ENCODING 'UTF8' LOCALE_PROVIDER builtin BUILTIN_LOCALE 'C.UTF-8' LOCALE 'C'"
-        _do(conn, "CREATE DATABASE {} OWNER {} " + collation, database, owner)
+        _do(conn, f"CREATE DATABASE {{}} OWNER {{}} {COLLATION}", database, owner)
     _do(conn, "REVOKE ALL ON DATABASE {} FROM PUBLIC", database)
     for user in users:
         _do(conn, "GRANT CONNECT ON DATABASE {} TO {}", database, user)
@@ -464,8 +622,8 @@ def migration_status(settings: Settings) -> MigrationStatus:
 def _status(conn: Connection) -> MigrationStatus:
     files = {path.stem.partition("_")[0]: path.stem for path in sorted(MIGRATIONS.glob("*.sql"))}
     versions: list[str] = []
-    if conn.execute("SELECT to_regclass('public.schema_migrations')").fetchone() != (None,):
-        versions = [row[0] for row in conn.execute("SELECT version FROM public.schema_migrations ORDER BY version")]
+    if conn.execute("SELECT to_regclass('schema_migrations')").fetchone() != (None,):
+        versions = [row[0] for row in conn.execute("SELECT version FROM schema_migrations ORDER BY version")]
     return MigrationStatus(
         applied=[files[version] for version in versions if version in files],
         pending=[name for version, name in files.items() if version not in versions],
@@ -522,20 +680,58 @@ def _change(settings: Settings, *command: str) -> tuple[list[str], list[str]]:
         if command[0] == "rollback" and not before.applied and not before.missing:
             return [], []
         # It has no way to begin a session with a statement.
-        begin = quote(session_options(session_settings("metrics_owner")))
-        url = f"{_for_dbmate(settings, conn)}&options={begin}"
-        _dbmate(
-            {"METRICS_MIGRATION_URL": url},
-            "--env=METRICS_MIGRATION_URL",
-            f"--migrations-dir={MIGRATIONS}",
-            "--migrations-table=public.schema_migrations",
-            "--no-dump-schema",
-            "--migration-lock",
-            *command,
-        )
+        begin = session_settings("metrics_owner", settings.metrics_schema)
+        pooled = (settings.postgres_host, settings.postgres_host_port) in _POOLERS
+        url = _for_dbmate(settings, conn) + ("" if pooled else f"&options={quote(session_options(begin))}")
+        with _migrations(settings, conn, session_sql(begin) if pooled else "") as folder:
+            _dbmate(
+                {"METRICS_MIGRATION_URL": url},
+                "--env=METRICS_MIGRATION_URL",
+                f"--migrations-dir={folder}",
+                f"--migrations-table={settings.metrics_schema}.schema_migrations",
+                "--no-dump-schema",
+                "--migration-lock",
+                *command,
+            )
         after = _status(conn)
     old, new = (status.applied + status.missing for status in (before, after))
     return [name for name in old if name not in new], [name for name in new if name not in old]
+
+
+@contextmanager
+def _migrations(settings: Settings, conn: Connection, begin: str) -> Iterator[Path]:
+    """The folder of the migrations: as they are, or as they have to be on this server."""
+    schema = settings.metrics_schema
+    row = conn.execute(
+        "SELECT pg_has_role(nspowner, 'USAGE') FROM pg_namespace WHERE nspname = %s", [schema]
+    ).fetchone()
+    ours = row is None or bool(row[0])
+    if schema == "public" and ours and not begin:
+        yield MIGRATIONS
+        return
+    with tempfile.TemporaryDirectory(prefix="metrics-pipeline-") as folder:
+        for path in MIGRATIONS.glob("*.sql"):
+            text = migration_in(path.read_text("utf-8"), schema, ours=ours, begin=begin)
+            (Path(folder) / path.name).write_text(text, "utf-8")
+        yield Path(folder)
+
+
+def migration_in(text: str, schema: str, *, ours: bool = True, begin: str = "") -> str:
+    """A migration for another schema than `public`, or for one whose rights are not ours to change.
+
+    Args:
+        text: of the file, which writes `public.` before a name where the search path does not reach: in bodies of functions.
+        schema: where its objects go.
+        ours: whether the schema belongs to the pipeline; what PUBLIC may do in another one stays as it is.
+        begin: a statement to begin with, where a session cannot be begun with its settings.
+    """
+    text = re.sub(r"\bpublic\.(?=\w)", f"{schema}.", text)
+    text = re.sub(r"\bSCHEMA public\b", f"SCHEMA {schema}", text)
+    if not ours:
+        text = re.sub(rf"(?m)^(?:REVOKE|GRANT) \w+ ON SCHEMA {schema} (?:FROM|TO) PUBLIC;\n", "", text)
+    return (
+        re.sub(r"(?m)^(-- migrate:(?:up|down)\b.*\n)", lambda found: f"{found[1]}{begin};\n", text) if begin else text
+    )
 
 
 def _for_dbmate(settings: Settings, conn: Connection) -> str:

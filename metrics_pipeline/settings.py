@@ -7,10 +7,11 @@ The tables of docs/settings.md and `.env.example` are tested against this file.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
@@ -49,6 +50,17 @@ def _is_postgres_url(url: str) -> str:
     if url:
         ServerUrl.parse(url, os.environ)
     return url
+
+
+def _is_schema(name: str) -> str:
+    # As PostgreSQL folds it, so that no program has to quote it; room for Dagster's beside it.
+    if name and (not re.fullmatch(r"[a-z_][a-z0-9_]{0,47}", name) or name.startswith("pg_")):
+        raise ValueError(
+            "must be made of lower-case letters, digits and underscores, 48 at most, and not begin with pg_"
+        )
+    if name in ("public", "information_schema"):
+        raise ValueError("must be a schema of the pipeline's own; without it, `public` is used")
+    return name
 
 
 def _is_http_url(url: str) -> str:
@@ -222,9 +234,15 @@ class Settings(ProducerSettings):
     postgres_user: str = _setting("postgres", "superuser, used only to make roles and databases", "services")
     postgres_url: Annotated[str, AfterValidator(_is_postgres_url)] = _setting(
         "",
-        "an existing PostgreSQL 17 (with a role that may make roles); set in the real environment, none is started",
+        "an existing PostgreSQL 17 or newer; set in the real environment, none is started",
         "services",
         repr=False,
+    )
+    postgres_schema: Annotated[str, AfterValidator(_is_schema)] = _setting(
+        "",
+        "schema of everything that is the pipeline's, with Dagster's tables in `NAME_dagster` beside it; "
+        "default: `public`, and a database `dagster`",
+        "services",
     )
     kafka_url: Annotated[str, AfterValidator(_are_brokers)] = _setting(
         "", "an existing broker, host:port[,host:port…]; set in the real environment, none is started", "services"
@@ -448,6 +466,21 @@ class Settings(ProducerSettings):
         """Name of the database of the readings: the URL's, when one is set."""
         return self.postgres_server.database or self.postgres_db
 
+    @property
+    def metrics_schema(self) -> str:
+        """Schema of everything of ours in that database."""
+        return self.postgres_schema or "public"
+
+    @property
+    def dagster_database(self) -> str:
+        """Name of the database of Dagster's tables."""
+        return self.metrics_database if self.postgres_schema else "dagster"
+
+    @property
+    def dagster_schema(self) -> str:
+        """Schema of Dagster's tables."""
+        return f"{self.postgres_schema}_dagster" if self.postgres_schema else "public"
+
     def role_url(self, role: Role) -> str:
         """`postgresql://` URL of a role, password included: hand it to clients, never to a log."""
         return self._url(role, getattr(self, f"{role}_password"), self.metrics_database)
@@ -467,8 +500,11 @@ class Settings(ProducerSettings):
 
     @property
     def dagster_postgres_url(self) -> str:
-        """`postgresql://` URL of Dagster's own database."""
-        return self._url("dagster", self.dagster_password, "dagster")
+        """`postgresql://` URL of Dagster's own database; its storage reads there in which schema it is."""
+        url = self._url("dagster", self.dagster_password, self.dagster_database)
+        if not self.postgres_schema:
+            return url
+        return f"{url}{'&' if '?' in url else '?'}options={quote(f'-c search_path={self.dagster_schema}')}"
 
     def _url(self, user: str, password: SecretStr, database: str) -> str:
         return self.postgres_server.url(user, password.get_secret_value(), database)

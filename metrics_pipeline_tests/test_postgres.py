@@ -115,3 +115,43 @@ def test_a_role_without_password_is_not_made() -> None:
 
 def test_query_text_is_the_file() -> None:
     assert postgres.query("device_summary_plain").startswith("-- Per device:")
+
+
+UP = """-- migrate:up
+
+REVOKE ALL ON SCHEMA public FROM PUBLIC;
+GRANT USAGE ON SCHEMA public TO metrics_writer;
+CREATE TABLE public.metrics (a int); -- not republic.metrics
+SELECT 'public.metrics'::regclass;
+
+-- migrate:down
+GRANT USAGE ON SCHEMA public TO PUBLIC;
+"""
+
+
+def test_a_migration_goes_into_a_schema_of_our_own() -> None:
+    assert postgres.migration_in(UP, "public") == UP
+    text = postgres.migration_in(UP, "mine")
+    assert "CREATE TABLE mine.metrics (a int); -- not republic.metrics" in text
+    assert "REVOKE ALL ON SCHEMA mine FROM PUBLIC;" in text
+    assert "SELECT 'mine.metrics'::regclass;" in text
+
+
+def test_what_public_may_in_a_schema_of_others_stays() -> None:
+    text = postgres.migration_in(UP, "public", ours=False)
+    assert "PUBLIC" not in text
+    assert "GRANT USAGE ON SCHEMA public TO metrics_writer;" in text
+
+
+def test_a_migration_says_its_settings_where_a_session_cannot() -> None:
+    text = postgres.migration_in(UP, "public", begin=r"SELECT set_config('a', '\1', false)")
+    assert text.count("SELECT set_config('a', '\\1', false);\n") == 2
+    assert text.startswith("-- migrate:up\nSELECT set_config")
+
+
+def test_every_migration_can_be_put_into_another_schema() -> None:
+    for path in postgres.MIGRATIONS.glob("*.sql"):
+        text = postgres.migration_in(path.read_text("utf-8"), "mine", ours=False)
+        for line in text.splitlines():
+            if not line.startswith("--"):
+                assert "public" not in line, f"{path.name}: {line}"

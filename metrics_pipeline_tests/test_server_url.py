@@ -70,10 +70,10 @@ def test_it_is_read_as_libpq_reads_it(url: str, expected: tuple[object, ...]) ->
         ("postgresql://host/d%0Ab", "holds a character that cannot be seen"),
         ("postgresql://host/d%00b", "cannot be read"),
         # A password that was not escaped.
-        ("postgresql://me:tell?nobody=1@host/db", ""),
-        ("postgresql://me:tell@nobody@host/db", ""),
-        ("postgresql://me:tell/nobody@host/db", ""),
-        ("postgresql://me:tell[nobody@host/db", ""),
+        ("postgresql://me:tell-nobody?x=1@host/db", ""),
+        ("postgresql://me:tell-nobody@x@host/db", ""),
+        ("postgresql://me:tell-nobody/x@host/db", ""),
+        ("postgresql://me:tell-nobody[x@host/db", ""),
         ("postgresql://[me:tell-nobody@host/db", ""),
     ],
 )  # fmt: skip

@@ -256,6 +256,23 @@ def test_an_existing_server_without_port_and_database(monkeypatch: pytest.Monkey
     )
 
 
+@pytest.mark.parametrize(
+    "name", ["Readings", "a b", 'a"b', "1st", "pg_mine", "public", "information_schema", "x" * 49, "ä"]
+)
+def test_a_schema_that_somebody_would_have_to_quote_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_SCHEMA", name)
+    with pytest.raises(SettingError, match=r"^POSTGRES_SCHEMA=.*: must be "):
+        Settings.load()
+
+
+def test_a_schema_of_our_own_holds_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Settings.load()
+    assert (plain.metrics_schema, plain.dagster_database, plain.dagster_schema) == ("public", "dagster", "public")
+    monkeypatch.setenv("POSTGRES_SCHEMA", "readings")
+    own = Settings.load()
+    assert (own.metrics_schema, own.dagster_database, own.dagster_schema) == ("readings", "metrics", "readings_dagster")
+
+
 def test_overrides_are_producer_settings_only() -> None:
     assert producer_overrides(None) == {}
     assert producer_overrides(["PRODUCER_FLEET_SIZE=5", "producer_fleet_size=6"]) == {"producer_fleet_size": "6"}

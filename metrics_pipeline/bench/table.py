@@ -101,7 +101,7 @@ def activate(connection: postgres.Connection, sink: SinkKind) -> None:
 
 def pages(connection: postgres.Connection) -> int:
     """Bytes of the table's pages: cheap enough to be asked many times a second."""
-    row: Any = connection.execute("SELECT pg_relation_size('public.metrics')").fetchone()
+    row: Any = connection.execute("SELECT pg_relation_size('metrics')").fetchone()
     return int(row[0])
 
 

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 from dagster._core.scheduler.instigation import InstigatorState, SensorInstigatorData
 from dagster_postgres import DagsterPostgresStorage, PostgresScheduleStorage
@@ -30,13 +30,28 @@ class PipelineStorage(DagsterPostgresStorage):
     def from_config_value(cls, inst_data: Any, config_value: Mapping[str, Any]) -> "PipelineStorage":
         """Make it, once no variable of libpq's can lead it elsewhere."""
         forget_libpq(os.environ, outside=bool(os.environ.get("POSTGRES_URL")))
-        if not event.contains(Engine, "connect", begin):
-            event.listen(Engine, "connect", begin)
-        url = config_value["postgres_url"]
+        url, schema = without_options(config_value["postgres_url"])
+        _SCHEMAS[urlsplit(url).path.strip("/")] = schema
+        if not event.contains(Engine, "do_connect", connect):
+            event.listen(Engine, "do_connect", connect)
         if not os.environ.get("POSTGRES_URL"):  # a pooler that would refuse it stands before servers of others only
-            begun = quote(postgres.session_options(postgres.session_settings("dagster")))
+            begun = quote(postgres.session_options(postgres.session_settings("dagster", schema)))
             url += f"{'&' if '?' in url else '?'}client_encoding=utf8&options={begun}"
         return cls(inst_data=inst_data, **{**config_value, "postgres_url": url})
+
+
+_SCHEMAS: dict[str, str] = {}
+"""By database, where Dagster's tables are."""
+
+
+def without_options(url: str) -> tuple[str, str]:
+    """A URL of Dagster's database without its `options`, and the schema that they name."""
+    parts = urlsplit(url)
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    options = " ".join(value for name, value in query if name == "options")
+    found = re.search(r"search_path=(\S+)", options)
+    left = urlencode([(name, value) for name, value in query if name != "options"], safe="/", quote_via=quote)
+    return urlunsplit(parts._replace(query=left)), found[1] if found else "public"
 
 
 class SteadyScheduleStorage(PostgresScheduleStorage):
@@ -63,12 +78,24 @@ def steady(state: InstigatorState, now: float) -> InstigatorState:
     return state.with_data(data._replace(last_tick_timestamp=None, last_tick_start_timestamp=None))
 
 
-def begin(connection: Any, _record: Any) -> None:
+def connect(dialect: Any, _record: Any, arguments: Any, named: dict[str, Any]) -> Any:
+    """A session of psycopg2 with what every session of ours has, before SQLAlchemy asks it what its schema is."""
+    if dialect.driver != "psycopg2":  # an engine of another database
+        return None
+    connection = dialect.connect(*arguments, **named)
+    try:
+        begin(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def begin(connection: Any) -> None:
     """Give a new session of psycopg2 what every session of ours has."""
-    if not hasattr(connection, "get_dsn_parameters"):  # an engine of another database
-        return
-    wanted = postgres.session_settings("dagster")
-    asked = re.findall(r"statement_timeout=(\S+)", connection.get_dsn_parameters().get("options", ""))
+    place = connection.get_dsn_parameters()
+    wanted = postgres.session_settings("dagster", _SCHEMAS.get(quote(place.get("dbname", ""), safe=""), "public"))
+    asked = re.findall(r"statement_timeout=(\S+)", place.get("options", ""))
     if asked and asked[-1] != wanted["statement_timeout"]:
         del wanted["statement_timeout"]  # the webserver has one of its own
     connection.set_client_encoding("UTF8")

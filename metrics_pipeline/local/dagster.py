@@ -112,7 +112,7 @@ MAKE_TABLES = [sys.executable, "-c", "from dagster import DagsterInstance; Dagst
 def has_tables(settings: Settings) -> bool:
     """Whether Dagster's own database is set up."""
     with postgres.connect_dagster(settings) as connection:
-        row = connection.execute("SELECT to_regclass('public.alembic_version') IS NOT NULL").fetchone()
+        row = connection.execute("SELECT to_regclass('alembic_version') IS NOT NULL").fetchone()
     return bool(row and row[0])
 
 

@@ -91,9 +91,9 @@ def server_settings(memory: Mapping[str, str]) -> dict[str, str]:
 
 
 def server_problem(settings: Settings) -> str | None:
-    """None when PostgreSQL lets the superuser in, and is the one that is meant; else why not."""
+    """None when PostgreSQL lets the superuser in (or whom `POSTGRES_URL` names), and is the one that is meant; else why not."""
     try:
-        database.connect_admin(settings, connect_timeout=3).close()
+        database.admin_somewhere(settings, connect_timeout=3).close()
     except PipelineError as error:
         return str(error)
     return None

@@ -319,6 +319,10 @@ def connector_config(settings: Settings | None = None) -> dict[str, str]:
     config = {str(name): str(value) for name, value in json.loads(CONNECTOR_FILE.read_text("utf-8")).items()}
     if settings is not None and settings.postgres_url:
         config["connection.url"] += jdbc_parameters(settings.postgres_server.tls)
+    if settings is not None and settings.postgres_schema:
+        begin, schema = "hibernate.agroal.initialSQL", settings.postgres_schema
+        config[begin] = config[begin].replace("'search_path', 'public'", f"'search_path', '{schema}'")
+        config["collection.name.format"] = f"{schema}.{config['collection.name.format']}"
     return config
 
 

@@ -18,7 +18,7 @@ from dagster._daemon.sensor import is_under_min_interval
 from dagster._time import get_current_timestamp
 
 from metrics_pipeline.defs import storage
-from metrics_pipeline.settings import ROOT
+from metrics_pipeline.settings import ROOT, Settings
 
 
 def sensor(ticked: float) -> InstigatorState:
@@ -50,3 +50,26 @@ def test_by_itself_dagster_lets_it_rest() -> None:
 def test_dagsters_configuration_names_it() -> None:
     named = yaml.safe_load((ROOT / "dagster_home" / "dagster.yaml").read_text("utf-8"))["storage"]["custom"]
     assert (named["module"], named["class"]) == (storage.__name__, storage.PipelineStorage.__name__)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("postgresql://d:x@h:1/dagster", ("postgresql://d:x@h:1/dagster", "public")),
+        ("postgresql://d:x@h:1/a%2Fb?sslmode=require", ("postgresql://d:x@h:1/a%2Fb?sslmode=require", "public")),
+        ("postgresql://d:x@h:1/db?options=-c%20search_path%3Dr_dagster", ("postgresql://d:x@h:1/db", "r_dagster")),
+        (
+            "postgresql://d:x@h:1/db?sslmode=verify-ca&sslrootcert=/c%20a&options=-c%20search_path%3Dr_dagster",
+            ("postgresql://d:x@h:1/db?sslmode=verify-ca&sslrootcert=/c%20a", "r_dagster"),
+        ),
+    ],
+)
+def test_the_schema_is_told_by_the_url(url: str, expected: tuple[str, str]) -> None:
+    assert storage.without_options(url) == expected
+
+
+def test_the_url_that_up_writes_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_URL", "postgresql://me@db.example/shop?sslmode=require")
+    monkeypatch.setenv("POSTGRES_SCHEMA", "readings")
+    url, schema = storage.without_options(Settings.load(dagster_password="x").dagster_postgres_url)
+    assert (url, schema) == ("postgresql://dagster:x@db.example:5432/shop?sslmode=require", "readings_dagster")

@@ -350,3 +350,13 @@ def test_the_connectors_sessions_begin_as_ours_do() -> None:
     """
     wanted = postgres.session_sql(postgres.session_settings("metrics_writer"))
     assert connector.connector_config()["hibernate.agroal.initialSQL"] == f"{wanted}; COMMIT"
+
+
+def test_a_schema_of_our_own_is_the_connectors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_SCHEMA", "readings")
+    settings = Settings.load()
+    config = connector.connector_config(settings)
+    wanted = postgres.session_sql(postgres.session_settings("metrics_writer", settings.metrics_schema))
+    assert config["hibernate.agroal.initialSQL"] == f"{wanted}; COMMIT"
+    assert "'search_path', 'readings'" in wanted
+    assert config["collection.name.format"] == "readings.metrics"

@@ -1,2 +1,2 @@
 -- Bytes of the table metrics: rows, and its indexes.
-SELECT pg_table_size('public.metrics'), pg_indexes_size('public.metrics')
+SELECT pg_table_size('metrics'), pg_indexes_size('metrics')

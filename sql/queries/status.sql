@@ -1,6 +1,6 @@
 -- Rows ever inserted (PostgreSQL's own counter), whether a producer run reported just now, the active sink, the COPY sink's sessions.
 SELECT
-  (SELECT n_tup_ins FROM pg_stat_user_tables WHERE relid = 'public.metrics'::regclass),
+  (SELECT n_tup_ins FROM pg_stat_user_tables WHERE relid = 'metrics'::regclass),
   EXISTS (SELECT FROM producer_runs WHERE updated_at BETWEEN now() - make_interval(secs => %(seconds)s) AND clock_timestamp()),
   (SELECT active FROM sink_state),
   (
