@@ -290,6 +290,8 @@ class Database:
         skipped: partition, from and to of each jump over records that were deleted.
         sessions: all that are connected.
         down: whether it takes connections.
+        standby: whether it takes writes no more; sessions that it has stay.
+        most: rows that it takes in one statement until a time limit ends it; 0: any number.
     """
 
     def __init__(self) -> None:
@@ -299,12 +301,15 @@ class Database:
         self.rejects: dict[tuple[int, int], str] = {}
         self.skipped: list[tuple[int, int, int]] = []
         self.sessions: list[FakeSession] = []
-        self.down = False
+        self.down = self.standby = False
+        self.most = 0
         self.commits = 0
 
     def connect(self, *_: Any, **__: Any) -> FakeSession:
         if self.down:
             raise ServiceError("PostgreSQL at fake cannot be reached")
+        if self.standby:
+            raise postgres.StandbyServerError("PostgreSQL at fake is a standby")
         session = FakeSession(self, Task.current().process)
         self.sessions.append(session)
         return session
@@ -373,6 +378,10 @@ class FakeSession:
             raise pg.InFailedSqlTransaction("current transaction is aborted")
         self._status = TransactionStatus.INTRANS
 
+    def _require_writable(self) -> None:
+        if self._database.standby:
+            self._refuse(pg.ReadOnlySqlTransaction("cannot execute in a read-only transaction"))
+
     def _refuse(self, error: psycopg.Error) -> NoReturn:
         self._status = TransactionStatus.INERROR
         raise error
@@ -421,6 +430,9 @@ class FakeSession:
         yield copy
         self._usable()
         rows = [(fields[0] + fields[1] + fields[2], fields[3] + fields[4]) for fields in copied(bytes(copy.data))]
+        self._require_writable()
+        if self._database.most and len(rows) > self._database.most:
+            self._refuse(pg.QueryCanceled("canceling statement due to statement timeout"))
         if statement.startswith(b"COPY incoming_metrics "):
             self.changes.incoming += rows
             return
@@ -442,7 +454,7 @@ class FakeSession:
         if text in named:
             return cast("Found", named[text](values))
         for begin, run in (
-            ("SELECT active = 'copy' FROM sink_state", self._active),
+            ("SELECT active = 'copy', pg_is_in_recovery() FROM sink_state", self._active),
             ("SELECT connector_log FROM sink_state", lambda _: Found([(LOG,)])),
             ("SELECT partition, next_offset, log_id, last_timestamp FROM sink_offsets", self._offsets),
             ("INSERT INTO sink_offsets", self._begin),
@@ -457,6 +469,7 @@ class FakeSession:
         return self.changes.offsets.get(partition, self._database.offsets.get(partition))
 
     def _lock(self, partitions: Iterable[int]) -> None:
+        self._require_writable()
         for partition in sorted(partitions):
             if self._database.holder(partition, self) is not None:
                 pause("lock")
@@ -467,7 +480,7 @@ class FakeSession:
                 self.locked.add(partition)
 
     def _active(self, _: Any) -> Found:
-        return Found([(self._database.active == "copy",)])
+        return Found([(self._database.active == "copy", self._database.standby)])
 
     def _offsets(self, values: Any) -> Found:
         return Found([(number, at, LOG, None) for number in values[1] if (at := self._at(number)) is not None])
@@ -475,6 +488,7 @@ class FakeSession:
     def _begin(self, values: Any) -> Found:
         _, partition, log, offset = values
         assert log == LOG
+        self._require_writable()
         if self._at(partition) is not None:
             return Found([], 0)
         self.changes.offsets[partition] = offset

@@ -109,8 +109,13 @@ class Server:
 
 
 @contextmanager
-def own_server(**settings: str) -> Iterator[Server]:
-    """A new server that runs, gone afterwards."""
+def own_server(*, tables: Path | None = None, **settings: str) -> Iterator[Server]:
+    """A new server that runs, gone afterwards.
+
+    Args:
+        tables: where its tables lie, when that is another file system.
+        settings: lines of its configuration.
+    """
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-server-"))
     account = unprivileged()
     if account:
@@ -127,6 +132,12 @@ def own_server(**settings: str) -> Iterator[Server]:
     try:
         options = ["--auth=scram-sha-256", f"--pwfile={password}", "--encoding=UTF8", "--no-locale", "--no-sync"]
         server.run("initdb", "-D", str(server.data), "-U", "boss", *options)
+        if tables is not None:
+            shutil.copytree(server.data / "base", tables / "base")
+            shutil.rmtree(server.data / "base")
+            for path in (tables, *tables.rglob("*")):
+                server.own(path, 0o700 if path.is_dir() else 0o600)
+            (server.data / "base").symlink_to(tables / "base")
         server.configure(**{"fsync": "off", "max_connections": "60", **settings})
         server.start()
         yield server

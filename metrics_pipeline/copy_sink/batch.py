@@ -205,6 +205,11 @@ class KeptMessages(Sequence[ConsumedMessage]):
         """The partition of each message."""
         return np.concatenate([np.empty(0, np.int64), *(part.partitions() for part in self._parts)])
 
+    def offsets(self) -> npt.NDArray[Any]:
+        """The offset of each message."""
+        runs = [np.asarray(run.offsets, np.int64) for part in self._parts for run in part.runs]
+        return np.concatenate([np.empty(0, np.int64), *runs])
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -251,9 +256,32 @@ class Batch:
     def without(self, partitions: Iterable[int]) -> Batch:
         """The same batch without what comes from these partitions."""
         gone = set(partitions)
-        chunks = {number: chunk for number, chunk in self.chunks.items() if number not in gone}
-        # By what is left, not by what goes: messages of partitions that went before are still among them.
-        kept = np.isin(_partitions(self.messages), list(chunks))
+        return self._of({number: chunk for number, chunk in self.chunks.items() if number not in gone})
+
+    def halves(self) -> tuple[Batch, Batch] | None:
+        """The same in two batches, the second of which continues where the first ends; None when there is nothing to divide."""
+        numbers = sorted(self.chunks)
+        if len(numbers) > 1:
+            middle = len(numbers) // 2
+            return self.without(numbers[middle:]), self.without(numbers[:middle])
+        (chunk,) = self.chunks.values()
+        offsets = np.unique(_offsets(self.messages)[_partitions(self.messages) == chunk.partition])
+        offsets = offsets[(offsets >= chunk.start) & (offsets < chunk.stop)]
+        if len(offsets) < 2:
+            return None
+        at = int(offsets[len(offsets) // 2])
+        first, second = (
+            self._of({chunk.partition: part}) for part in (replace(chunk, stop=at), replace(chunk, start=at))
+        )
+        return replace(first, stamps=()), second
+
+    def _of(self, chunks: dict[int, Chunk]) -> Batch:
+        """What comes from these chunks, each of which is one of ours or a part of it."""
+        # By what is left, not by what goes: messages that went before are still among them.
+        partitions, offsets = _partitions(self.messages), _offsets(self.messages)
+        kept = np.zeros(len(partitions), np.bool_)
+        for chunk in chunks.values():
+            kept |= (partitions == chunk.partition) & (offsets >= chunk.start) & (offsets < chunk.stop)
         return replace(
             self,
             chunks=chunks,
@@ -261,6 +289,12 @@ class Batch:
             rejects=[reject for reject in self.rejects if kept[reject.at]],
             empty=[at for at in self.empty if kept[at]],
         )
+
+
+def _offsets(messages: Sequence[ConsumedMessage]) -> npt.NDArray[Any]:
+    if isinstance(messages, KeptMessages):
+        return messages.offsets()
+    return np.array([message.offset() for message in messages], np.int64)
 
 
 def _partitions(messages: Sequence[ConsumedMessage]) -> npt.NDArray[Any]:

@@ -80,6 +80,7 @@ class WorkerReport:
         return {
             "state": self.state,
             "reason": self.reason,
+            "waiting_seconds": round(self.waiting_seconds, 1),
             "rows": self.counts.rows,
             "partitions": sorted(self.lag),
             "step": self.moment.shown(),

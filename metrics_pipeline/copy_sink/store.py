@@ -34,6 +34,9 @@ PIECE: Final = 1 << 17
 """Bytes handed to libpq at a time: of more psycopg makes pieces by itself, and copies them."""
 REJECTED_BYTES: Final = 1 << 20
 """Bytes of records after which those rejected so far are sent, so that large ones are not in memory several times."""
+READ_ONLY: Final = (
+    "PostgreSQL has become a standby, which takes no writes: connecting again, in case that another server answers"
+)
 REFUSED: Final = (pg.DataError, pg.IntegrityError)
 """What PostgreSQL raises when it refuses a value, rather than could not work."""
 
@@ -117,9 +120,17 @@ class Store:
         self._upserts_next = 1
 
     def active(self) -> bool:
-        """Whether the COPY sink is the one that stores."""
-        row = self._session().execute("SELECT active = 'copy' FROM sink_state").fetchone()
-        self._session().commit()
+        """Whether the COPY sink is the one that stores.
+
+        Raises:
+            StandbyServerError: the server has become one that takes no writes.
+        """
+        session = self._session()
+        row = session.execute("SELECT active = 'copy', pg_is_in_recovery() FROM sink_state").fetchone()
+        session.commit()
+        if row and row[1]:
+            self.close()
+            raise postgres.StandbyServerError(READ_ONLY)
         return bool(row and row[0])
 
     def offsets(self, partitions: Iterable[int]) -> dict[int, Offset]:
@@ -233,6 +244,10 @@ class Store:
         except pg.LockNotAvailable:
             session.rollback()
             self._end_stalled(session)
+            raise
+        except pg.ReadOnlySqlTransaction:
+            # By its address another server may answer by now, which can be written.
+            self.close()
             raise
         except BaseException:
             with suppress(psycopg.Error):

@@ -55,10 +55,26 @@ SETTLED_SECONDS: Final = 10.0
 """How long a worker without partitions must have gone on since it started over until the cause is taken to be gone."""
 FIRST_DELAY: Final = 0.05
 LONGEST_DELAY: Final = 5.0
+TOO_MUCH: Final = (
+    psycopg.errors.QueryCanceled,
+    psycopg.errors.OutOfMemory,
+    psycopg.errors.ConfigurationLimitExceeded,
+    psycopg.errors.ProgramLimitExceeded,
+)
+"""What PostgreSQL says of a statement of which half may be done: a time limit, memory, a limit of temporary files."""
+FEWEST: Final = 50
+"""Readings that are not divided any more: it is not because of them."""
+LARGEST: Final = 1 << 20
+EVERYTHING: Final = 1 << 62
+"""Readings that PostgreSQL takes in one statement, as long as it has not refused any."""
 _NOWHERE: Final = 1 << 63
 """Beyond every offset."""
 STAMPS: Final = 4
 """Messages of those consumed at once whose latency is observed."""
+
+
+class _TooMuchError(Exception):
+    """PostgreSQL did not do all of it at once; half of it, it may."""
 
 
 @dataclass(slots=True)
@@ -259,6 +275,8 @@ class Writer:
         self._sleep = sleep
         self._failing_since: float | None = None
         self._asked = time.monotonic()
+        self._delay = FIRST_DELAY
+        self._most = EVERYTHING
 
     def rest(self) -> None:
         """With nothing to write: now and then ask whether it is still our turn, which connects again if need be.
@@ -297,7 +315,35 @@ class Writer:
         Raises:
             StandbyError: another sink is the active one.
         """
-        counts, delay, begun = self._report.counts, FIRST_DELAY, time.monotonic()
+        waiting, chunks = self._portions(batch), dict[int, Chunk]()
+        while waiting:
+            portion = waiting.pop()
+            try:
+                written = self._write_portion(portion, give_up)
+            except _TooMuchError:
+                waiting += reversed(portion.halves() or (portion,))
+                continue
+            if written is None and give_up():
+                break
+            for number, chunk in written.chunks.items() if written is not None else ():
+                chunks[number] = replace(chunk, start=chunks[number].start) if number in chunks else chunk
+        return replace(batch, chunks=chunks) if chunks else None
+
+    def _portions(self, batch: Batch) -> list[Batch]:
+        """A batch in pieces of what PostgreSQL took lately in one statement, the first one last."""
+        if len(batch.columns) <= self._most:
+            return [batch]
+        halves = batch.halves()
+        return [portion for half in reversed(halves) for portion in self._portions(half)] if halves else [batch]
+
+    def _write_portion(self, batch: Batch, give_up: Callable[[], bool]) -> Batch | None:
+        """What is still ours of a batch, in one transaction.
+
+        Raises:
+            StandbyError: another sink is the active one.
+            _TooMuchError: PostgreSQL may take half of it.
+        """
+        counts, begun = self._report.counts, time.monotonic()
         while True:
             if stale := self._places.stale(batch):
                 batch = batch.without(stale)
@@ -315,8 +361,12 @@ class Writer:
                 if give_up():
                     return None
                 self._progress.at("writer", "retry")
-                self._sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311  # jitter is no secret
-                delay = min(delay * 2, LONGEST_DELAY)
+                self._sleep(self._delay * random.uniform(0.5, 1.0))  # noqa: S311  # jitter is no secret
+                self._delay = min(self._delay * 2, LONGEST_DELAY)
+                if isinstance(error, TOO_MUCH) and len(batch.columns) > FEWEST and batch.halves() is not None:
+                    # None of it is in the database: it was refused before COMMIT.
+                    self._most = len(batch.columns) // 2
+                    raise _TooMuchError from error
                 if self._is_written(batch):
                     # Only the answer to COMMIT was lost; what it said of rejects is lost with it, so these are counted as decoded.
                     written = Written(len(batch.columns), "none", batch.rejects)
@@ -345,13 +395,15 @@ class Writer:
 
     def _works(self) -> None:
         report = self._report
-        self._failing_since, self._asked = None, time.monotonic()
+        self._failing_since, self._asked, self._delay = None, time.monotonic(), FIRST_DELAY
         report.state, report.reason, report.waiting_seconds = "running", "", 0.0
         self._progress.works("PostgreSQL")
 
     def _done(self, batch: Batch, written: Written) -> None:
         counts = self._report.counts
         self._works()
+        if self._most < EVERYTHING and len(batch.columns) * 2 > self._most:
+            self._most = self._most * 2 if self._most < LARGEST else EVERYTHING
         counts.rows += written.rows
         counts.tombstones += batch.tombstones
         counts.batches[written.path] += 1

@@ -34,6 +34,8 @@ QUARANTINE_SECONDS = 600
 """How long it is shown that records were taken from the connector."""
 BETWEEN_RUNS_SECONDS = 30
 """A producer whose last run ended within this time is between two runs, not down."""
+WAITING_SECONDS = 1.0
+"""How long a worker of the COPY sink may have been unable to store until that is shown as a fault."""
 ANSWER_SECONDS = 10.0
 """How long PostgreSQL may take until its line is hung up."""
 
@@ -114,7 +116,12 @@ class Sampler:
                 if self._settings.sink_watch:
                     answer["watched"] = read_state(self._connection)
                 answer["quarantines"] = self._quarantines(self._connection)
-                return answer | {"healthy": True, "rows": summaries.row_count(self._connection)}
+                answer["rows"] = summaries.row_count(self._connection)
+                if row is not None and row[4]:
+                    # By its address another server may answer by now.
+                    self._connection.close()
+                    return answer | {"reason": "it is a standby, which takes no writes"}
+                return answer | {"healthy": True}
         except psycopg.errors.UndefinedTable:
             return answer | {"healthy": True, "rows": None, "reason": "no schema yet: run the job `provision`"}
         except (psycopg.Error, PipelineError) as error:
@@ -189,6 +196,16 @@ class Sampler:
             return answer | ({"healthy": True, "state": "running elsewhere"} if sessions else {"reason": problem})
         workers = published.get("workers") or []
         states = sorted({str(worker["state"]) for worker in workers})
+        if problem is None:
+            # Its health has more patience: what is over in a moment is nobody's to restart.
+            problem = next(
+                (
+                    f"worker {worker['name']} cannot go on for {worker['waiting_seconds']:.0f} s: {worker['reason']}"
+                    for worker in workers
+                    if worker["state"] == "waiting" and worker["waiting_seconds"] >= WAITING_SECONDS
+                ),
+                None,
+            )
         answer |= {"healthy": problem is None, "state": ", ".join(states) or "starting", "workers": len(workers)}
         return answer | ({"reason": problem} if problem else {})
 

@@ -62,19 +62,22 @@ class Place:
 
 
 @contextmanager
-def own_stack(*, sink: SinkKind = "copy", memory_gb: float = 4, keep: bool = False) -> Iterator[Place]:
+def own_stack(
+    *, sink: SinkKind = "copy", memory_gb: float = 4, keep: bool = False, variables: Mapping[str, str] | None = None
+) -> Iterator[Place]:
     """Services that are gone when the block ends.
 
     Args:
         sink: which one is active. Kafka Connect runs then; nobody repairs it.
         memory_gb: what they may use.
         keep: leave the folder with data and logs there.
+        variables: settings besides, such as the `POSTGRES_URL` of a server of one's own.
     """
     folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-chaos-")).resolve()
     embedded: Stack | None = None
     try:
-        variables = environment.isolated(folder) | {"PIPELINE_MEMORY_GB": str(memory_gb), "SINK": sink}
-        with environment.replaced(variables):
+        own = environment.isolated(folder) | {"PIPELINE_MEMORY_GB": str(memory_gb), "SINK": sink}
+        with environment.replaced(own | dict(variables or {})):
             environment.write_secrets()
             settings = Settings.load()
             embedded = build(settings, with_dagster=False, quiet=True)

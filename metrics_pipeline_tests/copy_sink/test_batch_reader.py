@@ -101,3 +101,27 @@ def test_what_is_dropped_is_gone(places: Partitions) -> None:
     batch = reader.take()
     assert batch is not None
     assert (offsets(batch), batch.rejects, batch.tombstones, set(batch.chunks)) == ([(1, 0)], [], 0, {1})
+
+
+def test_halves_are_the_whole_and_continue_each_other(places: Partitions) -> None:
+    begin(places, 0, 5)
+    begin(places, 1, 7)
+    reader = BatchReader(places)
+    reader.add([*messages(0, 5, 6), *messages(1, 7), *messages(0, 8, 9)])
+    reader.add([*messages(1, 8), *messages(0, 12)])
+    whole = reader.take()
+    assert whole is not None
+    waiting, parts = [whole], []
+    while waiting:
+        one = waiting.pop(0)
+        if halves := one.halves():
+            waiting = [*halves, *waiting]
+        else:
+            parts.append(one)
+    assert sorted(place for part in parts for place in offsets(part)) == sorted(offsets(whole))
+    assert all(len(part.columns) == 1 for part in parts)
+    for number, chunk in whole.chunks.items():
+        ours = [part.chunks[number] for part in parts if number in part.chunks]
+        assert [one.start for one in ours] == [chunk.start, *(one.stop for one in ours[:-1])]
+        assert ours[-1].stop == chunk.stop
+        assert {one.epoch for one in ours} == {chunk.epoch}

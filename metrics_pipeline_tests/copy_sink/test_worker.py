@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, ClassVar, cast
 from uuid import UUID
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from metrics_pipeline import postgres
-from metrics_pipeline.copy_sink import tags
+from metrics_pipeline.copy_sink import tags, worker
 from metrics_pipeline.copy_sink.batch import Batch
 from metrics_pipeline.copy_sink.store import RowWriter, StandbyError, Store, Written
 from metrics_pipeline.copy_sink.worker import Partitions
@@ -40,7 +41,8 @@ few = st.integers(0, 7)
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(worker, "FEWEST", 1)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -188,6 +190,16 @@ class SinkMachine(RuleBasedStateMachine):
         self.database.down = True
         self.everything_runs(5)
         self.database.down = False
+
+    @rule(rounds=st.integers(1, 5))
+    def it_is_a_standby_for_a_while(self, rounds: int) -> None:
+        self.database.standby = True
+        self.everything_runs(rounds)
+        self.database.standby = False
+
+    @rule(most=st.integers(0, 3))
+    def a_statement_may_not_be_long(self, most: int) -> None:
+        self.database.most = most
 
     @rule(which=few, rounds=st.integers(5, 30))
     @precondition(lambda self: len(self.world.running) > 1)
@@ -358,7 +370,7 @@ class SinkMachine(RuleBasedStateMachine):
             for session in list(self.database.sessions):
                 session.end()
             self.the_copy_sink_takes_over()
-        self.database.down = False
+        self.database.down, self.database.most = False, 0
         self.world.broker_fails = self.world.seeks_refused = 0
         self.world.most = 100
         self.world.start()
@@ -438,6 +450,58 @@ def test_a_worker_with_nothing_to_write_says_that_it_could_not(idle: SinkMachine
     idle.database.down = False
     idle.everything_runs(60)
     assert (report.state, report.reason, report.waiting_seconds) == ("running", "", 0.0)
+
+
+def test_a_worker_with_nothing_to_write_notices_that_nothing_could_be_written(idle: SinkMachine) -> None:
+    """Its session stays, and would answer for ever: by the address another server may answer by now."""
+    (process,) = idle.world.running
+    report = process.worker.report
+    idle.database.standby = True
+    idle.everything_runs(60)
+    assert (report.state, "standby" in report.reason) == ("waiting", True)
+    idle.database.standby = False
+    idle.everything_runs(60)
+    assert (report.state, report.reason) == ("running", "")
+
+
+def test_a_batch_that_is_too_much_for_one_statement_is_divided(idle: SinkMachine) -> None:
+    (process,) = idle.world.running
+    counts = process.worker.report.counts
+    idle.database.most = 1
+    idle.produce(0, [("good", key) for key in range(KEYS)])
+    idle.produce(1, [("good", key) for key in range(KEYS)])
+    idle.everything_runs(200)
+    assert idle.database.offsets == {0: 1 + KEYS, 1: KEYS}
+    assert counts.retries["57014"] >= 2
+    tried = counts.retries["57014"]
+    idle.database.most = 0
+    idle.produce(0, [("good", 0)] * 4)
+    idle.everything_runs(200)
+    assert idle.database.offsets[0] == 1 + KEYS + 4
+    assert counts.retries["57014"] == tried
+
+
+def test_what_cannot_be_divided_is_tried_again_ever_more_rarely(
+    idle: SinkMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost right, a full disk: the same statement would fail at full speed."""
+    (process,) = idle.world.running
+    counts = process.worker.report.counts
+
+    def refuse(*_: object, **__: object) -> None:
+        raise psycopg.errors.DiskFull("could not extend file: No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(RowWriter, "write", refuse)
+        idle.produce(0, [("good", 1)])
+        began = idle.world.clock
+        idle.everything_runs(400)
+        seconds = idle.world.clock - began
+    assert seconds > 10
+    assert counts.retries[psycopg.errors.DiskFull.sqlstate or ""] < 8 + seconds / 2
+    assert "No space left" in process.worker.report.reason
+    idle.everything_runs(60)
+    assert idle.database.offsets[0] == 2
 
 
 def test_a_worker_with_nothing_to_write_notices_another_sink_s_time(idle: SinkMachine) -> None:

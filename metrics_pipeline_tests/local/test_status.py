@@ -177,6 +177,19 @@ def test_another_stacks_producer_and_sink_are_never_shown_as_ours(
             assert whose in str(problem)
 
 
+@pytest.mark.parametrize(("seconds", "healthy"), [(0.2, True), (3.0, False), (30.0, False)])
+def test_a_sink_that_cannot_store_is_not_shown_as_well(seconds: float, healthy: bool, parts: Parts) -> None:
+    """Its own health has more patience, since it is restarted by that."""
+    worker = {"name": "w", "state": "waiting", "waiting_seconds": seconds, "reason": "disk full (53100)"}
+    parts.answer = json.dumps({"workers": [worker]}).encode()
+    sampler = Sampler(parts.settings("copy"))
+    with closing(sampler):
+        sink = sampler.sample()["sink"]
+    assert sink["healthy"] is healthy
+    assert sink["state"] == "waiting"
+    assert ("disk full" in sink.get("reason", "")) is not healthy
+
+
 def test_a_webserver_that_is_not_our_child_is_not_ours(parts: Parts, tmp_path: Path) -> None:
     parts.answer = b'{"data": {"instance": {"daemonHealth": {"allDaemonStatuses": []}}}}'
     settings = parts.settings("copy").model_copy(update={"pipeline_data_dir": tmp_path})

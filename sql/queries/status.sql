@@ -1,4 +1,5 @@
--- Rows ever inserted (PostgreSQL's own counter), whether a producer run reported just now, the active sink, the COPY sink's sessions.
+-- Rows ever inserted (PostgreSQL's own counter), whether a producer run reported just now, the active sink, the COPY sink's sessions,
+-- whether it is a standby.
 SELECT
   (SELECT n_tup_ins FROM pg_stat_user_tables WHERE relid = 'metrics'::regclass),
   EXISTS (SELECT FROM producer_runs WHERE updated_at BETWEEN now() - make_interval(secs => %(seconds)s) AND clock_timestamp()),
@@ -7,4 +8,5 @@ SELECT
     SELECT count(*)
     FROM pg_stat_activity
     WHERE datname = current_database() AND application_name LIKE 'metrics-pipeline sink%%'
-  )
+  ),
+  pg_is_in_recovery()
