@@ -21,7 +21,7 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 COLLATION: Final = "TEMPLATE template0 ENCODING 'UTF8' LOCALE_PROVIDER builtin BUILTIN_LOCALE 'C.UTF-8' LOCALE 'C'"
 """Of a database that is made here: the same order of text on every platform."""
 MARK: Final = "metrics-pipeline"
-"""What the comment of a role says that was made here; the id of the data folder follows."""
+"""What the comment of a role says that is ours; the id of the data folder follows, where there is one (there is none in containers)."""
 OWNER: Final = "metrics_owner"
 DAGSTER: Final = "dagster"
 
@@ -116,9 +116,8 @@ class Guest:
             )
         }
         opened = {role for role in there if opens(role)}
-        strangers = sorted(
-            role for role in there.keys() - opened if not self.folder or there[role] != f"{MARK} {self.folder}"
-        )
+        mark = f"{MARK} {self.folder}".strip()
+        strangers = sorted(role for role in there.keys() - opened if there[role] != mark)
         if strangers:
             role = strangers[0]
             raise ServiceError(
@@ -128,7 +127,10 @@ class Guest:
             )
         missing = []
         for role, password in self.passwords.items():
+            marking = _composed("COMMENT ON ROLE {} IS {}", sql.Identifier(role), sql.Literal(mark))
             if role in opened:
+                if not there[role]:  # so that its password can be changed by whoever knows it now
+                    self._try(conn, marking)
                 continue
             verifier = conn.pgconn.encrypt_password(password.encode(), role.encode(), b"scram-sha-256").decode()
             verb = "ALTER" if role in there else "CREATE"
@@ -136,8 +138,7 @@ class Guest:
             if not self._try(conn, statement):
                 missing.append(statement.as_string(conn))
             elif verb == "CREATE":
-                mark = sql.Literal(f"{MARK} {self.folder}".strip())
-                self._try(conn, _composed("COMMENT ON ROLE {} IS {}", sql.Identifier(role), mark))
+                self._try(conn, marking)
                 for name, value in self.settings.get(role, {}).items():
                     preset = _composed(
                         "ALTER ROLE {} SET {} = {}", sql.Identifier(role), sql.Identifier(name), sql.Literal(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import psycopg
 import pytest
 
 from metrics_pipeline.local.status import Sampler
 from metrics_pipeline.settings import ROOT
-from metrics_pipeline_tests.chaos.processes import Load, Sink, until
+from metrics_pipeline_tests.chaos.processes import Load, Repair, Sink, until
 from metrics_pipeline_tests.chaos.stack import Place, own_stack
 from metrics_pipeline_tests.servers import Server, own_server, until_streams
 
@@ -35,7 +37,6 @@ class Address:
 
     def __init__(self, server: Server) -> None:
         self.target = server.port
-        self._lines: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -56,17 +57,18 @@ class Address:
             except OSError:
                 client.close()
                 continue
-            for source, sink in ((client, server), (server, client)):
-                threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
+            threading.Thread(target=self._pass, args=(client, server), daemon=True).start()
 
     @staticmethod
-    def _pass(source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while piece := source.recv(1 << 16):
-                sink.sendall(piece)
-        for line in (source, sink):
-            with suppress(OSError):
-                line.shutdown(socket.SHUT_RDWR)
+    def _pass(client: socket.socket, server: socket.socket) -> None:
+        """What each side says to the other, until one of them ends."""
+        with client, server, suppress(OSError):
+            while True:
+                for source in select.select([client, server], [], [])[0]:
+                    piece = source.recv(1 << 16)
+                    if not piece:
+                        return
+                    (server if source is client else client).sendall(piece)
 
 
 @dataclass
@@ -123,20 +125,30 @@ class Work:
     def verify(self) -> None:
         """After the load has ended: all of it is there."""
         self.load.end()
-        done = subprocess.run(
-            [sys.executable, "-m", "metrics_pipeline", "verify", "--json"],
-            env=dict(self.place.environment), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        verify(self.place)
+
+
+def verify(place: Place) -> None:
+    """All of it is there."""
+    done = subprocess.run(
+        [sys.executable, "-m", "metrics_pipeline", "verify", "--json"],
+        env=dict(place.environment), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def through(address: Address, server: Server) -> dict[str, str]:
+    """What the pipeline is told of a server."""
+    url = server.url("metrics").replace(f":{server.port}/", f":{address.port}/")
+    return {"POSTGRES_URL": url, "SINK_STALL_SECONDS": "20"}
 
 
 @contextmanager
 def work(server: Server) -> Iterator[Work]:
     address = Address(server)
-    url = server.url("metrics").replace(f":{server.port}/", f":{address.port}/")
     try:
         with (
-            own_stack(variables={"POSTGRES_URL": url, "SINK_STALL_SECONDS": "20"}) as place,
+            own_stack(variables=through(address, server)) as place,
             Sink(place, workers=2) as sink,
             Load(place, RATE) as load,
         ):
@@ -150,6 +162,31 @@ def work(server: Server) -> Iterator[Work]:
 
 def test_a_standby_is_promoted_and_the_former_server_demoted() -> None:
     """Twice in order, by which nothing is lost; then the server dies, with it what its standby had not got, offsets included."""
+    with two_servers() as (first, second), work(first) as at:
+        here, there = first, second
+        for _ in range(2):
+            until_streams_about(here)
+            here.stop()
+            at.address.target = there.port
+            at.named("is a standby, which takes no writes", "cannot be reached")
+            until(lambda: "standby" in str(at.shown().get("reason")), 45, "the standby is named")
+            at.is_patient()
+            there.promote()
+            at.goes_on()
+            here.follow(there)
+            here.start()
+            until_streams_about(there)
+            here, there = there, here
+        here.stop("immediate")
+        at.address.target = there.port
+        there.promote()
+        at.goes_on()
+        at.verify()
+
+
+@contextmanager
+def two_servers() -> Iterator[tuple[Server, Server]]:
+    """One that takes writes, and its standby."""
     with own_server(wal_keep_size="'512MB'", wal_log_hints="on", hot_standby="on", max_wal_senders="4") as first:
         first.stop()
         second = first.copy("second")
@@ -157,26 +194,7 @@ def test_a_standby_is_promoted_and_the_former_server_demoted() -> None:
         second.follow(first)
         second.start()
         until_streams(first)
-        with work(first) as at:
-            here, there = first, second
-            for _ in range(2):
-                until_streams_about(here)
-                here.stop()
-                at.address.target = there.port
-                at.named("is a standby, which takes no writes", "cannot be reached")
-                until(lambda: "standby" in str(at.shown().get("reason")), 45, "the standby is named")
-                at.is_patient()
-                there.promote()
-                at.goes_on()
-                here.follow(there)
-                here.start()
-                until_streams_about(there)
-                here, there = there, here
-            here.stop("immediate")
-            at.address.target = there.port
-            there.promote()
-            at.goes_on()
-            at.verify()
+        yield first, second
 
 
 def until_streams_about(primary: Server) -> None:
@@ -281,3 +299,51 @@ def fill(path: Path) -> None:
     with path.open("wb", buffering=0) as file, suppress(OSError):
         while file.write(bytes(1 << 20)):
             pass
+
+
+def test_kafka_connect_goes_on_by_itself_too() -> None:
+    """Its tasks fail, and are restarted when that can help."""
+    with two_servers() as (first, second):
+        address = Address(first)
+        try:
+            with (
+                own_stack(sink="connect", variables=through(address, first)) as place,
+                Repair(place),
+                Load(place, RATE) as load,
+            ):
+                stores(place)
+                until_streams_about(first)
+                first.stop()
+                address.target = second.port
+                until(lambda: not shown(place)["healthy"], 60, "status shows it")
+                second.promote()
+                stores(place)
+                with second.admin("metrics") as boss:
+                    boss.execute("REVOKE INSERT (device_id) ON metrics FROM metrics_writer")
+                    until(lambda: "permission denied" in str(shown(place).get("reason")), 60, "status names it")
+                    boss.execute("GRANT INSERT (device_id) ON metrics TO metrics_writer")
+                stores(place)
+                load.end()
+                verify(place)
+        finally:
+            address.close()
+
+
+def shown(place: Place) -> dict[str, Any]:
+    """The sink in `status`."""
+    with closing(Sampler(place.settings)) as sampler:
+        return dict(sampler.sample()["sink"])
+
+
+def stores(place: Place) -> None:
+    """Wait until more rows come."""
+    rows = 0
+
+    def count() -> int:
+        with suppress(psycopg.Error):
+            return int(place.one("SELECT count(*) FROM metrics"))
+        return 0
+
+    until(lambda: count() > 0, 120, "rows can be counted")
+    rows = count()
+    until(lambda: count() > rows + RATE, 120, "more rows are stored")

@@ -197,6 +197,23 @@ def test_a_password_that_was_lost_is_set_again_by_the_folder_that_set_it(
         postgres.bootstrap(settings.model_copy(update={"pipeline_data_dir": elsewhere}))
 
 
+def test_containers_which_have_no_data_folder_change_passwords_too(
+    shop: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with shop.admin() as boss:
+        boss.execute("ALTER ROLE guest SUPERUSER")
+    first = load(shop, monkeypatch, "readings", pipeline_data_dir="/nowhere")
+    postgres.bootstrap(first)
+    with shop.admin() as boss:  # as a former version left it
+        boss.execute("COMMENT ON ROLE metrics_reader IS NULL")
+    postgres.bootstrap(first)
+    changed = Settings.load(**{f"{role}_password": f"another of {role}" for role in ROLES})
+    postgres.bootstrap(changed)
+    postgres.connect(changed, "metrics_reader").close()
+    with pytest.raises(ServiceError, match="password refused"):
+        postgres.connect(first, "metrics_reader")
+
+
 def test_a_database_or_a_table_of_the_same_name_is_left_alone(shop: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with shop.admin() as boss:
         boss.execute("ALTER ROLE guest SUPERUSER")
