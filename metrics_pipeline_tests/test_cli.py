@@ -256,6 +256,15 @@ def test_doctor_names_what_is_in_the_way(run: Run, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "cache").exists()
 
 
+def test_doctor_asks_a_postgresql_of_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (nobody,) = free_ports(1)
+    monkeypatch.setenv("POSTGRES_URL", f"postgresql://me:tell-nobody@127.0.0.1:{nobody}/readings")
+    ended = run("doctor")
+    assert ended.code == 1
+    assert re.search(rf"no +postgres +PostgreSQL at 127.0.0.1:{nobody} cannot be reached", ended.out)
+    assert "tell-nobody" not in ended.out + ended.err
+
+
 def test_doctor_counts_further_brokers_and_workers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"PIPELINE_MEMORY_GB": "4", "KAFKA_BROKERS": "3", "CONNECT_WORKERS": "2"}.items():
         monkeypatch.setenv(name, value)

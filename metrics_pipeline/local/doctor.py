@@ -14,7 +14,7 @@ from metrics_pipeline.local import jars, ports
 from metrics_pipeline.local.account import postgres_home, unprivileged
 from metrics_pipeline.local.budget import GIB, MIB, Budget
 from metrics_pipeline.local.postgres import configuration
-from metrics_pipeline.local.stack import unused_ports
+from metrics_pipeline.local.stack import outsider_problem, unused_ports
 from metrics_pipeline.local.state import StackState
 from metrics_pipeline.replay.folder import ReplayFolder
 from metrics_pipeline.replay.recipe import named_recipe
@@ -69,10 +69,16 @@ def examine(settings: Settings) -> list[Finding]:
         ),
     ]
     external = external_services()
-    findings += [Finding(name, "run elsewhere: its URL is set in the environment") for name in sorted(external)]
+    findings += [_elsewhere(settings, name) for name in sorted(external)]
     findings += _ports(settings, external)
     findings += [Finding(f"PostgreSQL {name}", value) for name, value in configuration(settings, budget).items()]
     return findings
+
+
+def _elsewhere(settings: Settings, name: str) -> Finding:
+    """A service that somebody else runs, and what is in its way as far as that shows without changing anything."""
+    problem = outsider_problem(settings, "broker" if name == "kafka" else name)
+    return Finding(name, problem or "run elsewhere, as its URL in the environment says, and answers", problem is None)
 
 
 def _sink(settings: Settings) -> str:

@@ -7,6 +7,7 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -262,26 +263,25 @@ def test_everything_that_this_server_stored_is_right(at: Work) -> None:
 
 
 @contextmanager
-def small_file_system(folder: Path) -> Iterator[Path]:
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={TABLES_MB}m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("no file system can be mounted here")
+def small_file_system() -> Iterator[Path]:
+    """A folder that has little room, and which every account may enter."""
+    folder = Path(tempfile.mkdtemp(prefix="metrics-pipeline-tables-"))
+    folder.chmod(0o755)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={TABLES_MB}m", "tmpfs", str(folder)]
     try:
-        yield folder
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("no file system can be mounted here")
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        folder.rmdir()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system that is small")
-def test_the_disk_is_full_for_a_while(tmp_path: Path) -> None:
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent.stat().st_uid == os.getuid() and str(parent).count("/") > 1:
-            parent.chmod(parent.stat().st_mode | 0o011)
-    tables = tmp_path / "tables"
-    tables.mkdir()
-    with small_file_system(tables), own_server(tables=tables) as server, work(server) as at:
+def test_the_disk_is_full_for_a_while() -> None:
+    with small_file_system() as tables, own_server(tables=tables) as server, work(server) as at:
         ballast = tables / "ballast"
         fill(ballast)
         try:
