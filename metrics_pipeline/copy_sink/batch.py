@@ -270,9 +270,9 @@ class Batch:
         if len(offsets) < 2:
             return None
         at = int(offsets[len(offsets) // 2])
-        first, second = (
-            self._of({chunk.partition: part}) for part in (replace(chunk, stop=at), replace(chunk, start=at))
-        )
+        # Of the first one's last record no timestamp is kept.
+        parts = (replace(chunk, stop=at, stamp=None), replace(chunk, start=at))
+        first, second = (self._of({chunk.partition: part}) for part in parts)
         return replace(first, stamps=()), second
 
     def _of(self, chunks: dict[int, Chunk]) -> Batch:

@@ -125,3 +125,4 @@ def test_halves_are_the_whole_and_continue_each_other(places: Partitions) -> Non
         assert [one.start for one in ours] == [chunk.start, *(one.stop for one in ours[:-1])]
         assert ours[-1].stop == chunk.stop
         assert {one.epoch for one in ours} == {chunk.epoch}
+        assert [one.stamp for one in ours] == [None] * (len(ours) - 1) + [chunk.stamp]
