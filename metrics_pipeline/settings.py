@@ -275,6 +275,14 @@ class Settings(ProducerSettings):
         "address on which producer, COPY sink and exporter listen; another one only inside a container",
         "compose",
     )
+    dagster_url: Annotated[str, AfterValidator(_is_http_url)] = _setting(
+        "", "where a container finds the Dagster UI; compose sets it", "compose"
+    )
+    pipeline_image: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._/:-]*$")] = _setting(
+        "metrics-pipeline",
+        "our images' name without tag and `-connect`; of published ones, with the registry",
+        "compose",
+    )
     console_port: Port = _setting(9090, "Redpanda Console", "compose")
     pgadmin_port: Port = _setting(8000, "pgAdmin", "compose")
     redpanda_admin_port: Port = _setting(9644, "Redpanda's admin API and metrics", "compose")
@@ -442,7 +450,7 @@ class Settings(ProducerSettings):
     @property
     def dagster_http(self) -> str:
         """Base URL of the Dagster UI."""
-        return f"http://127.0.0.1:{self.dagster_port}"
+        return self.dagster_url or f"http://127.0.0.1:{self.dagster_port}"
 
     @property
     def postgres_server(self) -> ServerUrl:

@@ -21,6 +21,8 @@ from metrics_pipeline.settings import Settings
 
 RUNS_SECONDS: Final = 45.0
 """How long runs may take to end: PRODUCER_FLUSH_SECONDS and the run's last words, within the service's grace period."""
+SERVER_SECONDS: Final = 10.0
+"""How long the server itself may take, without runs."""
 _RUN = "multiprocessing.spawn"
 """In the command line of a run's process, which Dagster starts by Python's multiprocessing."""
 
@@ -38,7 +40,7 @@ def run(settings: Settings) -> int:
         end_runs(psutil.Process(server.pid), RUNS_SECONDS)
         server.terminate()
         try:
-            server.wait(10)
+            server.wait(SERVER_SECONDS)
         except subprocess.TimeoutExpired:
             server.kill()
     return server.wait() if not stop.is_set() else 0

@@ -9,16 +9,21 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import grpc
 import jsonschema
 import pytest
 import yaml
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import HealthServicer
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
+from metrics_pipeline.compose import code, secrets
 from metrics_pipeline.compose import connect_worker as container_connect
-from metrics_pipeline.compose import secrets
 from metrics_pipeline.compose.commands import INITDB_CONF
 from metrics_pipeline.local import connect_worker, jars, postgres
 from metrics_pipeline.local.budget import GIB, Budget, postgres_memory
@@ -242,6 +247,7 @@ def test_start_order_is_a_graph_without_circles(files: tuple[Path, ...]) -> None
         ("databases", "connect"),
         ("connect", "provision"),
         ("databases", "code"),
+        ("redpanda", "code"),
         ("code", "webserver"),
         ("code", "daemon"),
         ("provision", "daemon"),
@@ -262,9 +268,58 @@ def test_one_starts_before_the_other(first: str, then: str) -> None:
 def test_three_brokers_come_before_their_clients() -> None:
     services = project(MAIN, CLUSTER)
     brokers = {"redpanda", "redpanda-2", "redpanda-3"}
-    for name in ("connect", "connect-2", "provision", "sink", "watcher"):
+    for name in ("connect", "connect-2", "provision", "sink", "watcher", "code", "exporter"):
         assert brokers <= all_before(services, name), name
     assert "connect-2" in all_before(services, "provision")
+
+
+@pytest.mark.parametrize("files", STACKS, ids=STACK_IDS)
+def test_what_a_service_writes_to_stops_after_it(files: tuple[Path, ...]) -> None:
+    """An engine stops in the reverse order of the start: a producer that stops last would have nobody to flush to."""
+    services = project(*files)
+    seen = set()
+    for name, service in services.items():
+        environment = service.get("environment", {})
+        if name in ONE_SHOTS or not environment.get("POSTGRES_URL"):
+            continue
+        before = all_before(services, name)
+        brokers = {broker.partition(":")[0] for broker in environment["KAFKA_URL"].split(",")}
+        assert {"postgres"} | brokers <= before, f"{name} outlives {({'postgres'} | brokers) - before}"
+        seen.add(name)
+    assert {"code", "connect", "sink", "watcher", "exporter", "webserver", "daemon"} <= seen
+
+
+def seconds(text: str) -> float:
+    assert re.fullmatch(r"\d+s", text), text
+    return float(text[:-1])
+
+
+@pytest.mark.parametrize("files", STACKS, ids=STACK_IDS)
+def test_a_busy_machine_has_time_to_stop_and_to_answer(files: tuple[Path, ...]) -> None:
+    """At a load of 25 a second of computing takes twelve; after its grace period a container is killed."""
+
+    def check(name: str, service: dict[str, Any]) -> None:
+        if name not in ONE_SHOTS:
+            assert seconds(service["stop_grace_period"]) >= 30, name
+        health = service["healthcheck"]
+        heavy = health["test"][1] in ("dagster-daemon", "dagster")
+        assert seconds(health["timeout"]) >= (60 if heavy else 5), f"{name} imports Dagster for each check"
+
+    each(check, *files)
+    services = project(*files)
+    # What the code server waits for, with as much again for the last words of the runs.
+    assert seconds(services["code"]["stop_grace_period"]) >= 1.5 * code.RUNS_SECONDS + code.SERVER_SECONDS
+    assert Settings.load().producer_flush_seconds < code.RUNS_SECONDS
+
+
+@pytest.mark.parametrize("files", STACKS, ids=STACK_IDS)
+def test_no_service_gains_or_keeps_rights_that_it_does_not_need(files: tuple[Path, ...]) -> None:
+    def check(name: str, service: dict[str, Any]) -> None:
+        assert "no-new-privileges:true" in service["security_opt"], name
+        if not name.startswith("redpanda"):  # never tried with less
+            assert service["cap_drop"] == ["ALL"], name
+
+    each(check, *files)
 
 
 def test_provisioning_does_schema_topic_and_connector_in_this_order() -> None:
@@ -329,12 +384,14 @@ def test_ports_inside_are_those_of_the_settings() -> None:
     inside = {name: [port for _, _, port in ports(service)] for name, service in services.items()}
     settings = Settings.load()
     assert inside["code"] == [settings.producer_port]
+    assert services["code"]["environment"]["DAGSTER_URL"] == f"http://webserver:{inside['webserver'][0]}"
     assert inside["webserver"] == [settings.dagster_port]
     assert inside["sink"] == [settings.sink_port]
     assert inside["exporter"] == [settings.exporter_port]
     assert inside["connect"] == [settings.connect_port]
+    inside["code"].append(settings.dagster_code_port)  # for the other containers alone
     health = services["code"]["healthcheck"]["test"]
-    assert health[health.index("-p") + 1] == str(settings.dagster_code_port)
+    assert health[-1] == f"grpc://127.0.0.1:{settings.dagster_code_port}/DagsterApi"
     assert services["code"]["environment"]["DAGSTER_CODE_PORT"] == str(settings.dagster_code_port)
     assert str(settings.dagster_port) in services["webserver"]["command"]
     assert settings.sink_ports.startswith(f"{settings.sink_port}-")
@@ -631,8 +688,8 @@ def test_redpanda_is_started_with_the_addresses_that_clients_use(
     assert (options["smp"], options["reserve-memory"]) == ("1", "0M")
 
 
-@pytest.mark.parametrize(("answer", "code"), [("200 OK", 0), ("503 Service Unavailable", 1), (None, 1)])
-def test_redpanda_ready_asks_its_admin_api(answer: str | None, code: int) -> None:
+@pytest.mark.parametrize(("answer", "exit_code"), [("200 OK", 0), ("503 Service Unavailable", 1), (None, 1)])
+def test_redpanda_ready_asks_its_admin_api(answer: str | None, exit_code: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         asked: list[bytes] = []
@@ -658,7 +715,7 @@ def test_redpanda_ready_asks_its_admin_api(answer: str | None, code: int) -> Non
         if answer:
             thread.join(5)
             assert asked[0].startswith(b"GET /v1/status/ready HTTP/1.0\r\n")
-    assert done.returncode == code, done.stderr
+    assert done.returncode == exit_code, done.stderr
 
 
 def test_healthy_says_what_the_answer_is() -> None:
@@ -695,6 +752,28 @@ def test_healthy_asks_every_url_and_names_the_one_that_fails(capsys: pytest.Capt
     assert capsys.readouterr().err.startswith(f"{url}/absent: HTTP Error 404")
 
 
+@pytest.mark.parametrize("status", ["SERVING", "NOT_SERVING", None])
+def test_healthy_asks_by_grpc_whether_a_service_serves(status: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    from metrics_pipeline.compose import healthy
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    servicer = HealthServicer()
+    if status:
+        servicer.set("DagsterApi", health_pb2.HealthCheckResponse.ServingStatus.Value(status))
+    add_HealthServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    assert healthy.main(f"grpc://127.0.0.1:{port}/DagsterApi") == (0 if status == "SERVING" else 1)
+    server.stop(None).wait()
+    assert healthy.main(f"grpc://127.0.0.1:{port}/DagsterApi") == 1
+    said = capsys.readouterr().err
+    assert "StatusCode.UNAVAILABLE" in said
+    assert ("DagsterApi: not serving" in said, "StatusCode.NOT_FOUND" in said) == (
+        status == "NOT_SERVING",
+        status is None,
+    )
+
+
 def test_a_service_without_a_port_is_healthy_while_it_touches_its_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -724,8 +803,9 @@ def test_connect_is_healthy_only_with_its_plugin() -> None:
 
 
 def test_health_check_of_our_images_imports_little() -> None:
-    code = "import sys, metrics_pipeline.compose.healthy as h; sys.exit('pydantic' in sys.modules or 'typer' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    heavy = {"pydantic", "typer", "grpc", "dagster"}
+    program = f"import sys, metrics_pipeline.compose.healthy as h; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_the_workflow_runs_compose_for_real() -> None:

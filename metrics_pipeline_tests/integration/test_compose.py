@@ -162,6 +162,7 @@ def containers() -> Iterator[Containers]:
             "redpanda:9092": settings.bootstrap_servers,
             "http://connect:8083": settings.connect_rest,
             "127.0.0.1:8083": f"127.0.0.1:{settings.connect_port}",
+            "http://webserver:3070": settings.dagster_http,
             "127.0.0.1:3070": f"127.0.0.1:{settings.dagster_port}",
             "127.0.0.1:9187": f"127.0.0.1:{settings.exporter_port}",
             "127.0.0.1:3002": f"127.0.0.1:{settings.sink_port}",
@@ -292,6 +293,16 @@ def test_the_sensor_launches_the_producer_and_rows_arrive(containers: Containers
     assert (answer.status_code, answer.json()["healthy"]) == (200, True)
 
 
+def test_status_is_healthy_in_the_container_of_the_code(containers: Containers) -> None:
+    """Where the alerts send people; Dagster's UI is in another container, and found by DAGSTER_URL."""
+    test_the_sensor_launches_the_producer_and_rows_arrive(containers)
+    deadline = time.monotonic() + 90
+    while (done := containers.run("code", ["metrics-pipeline", "status"])).returncode != 0:
+        assert time.monotonic() < deadline, done.stdout + done.stderr
+        time.sleep(0.5)
+    assert containers.replaced["http://webserver:3070"] in done.stdout
+
+
 def test_daemon_is_alive(containers: Containers) -> None:
     deadline = time.monotonic() + 90
     while (done := containers.healthy("daemon")).returncode != 0:
@@ -303,8 +314,8 @@ def test_a_health_check_that_asks_nobody_fails(containers: Containers) -> None:
     """Each of them would notice."""
     url = f"http://127.0.0.1:{free_ports(1)[0]}/health"
     assert containers.run("code", ["python", "-m", "metrics_pipeline.compose.healthy", url]).returncode == 1
-    port = str(free_ports(1)[0])
-    assert containers.run("code", ["dagster", "api", "grpc-health-check", "-p", port]).returncode != 0
+    nobody = f"grpc://127.0.0.1:{free_ports(1)[0]}/DagsterApi"
+    assert containers.run("code", ["python", "-m", "metrics_pipeline.compose.healthy", nobody]).returncode == 1
     command = ["metrics-pipeline", "container", "secrets", "--directory", str(containers.folder), "--check"]
     assert containers.run("code", command).returncode == 1
 
