@@ -23,12 +23,13 @@ def prepare(settings: Settings) -> list[str]:
     postgres.bootstrap(settings)
     dagster.prepare_home(settings)
     done = ["roles and databases are as configured"]
-    if not dagster.has_tables(settings):
-        made = subprocess.run(dagster.MAKE_TABLES, env=os.environ, capture_output=True, text=True, check=False)
+    if needed := dagster.tables_command(settings):
+        what, command = needed
+        made = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
         if made.returncode != 0:
             raise ServiceError(
-                f"Dagster could not make its tables: {(made.stderr or made.stdout).strip().splitlines()[-1]}; "
+                f"Dagster's tables could not be {what}: {(made.stderr or made.stdout).strip().splitlines()[-1]}; "
                 "correct DAGSTER_POSTGRES_URL, or drop the database `dagster` to start it afresh"
             )
-        done.append("Dagster's tables were made")
+        done.append(f"Dagster's tables were {what}")
     return done

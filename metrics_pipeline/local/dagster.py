@@ -5,10 +5,12 @@ One code server serves both others (and is the parent of every run), so the defi
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +111,35 @@ MAKE_TABLES = [sys.executable, "-c", "from dagster import DagsterInstance; Dagst
 """Dagster's processes make its tables on first use, and several of them at once collide: this one goes first."""
 
 
-def has_tables(settings: Settings) -> bool:
-    """Whether Dagster's own database is set up."""
+MIGRATE_TABLES = [str(Path(sys.executable).parent / "dagster"), "instance", "migrate"]
+"""After an upgrade of Dagster: without it, what the new release asks for may not be there."""
+
+
+def tables_command(settings: Settings) -> tuple[str, list[str]] | None:
+    """What Dagster's own database still needs, as what it was and the command that does it; None when it is up to date."""
     with postgres.connect_dagster(settings) as connection:
-        row = connection.execute("SELECT to_regclass('alembic_version') IS NOT NULL").fetchone()
-    return bool(row and row[0])
+        found = connection.execute("SELECT to_regclass('alembic_version') IS NOT NULL").fetchone()
+        if found != (True,):
+            return "made", MAKE_TABLES
+        revision = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    return None if revision == (newest_revision(),) else ("migrated", MIGRATE_TABLES)
+
+
+def newest_revision() -> str:
+    """The revision of the tables that the installed Dagster wants, as its migrations name it.
+
+    Alembic would say the same, but imports each of them, and Dagster with them, which takes seconds.
+    """
+    package = find_spec("dagster")
+    assert package is not None  # noqa: S101  # it is a dependency
+    assert package.origin is not None  # noqa: S101
+    folder = Path(package.origin).parent / "_core" / "storage" / "alembic" / "versions"
+    texts = [file.read_text("utf-8") for file in folder.glob("*.py")]
+    revisions, former = (
+        {found[1] for text in texts if (found := re.search(rf"^{name} = ['\"](\w+)['\"]", text, re.MULTILINE))}
+        for name in ("revision", "down_revision")
+    )
+    return "".join(revisions - former)
 
 
 def code_problem(settings: Settings) -> str | None:

@@ -190,8 +190,8 @@ class Stack:
         return next(iter(active.hand_over(self.settings)), "")
 
     def _dagster_schema(self) -> None:
-        if not dagster.has_tables(self.settings):
-            self._run(dagster.MAKE_TABLES, "dagster-schema", "Dagster's tables")
+        if needed := dagster.tables_command(self.settings):
+            self._run(needed[1], "dagster-schema", "Dagster's tables")
 
     def _provision(self) -> str:
         command = [

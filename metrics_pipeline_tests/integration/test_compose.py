@@ -26,7 +26,7 @@ import yaml
 from metrics_pipeline.compose.connect_worker import JMX_PORT, fetch
 from metrics_pipeline.compose.dashboards import ROWS
 from metrics_pipeline.local import account, environment, jars, postgres
-from metrics_pipeline.local.dagster import graphql
+from metrics_pipeline.local.dagster import graphql, newest_revision
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.local.stack import build
 from metrics_pipeline.settings import ROOT, Settings
@@ -263,6 +263,17 @@ def test_the_secrets_are_read_from_files(containers: Containers) -> None:
     assert url == f"postgresql://dagster@127.0.0.1:{containers.settings.postgres_port}/dagster"
     with pytest.raises(psycopg.OperationalError, match="no password supplied"):
         psycopg.connect(url)
+
+
+def test_dagster_s_tables_are_migrated_when_they_are_of_an_older_release(containers: Containers) -> None:
+    with psycopg.connect(containers.settings.dagster_postgres_url, autocommit=True) as connection:
+        (newest,) = connection.execute("SELECT version_num FROM alembic_version").fetchone() or ("",)
+        assert newest == newest_revision()
+        connection.execute("UPDATE alembic_version SET version_num = '7e2f3204cf8e'")
+        done = containers.run("databases")
+        assert "Dagster's tables were migrated" in done.stdout, done.stdout + done.stderr
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == (newest,)
+    assert "Dagster" not in containers.run("databases").stdout
 
 
 def test_webserver_has_the_definitions_by_grpc(containers: Containers) -> None:
