@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import psutil
+
 POOL: Final = "10.213.0.0/16"
 """Where an engine of our own takes the networks of its containers from."""
 START_SECONDS: Final = 120.0
@@ -97,6 +99,9 @@ def own(cache: Path) -> Iterator[Engine]:
     for program in ("dockerd", "containerd", "runc", "docker"):
         if shutil.which(program, path=_path()) is None:
             raise UnavailableError(f"no container engine answers, and there is no `{program}` to start one (docker.io)")
+    if [process for process in psutil.process_iter(["name"]) if process.info["name"] == "dockerd"]:
+        # Beside it, one without a bridge would take its bridge away.
+        raise UnavailableError("another engine runs on this machine, and does not answer this account's `docker`")
     folder = Path(tempfile.mkdtemp(prefix="mp-engine-"))
     socket = f"unix://{folder}/docker.sock"
     environment = {**os.environ, "DOCKER_HOST": socket, "DOCKER_CONFIG": str(folder / "config"), "PATH": _path()}

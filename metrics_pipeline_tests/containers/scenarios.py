@@ -1,0 +1,276 @@
+"""What is done to a deployment, and what has to be so afterwards."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+from metrics_pipeline.settings import ROOT
+from metrics_pipeline_tests.containers import checks
+from metrics_pipeline_tests.containers.deployment import (
+    Deployment,
+    ProblemError,
+    deployed,
+    snapshot,
+    wait_until,
+)
+from metrics_pipeline_tests.containers.engine import Engine
+from metrics_pipeline_tests.containers.events import Events, listening
+
+SMALL: Final = {"POSTGRES_MEMORY_GB": "2", "REDPANDA_MEMORY_GB": "1", "CONNECT_MEMORY_GB": "1", "REDPANDA_CORES": "1"}
+"""The row of 8 GiB on the page."""
+GENTLE: Final = {"PRODUCER_PUBLISH_INTERVAL": "1000"}
+"""A quarter of the default rate: what is shown is not the speed."""
+CRASHED: Final = ("postgres", "redpanda", "connect", "code", "webserver", "daemon", "watcher")
+
+
+@dataclass
+class Run:
+    """What scenarios share.
+
+    Attributes:
+        engine: where everything runs.
+        stand_in: whether images are stood in for.
+        seconds: of the load in `soak`.
+        say: a line of the report.
+    """
+
+    engine: Engine
+    stand_in: bool
+    seconds: float
+    say: Callable[[str], None]
+    typed: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def deployment(self, revision: str | None = None, **settings: str) -> Iterator[tuple[Deployment, Events]]:
+        """A clone that is gone afterwards, and nothing of it left."""
+        with ExitStack() as stack:
+            clone = deployed(
+                self.engine, revision or snapshot(), stand_in=self.stand_in, settings=SMALL | GENTLE | settings
+            )
+            made = stack.enter_context(clone)
+            try:
+                yield made, stack.enter_context(listening(made))
+            finally:
+                self.typed += made.typed
+
+    def did(self, what: str, began: float) -> None:
+        """Something held."""
+        self.say(f"  {time.monotonic() - began:6.1f} s  {what}")
+
+    def hold(self, what: str, check: Callable[[], Any]) -> Any:
+        """Check it, and say so."""
+        began = time.monotonic()
+        answer = check()
+        self.did(what if answer is None or answer == "" else f"{what}: {str(answer).strip().splitlines()[-1]}", began)
+        return answer
+
+
+def start(run: Run) -> None:
+    """From nothing: built, started in order, healthy, hardened; and down again, in order and with the data kept."""
+    with run.deployment() as (made, events):
+        run.hold("`docker compose up -d` in a clean clone", lambda: f"{made.up():.0f} s")
+        run.hold("every service is healthy", lambda: checks.healthy(made))
+        run.hold("each started when what it needs was there", lambda: checks.order_of_start(events))
+        run.hold("rows rise", lambda: checks.rows_rise(made))
+        run.hold(
+            "the UI answers, and a sensor launched the producer",
+            lambda: checks.producer_was_launched_by_its_sensor(made),
+        )
+        run.hold("nothing was restarted", lambda: checks.nothing_was_restarted(made))
+        run.hold("each service sees its own secrets and no others", lambda: checks.secrets(made))
+        run.hold("capabilities, roots, limits and ports are as written", lambda: checks.hardened(made))
+        run.hold("`status` is healthy inside", lambda: checks.status(made))
+        made.type("docker compose ps")
+        made.type("docker compose run --rm --no-deps code cat /run/metrics-secrets/metrics_reader_password")
+        run.hold("`verify`", lambda: checks.verify(made))
+        before, since = checks.rows(made), time.time_ns()
+        run.hold("`docker compose down`", lambda: made.type("docker compose down"))
+        run.hold("each ended by itself, before what it writes to", lambda: checks.order_of_stop(events, since))
+        run.hold("up again", lambda: f"{made.up():.0f} s")
+        run.hold("every service is healthy", lambda: checks.healthy(made))
+        if (now := checks.rows(made)) < before:
+            raise ProblemError(f"{before} rows before, {now} after")
+        run.hold("rows rise", lambda: checks.rows_rise(made))
+        run.hold("`verify`", lambda: checks.verify(made))
+        _removed(run, made)
+
+
+def crashes(run: Run) -> None:
+    """Each service dies at once; then everything is well again, and nothing is lost."""
+    with run.deployment() as (made, _):
+        _up(run, made)
+        for service in CRASHED:
+            what = f"{service} crashed, was healed, and `verify` is clean"
+            run.hold(what, partial(_crash, made, service))
+        run.hold("every service is healthy", lambda: checks.healthy(made))
+        _removed(run, made)
+
+
+def _crash(made: Deployment, service: str) -> str:
+    return f"healthy after {checks.crash(made, service):.0f} s"
+
+
+def sinks(run: Run) -> None:
+    """Profiles `copy` and `obs`: the change of sink both ways, three of them, targets, alerts and queries."""
+    with run.deployment() as (made, _):
+        _up(run, made)
+        run.hold("`verify` with Kafka Connect", lambda: checks.verify(made))
+        for command in ("echo SINK=copy >> .env", "echo COMPOSE_PROFILES=copy,obs >> .env"):
+            made.type(command)
+        run.hold("up with the profiles", lambda: f"{made.up():.0f} s")
+        run.hold("every service is healthy", lambda: checks.healthy(made, checks.services_of(made)))
+        run.hold("the COPY sink stores", lambda: _is_active(made, "copy"))
+        run.hold("rows rise", lambda: checks.rows_rise(made))
+        run.hold("`verify`", lambda: checks.verify(made))
+        run.hold("three sinks", lambda: made.type("docker compose up -d --scale sink=3"))
+        run.hold("every service is healthy", lambda: checks.healthy(made, checks.services_of(made)))
+        if len(made.containers()["sink"]) != 3:
+            raise ProblemError("there are not three sinks")
+        run.hold("the COPY sink still stores", lambda: _is_active(made, "copy"))
+        run.hold("rows rise", lambda: checks.rows_rise(made))
+        run.hold("each service sees its own secrets and no others", lambda: checks.secrets(made))
+        run.hold("a sink crashed", lambda: _crash(made, "sink"))
+        run.hold("the exporter crashed", lambda: _crash(made, "exporter"))
+        targets = {"producer", "sink", "exporter", "connect", "redpanda"}
+        run.hold("every target of Prometheus is up", lambda: checks.every_target_is_up(made, targets))
+        run.hold("queries of the dashboard, and those with data", lambda: checks.every_query_is_answered(made))
+        run.hold("no alert", lambda: checks.no_alert_fires(made))
+        made.set(SINK="connect", COMPOSE_PROFILES="copy,obs")
+        run.hold("back to Kafka Connect", lambda: f"{made.up():.0f} s")
+        run.hold("Kafka Connect stores", lambda: _is_active(made, "connect"))
+        run.hold("every service is healthy", lambda: checks.healthy(made, checks.services_of(made)))
+        run.hold("rows rise", lambda: checks.rows_rise(made))
+        run.hold("`verify`", lambda: checks.verify(made))
+        log = made.compose("logs", "connect", "--no-color")
+        handed = re.findall(
+            r"the connector begins at offset \d+ of partition \d+", log + made.compose("logs", "provision")
+        )
+        if not handed:
+            raise ProblemError(f"the COPY sink's offsets were not handed over: {log[-1500:]}")
+        run.say(f"            offsets of {len(handed)} partitions were handed over")
+        _removed(run, made)
+
+
+def _is_active(made: Deployment, sink: str) -> None:
+    wait_until(f"{sink} is active", lambda: made.sql("SELECT active FROM sink_state") == sink, 240)
+
+
+def cluster(run: Run) -> None:
+    """Three brokers and two Connect workers; a broker dies, and nothing is lost."""
+    with run.deployment() as (made, _):
+        command = "docker compose -f docker-compose.yaml -f compose.cluster.yaml up -d"
+        run.hold("three brokers and two workers", lambda: f"{made.up(command):.0f} s")
+        # From here on every command means all the files.
+        files = command.split()[2:-2]
+        made.set(
+            COMPOSE_FILE=":".join([*files[1::2], *(("stand-in.yaml", "stand-in.cluster.yaml") if run.stand_in else ())])
+        )
+        run.hold("every service is healthy", lambda: checks.healthy(made, set(made.containers())))
+        run.hold("rows rise", lambda: checks.rows_rise(made))
+        run.hold("`verify`", lambda: checks.verify(made))
+        run.hold("a broker crashed, and `verify` is clean", lambda: _crash(made, "redpanda-2"))
+        run.hold("a worker crashed, and `verify` is clean", lambda: _crash(made, "connect-2"))
+        _removed(run, made)
+
+
+def upgrade(run: Run) -> None:
+    """The images of the commit before, with its data; then `git pull`, build and up. Dagster's tables are migrated."""
+    now = snapshot()
+    with run.deployment(f"{now}~1") as (made, _):
+        _up(run, made, "the commit before")
+        run.hold("`verify`", lambda: checks.verify(made))
+        before = checks.rows(made)
+        # As an older release of Dagster left them.
+        newest = _revision(made)
+        _revision(made, "7e2f3204cf8e")
+        _push(made, now)
+        made.type("git pull")
+        run.hold("`docker compose build`", lambda: made.type("docker compose build"))
+        run.hold("up with the new images", lambda: f"{made.up():.0f} s")
+        run.hold("every service is healthy", lambda: checks.healthy(made))
+        for name, ones in made.containers().items():
+            image = made.engine.docker("image", "inspect", "--format", "{{.Id}}", ones[0]["Config"]["Image"]).strip()
+            if ones[0]["Image"] != image:
+                raise ProblemError(f"{name} still runs an old image")
+        if checks.rows(made) < before:
+            raise ProblemError("rows are gone")
+        if _revision(made) != newest:
+            raise ProblemError("Dagster's tables were not migrated")
+        run.did("Dagster's tables were migrated", time.monotonic())
+        run.hold("rows rise", lambda: checks.rows_rise(made))
+        run.hold("`verify`", lambda: checks.verify(made))
+        _removed(run, made)
+
+
+def _revision(made: Deployment, to: str = "") -> str:
+    statement = f"UPDATE alembic_version SET version_num = '{to}'" if to else "SELECT version_num FROM alembic_version"
+    return made.as_superuser(statement, database="dagster")
+
+
+def _push(made: Deployment, commit: str) -> None:
+    origin = made.checkout.parent / "origin.git"
+    subprocess.run(["git", "push", "--quiet", str(origin), f"{commit}:refs/heads/main"], cwd=ROOT, check=True)
+
+
+def soak(run: Run) -> None:
+    """The sizes of the 8 GiB row at the default rate: no container dies for want of memory; what each takes."""
+    with run.deployment(PRODUCER_PUBLISH_INTERVAL="") as (made, events):
+        _up(run, made)
+        run.hold("every service is healthy", lambda: checks.healthy(made))
+        first, began = checks.rows(made), time.monotonic()
+        most: dict[str, float] = {}
+        while (passed := time.monotonic() - began) < run.seconds:
+            for name, mib in _memory(made).items():
+                most[name] = max(most.get(name, 0.0), mib)
+            time.sleep(min(5, max(run.seconds - passed, 0)))
+        last, passed = checks.rows(made), time.monotonic() - began
+        run.say(f"            {(last - first) / passed:,.0f} rows/s stored for {passed:.0f} s")
+        for name, mib in sorted(most.items()):
+            limit = made.container(name)["HostConfig"]["Memory"] / 2**20
+            run.say(f"            {name:12} {mib:6.0f} MiB at most, of {limit:.0f}")
+        if [event for event in events.all() if event.action == "oom"]:
+            raise ProblemError("a container was short of memory")
+        run.hold("nothing was restarted", lambda: checks.nothing_was_restarted(made))
+        run.hold("`verify`", lambda: checks.verify(made))
+        _removed(run, made)
+
+
+def _memory(made: Deployment) -> dict[str, float]:
+    """MiB of each service now, as `docker stats` has it."""
+    units = {"B": 2**-20, "KiB": 2**-10, "MiB": 1.0, "GiB": 1024.0}
+    services = {
+        one["Id"][:12]: name for name, ones in made.containers().items() for one in ones if one["State"]["Running"]
+    }
+    found = {}
+    for line in made.engine.docker("stats", "--no-stream", "--format", "{{.ID}} {{.MemUsage}}").splitlines():
+        number, used, *_ = line.split()
+        if number[:12] in services and (match := re.fullmatch(r"([\d.]+)([KMG]?i?B)", used)):
+            found[services[number[:12]]] = float(match[1]) * units[match[2]]
+    return found
+
+
+def _up(run: Run, made: Deployment, what: str = "up") -> None:
+    run.hold(what, lambda: f"{made.up():.0f} s")
+    run.hold("rows rise", lambda: checks.rows_rise(made))
+
+
+def _removed(run: Run, made: Deployment) -> None:
+    made.type("docker compose down --volumes")
+    run.hold("`docker compose down --volumes` left nothing", lambda: checks.nothing_is_left(made))
+
+
+ALL: Final[dict[str, Callable[[Run], None]]] = {
+    "start": start,
+    "crashes": crashes,
+    "sinks": sinks,
+    "cluster": cluster,
+    "upgrade": upgrade,
+    "soak": soak,
+}
