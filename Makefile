@@ -14,7 +14,7 @@ unexport PYTHONBREAKPOINT PYTHONDEBUG PYTHONVERBOSE PYTHONNOUSERSITE VIRTUAL_ENV
 PIP := $(BIN)/python requirements/pip.py
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test unit integration chaos lint types docs wheel dg workflows lock clean
+.PHONY: help up down test unit integration chaos containers lint types docs wheel dg workflows lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ integration: $(VENV)/.dev  ## tests on the real embedded stack
 
 chaos: $(VENV)/.dev  ## the COPY sink under crashes, restarts and pauses at full length, half an hour (ARGS=crashes for one)
 	@$(BIN)/python -m metrics_pipeline_tests.chaos $(ARGS)
+
+containers: $(VENV)/.dev  ## docker compose for real, from a clean clone (CONTAINERS=stand-in without a registry; ARGS="start sinks" for some)
+	@$(BIN)/python -m metrics_pipeline_tests.containers $(if $(filter stand-in,$(CONTAINERS)),--stand-in) $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and squawk
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

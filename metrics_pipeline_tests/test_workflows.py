@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from metrics_pipeline.settings import ROOT
+from metrics_pipeline_tests.compose_files import project
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").iterdir())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -105,9 +106,46 @@ def test_the_jobs_run_together_what_make_test_runs() -> None:
 def test_only_publishing_may_ask_who_it_is_and_only_after_the_build() -> None:
     release = jobs("release")
     rights = {name: job["permissions"] for name, job in release.items()}
-    assert rights == {"build": {"contents": "read"}, "publish": {"id-token": "write"}}
+    assert rights == {
+        "build": {"contents": "read"},
+        "publish": {"id-token": "write"},
+        "images": {"contents": "read", "packages": "write"},
+    }
     assert (release["publish"]["needs"], release["publish"]["environment"]) == ("build", "pypi")
+    assert release["images"]["needs"] == "build"
     assert not any("run" in step for step in release["publish"]["steps"])
+
+
+def test_the_images_that_are_published_are_those_that_compose_asks_for(tmp_path: Path) -> None:
+    """Both targets, by the names that PIPELINE_IMAGE gives, with the release's version as the tag."""
+    told = tmp_path / "docker"
+    told.write_text('#!/bin/sh\necho "$@" >> "$LOG"\n')
+    told.chmod(0o755)
+    log = tmp_path / "log"
+    variables = {
+        "GITHUB_ACTOR": "me",
+        "GITHUB_REPOSITORY": "Me/Metrics-Pipeline",
+        "GITHUB_REF_NAME": "v0.1.0",
+        "TOKEN": "t",
+    }
+    (script,) = [each["run"] for each in jobs("release")["images"]["steps"] if "TOKEN" in each.get("env", {})]
+    subprocess.run(
+        ["bash", "-eu", "-c", script],
+        env={
+            **variables,
+            "GITHUB_SERVER_URL": "",
+            "GITHUB_SHA": "",
+            "LOG": str(log),
+            "PATH": f"{tmp_path}:/usr/bin:/bin",
+        },
+        check=True,
+    )
+    pushed = dict(re.findall(r"--push --target (\w+) .*--tag (\S+) \.$", log.read_text(), re.MULTILINE))
+    services = project(variables={"PIPELINE_IMAGE": "ghcr.io/me/metrics-pipeline"})
+    assert pushed == {"pipeline": services["code"]["image"], "connect": services["connect"]["image"]}
+    assert log.read_text().count("--sbom=true --provenance=mode=max") == 2
+    assert log.read_text().count("--platform linux/amd64,linux/arm64") == 2
+    assert not re.search(r"\bt\b", log.read_text()), "the token stands in a command"
 
 
 @pytest.fixture

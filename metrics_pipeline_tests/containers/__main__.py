@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -18,9 +18,12 @@ from platformdirs import user_cache_dir
 from metrics_pipeline_tests.containers import bases, engine, scenarios
 from metrics_pipeline_tests.containers.deployment import ProblemError
 from metrics_pipeline_tests.containers.engine import Engine, UnavailableError
+from metrics_pipeline_tests.containers.faults import faults
 
 NOT_RUN: Final = 3
 """Exit code when no engine, no Compose or no stand-ins can be had, unless --if-possible makes it 0."""
+LONGEST_SECONDS: Final = 420.0
+"""What a scenario takes at most on a machine of two cores that does nothing else."""
 PLUGINS: Final = (
     "~/.docker",
     "/usr/local/lib/docker",
@@ -39,14 +42,17 @@ def say(line: str) -> None:
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="make containers", description=__doc__)
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"default: all of {', '.join(scenarios.ALL)}")
+    known = scenarios.ALL | {"faults": faults}
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"default: all of {', '.join(known)}")
     parser.add_argument("--stand-in", action="store_true", help="make the images out of Debian's packages: no registry")
     parser.add_argument("--if-possible", action="store_true", help="exit code 0 where it cannot be run")
+    parser.add_argument("--within", type=float, default=1e9, help="seconds after which no further scenario begins")
+    parser.add_argument("--revision", help="a commit to run in place of the checkout")
     parser.add_argument("--seconds", type=float, default=60, help="of load in `soak`")
     parser.add_argument("--cache", type=Path, default=Path(user_cache_dir("metrics-pipeline")) / "containers")
     given = parser.parse_args()
-    if unknown := set(given.scenarios) - set(scenarios.ALL):
-        parser.error(f"no scenario {', '.join(sorted(unknown))}: there are {', '.join(scenarios.ALL)}")
+    if unknown := set(given.scenarios) - set(known):
+        parser.error(f"no scenario {', '.join(sorted(unknown))}: there are {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     given.cache.mkdir(parents=True, exist_ok=True)
@@ -55,24 +61,35 @@ def main() -> int:
             made = bases.make(where, given.cache) if given.stand_in else []
             compose = _compose(where, given.cache)
             say(f"{where.version}, {compose}; ready after {time.monotonic() - began:.0f} s")
-            run = scenarios.Run(where, given.stand_in, given.seconds, say)
-            failed = [name for name in given.scenarios or scenarios.ALL if not _held(run, name)]
+            run = scenarios.Run(where, given.stand_in, given.seconds, say, given.revision)
+            failed, late = [], []
+            for name in given.scenarios or known:
+                # As long as the longest of them takes.
+                if time.monotonic() - began + LONGEST_SECONDS > given.within:
+                    late.append(name)
+                elif not _held(run, name, known[name]):
+                    failed.append(name)
+            if not given.scenarios and not failed and (untyped := scenarios.untyped(run)):
+                say(f"FAILED: commands of the page that nothing typed: {untyped}")
+                failed.append("page")
     except UnavailableError as error:
         say(f"containers: NOT RUN: {error}")
         return 0 if given.if_possible else NOT_RUN
     took = time.monotonic() - began
     stood = "; ".join(f"{one.real} by {one.what}" for one in made)
     real = f"{where.version}, {compose}, our images built by the Dockerfile"
+    if late:
+        say(f"containers: NOT RUN for want of time: {', '.join(late)}")
     say(f"containers: {'FAILED: ' + ', '.join(failed) if failed else 'all held'} in {took:.0f} s. Real: {real}. "
         f"Stood in for: {stood or 'nothing, every image is the one that the files name'}.")  # fmt: skip
     return 1 if failed else 0
 
 
-def _held(run: scenarios.Run, name: str) -> bool:
+def _held(run: scenarios.Run, name: str, scenario: Callable[[scenarios.Run], None]) -> bool:
     began = time.monotonic()
-    say(f"{name}: {(scenarios.ALL[name].__doc__ or '').splitlines()[0]}")
+    say(f"{name}: {(scenario.__doc__ or '').splitlines()[0]}")
     try:
-        scenarios.ALL[name](run)
+        scenario(run)
     except (ProblemError, RuntimeError, subprocess.SubprocessError, OSError) as error:
         say(f"  FAILED after {time.monotonic() - began:.0f} s: {error}")
         return False

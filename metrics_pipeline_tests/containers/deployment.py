@@ -85,6 +85,7 @@ class Deployment:
             ProblemError: it failed.
         """
         self.typed.append(command)
+        command = command.replace("docker compose exec ", "docker compose exec -T ")  # there is no terminal
         if self.stand_in and " -f " in command:  # which takes the place of COMPOSE_FILE
             command = command.replace(CLUSTER.name, f"{CLUSTER.name} -f {OVERLAY} -f {CLUSTER_OVERLAY}")
         return self._run(["bash", "-c", command], timeout, check=check)

@@ -138,7 +138,16 @@ def own(cache: Path) -> Iterator[Engine]:
         for left in sorted(_cgroups() - before, key=lambda path: -len(path.parts)):
             with suppress(OSError):
                 left.rmdir()
+        _unmount(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unmount(folder: Path) -> None:
+    """The namespaces of networks, which the engine leaves mounted."""
+    mounted = [line.split()[1] for line in Path("/proc/mounts").read_text("utf-8").splitlines()]
+    for place in reversed(mounted):
+        if place.startswith(f"{folder}/"):
+            subprocess.run(["umount", place], check=False, capture_output=True)
 
 
 def _path() -> str:

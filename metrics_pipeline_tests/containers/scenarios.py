@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import time
@@ -11,7 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-from metrics_pipeline.settings import ROOT
+from metrics_pipeline.local.environment import replaced
+from metrics_pipeline.settings import ROOT, Settings
 from metrics_pipeline_tests.containers import checks
 from metrics_pipeline_tests.containers.deployment import (
     Deployment,
@@ -39,12 +41,15 @@ class Run:
         stand_in: whether images are stood in for.
         seconds: of the load in `soak`.
         say: a line of the report.
+        revision: the commit that runs; None for the checkout as it stands.
+        typed: every command so far.
     """
 
     engine: Engine
     stand_in: bool
     seconds: float
     say: Callable[[str], None]
+    revision: str | None = None
     typed: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -52,7 +57,10 @@ class Run:
         """A clone that is gone afterwards, and nothing of it left."""
         with ExitStack() as stack:
             clone = deployed(
-                self.engine, revision or snapshot(), stand_in=self.stand_in, settings=SMALL | GENTLE | settings
+                self.engine,
+                revision or snapshot(self.revision),
+                stand_in=self.stand_in,
+                settings=SMALL | GENTLE | settings,
             )
             made = stack.enter_context(clone)
             try:
@@ -182,7 +190,7 @@ def cluster(run: Run) -> None:
 
 def upgrade(run: Run) -> None:
     """The images of the commit before, with its data; then `git pull`, build and up. Dagster's tables are migrated."""
-    now = snapshot()
+    now = snapshot(run.revision)
     with run.deployment(f"{now}~1") as (made, _):
         _up(run, made, "the commit before")
         run.hold("`verify`", lambda: checks.verify(made))
@@ -217,6 +225,51 @@ def _revision(made: Deployment, to: str = "") -> str:
 def _push(made: Deployment, commit: str) -> None:
     origin = made.checkout.parent / "origin.git"
     subprocess.run(["git", "push", "--quiet", str(origin), f"{commit}:refs/heads/main"], cwd=ROOT, check=True)
+
+
+ENV: Final = """# how it may be written
+PRODUCER_SEED=7 # after a value
+ PRODUCER_FLEET_SIZE = 60
+export KAFKA_BATCH_SIZE=300
+PRODUCER_COMPRESSION="zstd"
+SINK='copy'
+SINK_WATCH=off
+LAG_LIMIT=
+PRODUCER_RUN_SECONDS=600
+PRODUCER_RUN_SECONDS=700
+METRICS_OWNER_PASSWORD='a$b c#d'
+METRICS_PRODUCER_PASSWORD=x#y
+METRICS_SUMMARIZER_PASSWORD=a\\nb
+METRICS_WRITER_PASSWORD=w${PRODUCER_SEED}w
+DAGSTER_PASSWORD="a\\"b\\\\c"
+"""
+"""Comments, quotes, spaces, escapes, a name that comes twice, one that is empty, and a value in a value."""
+
+
+def env(run: Run) -> None:
+    """Compose and the embedded stack read one `.env` the same way."""
+    with run.deployment() as (made, _):
+        file = made.checkout / ".env"
+        file.write_text(f"COMPOSE_PROJECT_NAME={made.name}\n{ENV}", "utf-8")
+        services = json.loads(made.compose("-f", "docker-compose.yaml", "config", "--format", "json"))["services"]
+        given = {
+            name: value.replace("$$", "$")
+            for one in ("secrets", "code")
+            for name, value in services[one]["environment"].items()
+            if not name.endswith(("_FILE", "_URL")) and value
+        }
+        with replaced({"PIPELINE_ENV_FILE": str(file)}):
+            embedded = Settings.load()
+        with replaced(given | {"PIPELINE_ENV_FILE": str(made.checkout / "none")}):
+            contained = Settings.load()
+        names = [
+            name for group in ("producer", "topic", "sink", "monitoring", "secrets") for name in Settings.group(group)
+        ]
+        other = {name for name in names if getattr(embedded, name) != getattr(contained, name)}
+        if other:
+            raise ProblemError(f"Compose and the embedded stack read otherwise: {', '.join(sorted(other))}")
+        changed = sum(getattr(embedded, name) != Settings.model_fields[name].default for name in names)
+        run.say(f"            {len(names)} settings agree, {changed} of them set")
 
 
 def soak(run: Run) -> None:
@@ -256,6 +309,14 @@ def _memory(made: Deployment) -> dict[str, float]:
     return found
 
 
+def untyped(run: Run) -> list[str]:
+    """Commands of the page on containers that no scenario has typed; a published image is at a registry."""
+    text = (ROOT / "docs" / "containers.md").read_text("utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
+    return [line for line in commands if line not in run.typed and "ghcr.io" not in line]
+
+
 def _up(run: Run, made: Deployment, what: str = "up") -> None:
     run.hold(what, lambda: f"{made.up():.0f} s")
     run.hold("rows rise", lambda: checks.rows_rise(made))
@@ -267,6 +328,7 @@ def _removed(run: Run, made: Deployment) -> None:
 
 
 ALL: Final[dict[str, Callable[[Run], None]]] = {
+    "env": env,
     "start": start,
     "crashes": crashes,
     "sinks": sinks,
