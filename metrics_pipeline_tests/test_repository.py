@@ -31,7 +31,7 @@ HOSTS = [
         ("npm" + "js", ".org"),
         ("crates" + ".", "io"),
         ("proxy." + "golang", ".org"),
-        ("docker" + ".", "io"),
+        ("docker" + ".", "io/"),  # without the slash it is a package of Debian's
         ("quay" + ".", "io"),
         ("deb." + "debian", ".org"),
     )

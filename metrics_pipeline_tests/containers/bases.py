@@ -47,8 +47,9 @@ class StandIn:
 def stand_ins() -> list[StandIn]:
     """All of them, in the order in which they are made."""
     services = project()
-    image = {name: service["image"] for name, service in services.items()}
-    (python,) = re.findall(r"^ARG PYTHON=(\S+)$", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
+    # Without a digest, which no stand-in has.
+    image = {name: service["image"].partition("@")[0] for name, service in services.items()}
+    (python,) = re.findall(r"^ARG PYTHON=([^@\s]+)", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
 
     def page(name: str, account: str, port: int, *folders: str) -> StandIn:
         given = (f"ACCOUNT={account}", f"PORT={port}", f"FOLDERS={' '.join(folders)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -267,13 +268,24 @@ def deployed(
 
 
 def overlays(checkout: Path) -> dict[str, dict[str, Any]]:
-    """What this machine, or an engine without a bridge, does not give; by file, one for the cluster."""
-    main = yaml.safe_load((checkout / MAIN.name).read_text("utf-8"))["services"]
-    builds: dict[str, Any] = {name: {"build": {"network": "host"}} for name, one in main.items() if "build" in one}
-    limited: dict[str, Any] = {"ulimits": "!reset"} if files_are_limited() else {}
+    """What this machine, or an engine without a bridge, does not give, and digests, which no stand-in has.
+
+    By file, one of them for the cluster.
+    """
+    (python,) = re.findall(r"^ARG PYTHON=([^@\s]+)", (checkout / "Dockerfile").read_text("utf-8"), re.MULTILINE)
+    found: dict[str, dict[str, Any]] = {}
+    for name, service in project(checkout / MAIN.name, checkout / CLUSTER.name).items():
+        if "build" in service:
+            found.setdefault(name, {})["build"] = {"network": "host", "args": {"PYTHON": python}}
+        if "@" in service["image"]:
+            found.setdefault(name, {})["image"] = service["image"].partition("@")[0]
+        if "ulimits" in service and files_are_limited():
+            found.setdefault(name, {})["ulimits"] = "!reset"
+    # Those of the cluster would be services without an image to the others.
+    main = project(checkout / MAIN.name)
     return {
-        OVERLAY: {"services": builds | {"redpanda": limited}},
-        CLUSTER_OVERLAY: {"services": {"redpanda-2": limited, "redpanda-3": limited}},
+        OVERLAY: {"services": {name: what for name, what in found.items() if name in main}},
+        CLUSTER_OVERLAY: {"services": {name: what for name, what in found.items() if name not in main}},
     }
 
 

@@ -2,6 +2,8 @@
 """A page that answers every path, on the port of the program that it stands in for."""
 
 import os
+import signal
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -18,4 +20,5 @@ class Page(BaseHTTPRequestHandler):
         pass
 
 
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the first process of a container has no default
 ThreadingHTTPServer(("0.0.0.0", int(os.environ["PAGE_PORT"])), Page).serve_forever()
