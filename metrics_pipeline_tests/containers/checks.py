@@ -253,7 +253,9 @@ def nothing_is_left(deployment: Deployment) -> None:
 
 def crash(deployment: Deployment, service: str) -> float:
     """A service dies at once; the engine starts it again, it gets healthy, and nothing is lost. Seconds to healthy."""
-    under_way = [name for name, (_, state, _) in runs(deployment).items() if state == "STARTED"]
+    # After a restart of PostgreSQL the webserver's first answer is an error.
+    known = wait_until("Dagster knows of runs", lambda: runs(deployment), 120)
+    under_way = [name for name, (_, state, _) in known.items() if state == "STARTED"]
     deployment.crash(service)
     began = time.monotonic()
     healthy(deployment, [service])
