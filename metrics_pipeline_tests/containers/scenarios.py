@@ -273,26 +273,36 @@ def env(run: Run) -> None:
 
 
 def soak(run: Run) -> None:
-    """The sizes of the 8 GiB row at the default rate: no container dies for want of memory; what each takes."""
+    """The sizes of the 8 GiB row at the default rate: no container dies for want of memory; what each takes, with either sink."""
     with run.deployment(PRODUCER_PUBLISH_INTERVAL="") as (made, events):
         _up(run, made)
         run.hold("every service is healthy", lambda: checks.healthy(made))
-        first, began = checks.rows(made), time.monotonic()
-        most: dict[str, float] = {}
-        while (passed := time.monotonic() - began) < run.seconds:
-            for name, mib in _memory(made).items():
-                most[name] = max(most.get(name, 0.0), mib)
-            time.sleep(min(5, max(run.seconds - passed, 0)))
-        last, passed = checks.rows(made), time.monotonic() - began
-        run.say(f"            {(last - first) / passed:,.0f} rows/s stored for {passed:.0f} s")
-        for name, mib in sorted(most.items()):
-            limit = made.container(name)["HostConfig"]["Memory"] / 2**20
-            run.say(f"            {name:12} {mib:6.0f} MiB at most, of {limit:.0f}")
-        if [event for event in events.all() if event.action == "oom"]:
-            raise ProblemError("a container was short of memory")
+        _load(run, made, run.seconds)
         run.hold("nothing was restarted", lambda: checks.nothing_was_restarted(made))
         run.hold("`verify`", lambda: checks.verify(made))
+        made.set(SINK="copy", COMPOSE_PROFILES="copy")
+        run.hold("up with the COPY sink", lambda: f"{made.up():.0f} s")
+        _is_active(made, "copy")
+        _load(run, made, run.seconds / 4)
+        run.hold("`verify`", lambda: checks.verify(made))
+        if [event for event in events.all() if event.action == "oom"]:
+            raise ProblemError("a container was short of memory")
         _removed(run, made)
+
+
+def _load(run: Run, made: Deployment, seconds: float) -> None:
+    """Rows and memory while the producer runs."""
+    first, began = checks.rows(made), time.monotonic()
+    most: dict[str, float] = {}
+    while (passed := time.monotonic() - began) < seconds:
+        for name, mib in _memory(made).items():
+            most[name] = max(most.get(name, 0.0), mib)
+        time.sleep(min(5, max(seconds - passed, 0)))
+    last, passed = checks.rows(made), time.monotonic() - began
+    run.say(f"            {(last - first) / passed:,.0f} rows/s stored for {passed:.0f} s")
+    for name, mib in sorted(most.items()):
+        limit = made.container(name)["HostConfig"]["Memory"] / 2**20
+        run.say(f"            {name:12} {mib:6.0f} MiB at most, of {limit:.0f}")
 
 
 def _memory(made: Deployment) -> dict[str, float]:
