@@ -179,8 +179,8 @@ class Deployment:
             for one in ones:
                 state = one["State"]
                 health = (state.get("Health") or {}).get("Status")
-                if state["ExitCode"] or state["Restarting"] or health == "unhealthy" or one["RestartCount"]:
-                    log = self.engine.docker("logs", "--tail", "8", one["Id"], check=False)
+                if state["ExitCode"] or one["RestartCount"] or (health == "unhealthy" and state["Running"]):
+                    log = self.engine.docker("logs", "--tail", "12", one["Id"], check=False, errors=True)
                     checks = (state.get("Health") or {}).get("Log") or [{}]
                     said.append(
                         f"{name}: exit {state['ExitCode']}, restarts {one['RestartCount']}, {health}, "

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import psutil
 
@@ -44,8 +44,10 @@ class Engine:
     own: bool
     version: str
 
-    def docker(self, *words: str | Path, timeout: float = 600, check: bool = True, **more: object) -> str:
-        """What a command prints.
+    def docker(
+        self, *words: str | Path, timeout: float = 600, check: bool = True, errors: bool = False, stdin: Any = None
+    ) -> str:
+        """What a command prints; with `errors`, also to standard error.
 
         Raises:
             RuntimeError: it failed; the message has what it said.
@@ -57,11 +59,11 @@ class Engine:
             text=True,
             timeout=timeout,
             check=False,
-            **more,  # type: ignore[call-overload]
+            stdin=stdin,
         )
         if check and done.returncode != 0:
             raise RuntimeError(f"docker {' '.join(map(str, words))}: exit {done.returncode}: {done.stderr[-3000:]}")
-        return str(done.stdout)
+        return done.stdout + (done.stderr if errors else "")
 
 
 def found() -> Engine | None:
@@ -125,6 +127,7 @@ def own(cache: Path) -> Iterator[Engine]:
     )
     try:
         engine = _started(process, environment, cache / "engine.log")
+        _sweep(engine)
         with _between_containers():
             yield engine
     finally:
@@ -140,6 +143,16 @@ def own(cache: Path) -> Iterator[Engine]:
                 left.rmdir()
         _unmount(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(engine: Engine) -> None:
+    """What a run left that was killed, and images that no longer have a name."""
+    if left := engine.docker("ps", "--all", "--quiet").split():
+        engine.docker("rm", "--force", "--volumes", *left)
+    if left := engine.docker("volume", "ls", "--quiet").split():
+        engine.docker("volume", "rm", *left)
+    engine.docker("network", "prune", "--force")
+    engine.docker("image", "prune", "--force")
 
 
 def _unmount(folder: Path) -> None:
