@@ -105,23 +105,12 @@ class Deployment:
         return said.strip().splitlines()[-1].strip()
 
     def as_superuser(self, statement: str, database: str = "metrics") -> str:
-        """Through PostgreSQL's socket, in its container."""
-        words = [
-            "psql",
-            "-X",
-            "-A",
-            "-t",
-            "-v",
-            "ON_ERROR_STOP=1",
-            "-h",
-            "127.0.0.1",
-            "-U",
-            "postgres",
-            "-d",
-            "metrics",
-        ]
+        """By loopback, in its container."""
+        words = "psql -X -q -A -t -v ON_ERROR_STOP=1 -h 127.0.0.1 -U postgres -d".split()
         password = "PGPASSWORD=$(cat /run/metrics-secrets/postgres_password)"
-        return self.inside("postgres", "sh", "-c", f'{password} exec "$@"', "sh", *words, "-c", statement).strip()
+        return self.inside(
+            "postgres", "sh", "-c", f'{password} exec "$@"', "sh", *words, database, "-c", statement
+        ).strip()
 
     def containers(self) -> dict[str, list[dict[str, Any]]]:
         """What the engine says of each container, by service."""
