@@ -106,7 +106,7 @@ class Deployment:
 
     def as_superuser(self, statement: str, database: str = "metrics") -> str:
         """By loopback, in its container."""
-        words = "psql -X -q -A -t -v ON_ERROR_STOP=1 -h 127.0.0.1 -U postgres -d".split()
+        words = ["psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-U", "postgres", "-d"]
         password = "PGPASSWORD=$(cat /run/metrics-secrets/postgres_password)"
         return self.inside(
             "postgres", "sh", "-c", f'{password} exec "$@"', "sh", *words, database, "-c", statement
