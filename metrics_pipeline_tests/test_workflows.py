@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from metrics_pipeline.settings import ROOT
-from metrics_pipeline_tests.compose_files import project
+from metrics_pipeline_tests.compose_files import FILES, project
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").iterdir())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -41,16 +42,24 @@ def test_there_are_three() -> None:
     assert [path.name for path in WORKFLOWS] == ["ci.yaml", "compose.yaml", "release.yaml"]
 
 
-def valid(file: Path) -> subprocess.CompletedProcess[str]:
+def valid(file: Path, schema: str = "vendor.github-workflows") -> subprocess.CompletedProcess[str]:
     tool = Path(sys.executable).with_name("check-jsonschema")
-    return subprocess.run(
-        [tool, "--builtin-schema", "vendor.github-workflows", file], capture_output=True, text=True, check=False
-    )
+    return subprocess.run([tool, "--builtin-schema", schema, file], capture_output=True, text=True, check=False)
 
 
 def test_each_is_what_the_schema_says() -> None:
     for path in WORKFLOWS:
         assert valid(path).returncode == 0, valid(path).stdout
+
+
+def test_the_bot_that_pins_images_is_told_so_by_its_schema_and_finds_every_file() -> None:
+    file = ROOT / ".github" / "renovate.json"
+    assert valid(file, "vendor.renovate").returncode == 0, valid(file, "vendor.renovate").stdout
+    told = json.loads(file.read_text("utf-8"))
+    assert "docker:pinDigests" in told["extends"]
+    patterns = [pattern.strip("/") for pattern in told["docker-compose"]["managerFilePatterns"]]
+    for path in FILES:
+        assert any(re.search(pattern, path.relative_to(ROOT).as_posix()) for pattern in patterns), path
 
 
 def test_the_schema_would_refuse_a_wrong_one(tmp_path: Path) -> None:

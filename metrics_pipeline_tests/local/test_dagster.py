@@ -6,10 +6,13 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from alembic.script import ScriptDirectory
 
 from metrics_pipeline.local import dagster
 from metrics_pipeline.settings import Settings
@@ -84,3 +87,11 @@ def test_runs_that_are_being_canceled_are_not_asked_again(webserver: Webserver) 
     del webserver.asked[:], runs[0]
     assert dagster.terminate_runs(webserver.settings) == ["summaries"]
     assert len(webserver.asked) == 1
+
+
+def test_the_newest_revision_of_dagster_s_tables_is_the_one_that_alembic_names() -> None:
+    package = find_spec("dagster")
+    assert package is not None
+    assert package.origin is not None
+    script = ScriptDirectory(str(Path(package.origin).parent / "_core" / "storage" / "alembic"))
+    assert script.get_heads() == [dagster.newest_revision()]
