@@ -90,7 +90,7 @@ def _held(run: scenarios.Run, name: str, scenario: Callable[[scenarios.Run], Non
     say(f"{name}: {(scenario.__doc__ or '').splitlines()[0]}")
     try:
         scenario(run)
-    except (ProblemError, RuntimeError, subprocess.SubprocessError, OSError) as error:
+    except (ProblemError, RuntimeError, LookupError, ValueError, subprocess.SubprocessError, OSError) as error:
         say(f"  FAILED after {time.monotonic() - began:.0f} s: {error}")
         return False
     say(f"  held in {time.monotonic() - began:.0f} s, at a load of {os.getloadavg()[1]:.0f}")
