@@ -99,7 +99,7 @@ def start(run: Run) -> None:
         made.type("docker compose run --rm --no-deps code cat /run/metrics-secrets/metrics_reader_password")
         run.hold("`verify`", lambda: checks.verify(made))
         before, since = checks.rows(made), time.time_ns()
-        run.hold("`docker compose down`", lambda: made.type("docker compose down"))
+        run.hold("`docker compose down`", lambda: made.type("docker compose down") and None)
         run.hold("each ended by itself, before what it writes to", lambda: checks.order_of_stop(events, since))
         run.hold("up again", lambda: f"{made.up():.0f} s")
         run.hold("every service is healthy", lambda: checks.healthy(made))
@@ -137,7 +137,7 @@ def sinks(run: Run) -> None:
         run.hold("the COPY sink stores", lambda: _is_active(made, "copy"))
         run.hold("rows rise", lambda: checks.rows_rise(made))
         run.hold("`verify`", lambda: checks.verify(made))
-        run.hold("three sinks", lambda: made.type("docker compose up -d --scale sink=3"))
+        run.hold("three sinks", lambda: made.type("docker compose up -d --scale sink=3") and None)
         run.hold("every service is healthy", lambda: checks.healthy(made, checks.services_of(made)))
         if len(made.containers()["sink"]) != 3:
             raise ProblemError("there are not three sinks")
@@ -148,7 +148,10 @@ def sinks(run: Run) -> None:
         run.hold("the exporter crashed", lambda: _crash(made, "exporter"))
         targets = {"producer", "sink", "exporter", "connect", "redpanda"}
         run.hold("every target of Prometheus is up", lambda: checks.every_target_is_up(made, targets))
-        run.hold("queries of the dashboard, and those with data", lambda: checks.every_query_is_answered(made))
+        run.hold(
+            "queries of the dashboard, and those with data",
+            lambda: "{} and {}".format(*checks.every_query_is_answered(made)),
+        )
         run.hold("no alert", lambda: checks.no_alert_fires(made))
         made.set(SINK="connect", COMPOSE_PROFILES="copy,obs")
         run.hold("back to Kafka Connect", lambda: f"{made.up():.0f} s")
@@ -200,7 +203,7 @@ def upgrade(run: Run) -> None:
         _revision(made, "7e2f3204cf8e")
         _push(made, now)
         made.type("git pull")
-        run.hold("`docker compose build`", lambda: made.type("docker compose build"))
+        run.hold("`docker compose build`", lambda: made.type("docker compose build") and None)
         run.hold("up with the new images", lambda: f"{made.up():.0f} s")
         run.hold("every service is healthy", lambda: checks.healthy(made))
         for name, ones in made.containers().items():
