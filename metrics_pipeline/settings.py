@@ -9,13 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote, urlsplit
 
 from dotenv import dotenv_values
-from dotenv.parser import parse_stream
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -391,7 +389,6 @@ class Settings(ProducerSettings):
             SettingError: naming each bad setting and what is wrong with it.
         """
         _refuse_services_in(env_file())
-        _refuse_dollars_in(env_file())
         try:
             return cls(_env_file=env_file(), **overrides)
         except ValidationError as error:
@@ -574,18 +571,6 @@ def _refuse_services_in(path: Path) -> None:
                 f"{name} stands in {path}, which is the embedded stack's own file: "
                 "to use a service that exists, set it in the environment (`export`) and remove it there"
             )
-
-
-def _refuse_dollars_in(path: Path) -> None:
-    """What Docker compose, which reads the same file, would read otherwise: `$NAME`, and `${NAME}` in single quotes."""
-    text = path.read_text("utf-8") if path.is_file() else ""
-    for line in parse_stream(StringIO(text)):
-        if line.key is None or line.key.lower() not in Settings.model_fields:
-            continue
-        quoted = line.original.string.partition("=")[2].lstrip().startswith("'")
-        if re.search(r"\$\{" if quoted else r"\$(?!\{)", line.value or ""):
-            remedy = "there it must not stand before {" if quoted else "write the value in single quotes"
-            raise SettingError(f"{line.key} in {path} has a $, which Docker compose reads otherwise: {remedy}")
 
 
 def explain(error: ValidationError) -> str:

@@ -168,29 +168,6 @@ def test_only_the_real_environment_makes_a_service_external(monkeypatch: pytest.
     assert Settings.load().connect_rest == "http://connect.example:8083"
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("tell$nobody", None),  # Compose reads `tell`
-        ('"tell$nobody"', None),
-        (r'"tell\$nobody"', None),  # and here a dollar without the backslash
-        ("'tell${PRODUCER_SEED}nobody'", None),  # literally, and we would not
-        ("'tell$nobody'", "tell$nobody"),
-        ("tell${PRODUCER_SEED}nobody", "tell7nobody"),
-        ("nobody # it costs $5", "nobody"),
-    ],
-)
-def test_a_dollar_is_read_as_compose_reads_it_or_refused(text: str, value: str | None, file: Path) -> None:
-    """`make containers` compares the two readings with Compose itself."""
-    file.write_text(f"PRODUCER_SEED=7\nMETRICS_READER_PASSWORD={text}\nNOT_OURS=a$b\n")
-    if value is not None:
-        assert Settings.load().metrics_reader_password.get_secret_value() == value
-        return
-    with pytest.raises(SettingError, match=r"^METRICS_READER_PASSWORD in .* has a \$") as caught:
-        Settings.load()
-    assert "nobody" not in str(caught.value)
-
-
 @pytest.mark.parametrize("name", SERVICE_URLS.values())
 def test_a_service_url_in_the_env_file_is_refused(name: str, file: Path) -> None:
     file.write_text(f"{name}=postgresql://me:tell-nobody@host:5432/db\n")

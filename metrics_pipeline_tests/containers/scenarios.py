@@ -243,7 +243,7 @@ PRODUCER_RUN_SECONDS=700
 METRICS_OWNER_PASSWORD='a$b c#d'
 METRICS_PRODUCER_PASSWORD=x#y
 METRICS_SUMMARIZER_PASSWORD=a\\nb
-METRICS_WRITER_PASSWORD=w${PRODUCER_SEED}w
+PRODUCER_FLUSH_SECONDS=${PRODUCER_SEED}0
 DAGSTER_PASSWORD="a\\"b\\\\c"
 """
 """Comments, quotes, spaces, escapes, a name that comes twice, one that is empty, and a value in a value."""
