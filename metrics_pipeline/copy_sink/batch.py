@@ -256,7 +256,9 @@ class Batch:
     def without(self, partitions: Iterable[int]) -> Batch:
         """The same batch without what comes from these partitions."""
         gone = set(partitions)
-        return self._of({number: chunk for number, chunk in self.chunks.items() if number not in gone})
+        chunks = {number: chunk for number, chunk in self.chunks.items() if number not in gone}
+        # By what is left, not by what goes: messages of partitions that went before are still among them.
+        return self._of(chunks, np.isin(_partitions(self.messages), list(chunks)))
 
     def halves(self) -> tuple[Batch, Batch] | None:
         """The same in two batches, the second of which continues where the first ends; None when there is nothing to divide."""
@@ -265,23 +267,18 @@ class Batch:
             middle = len(numbers) // 2
             return self.without(numbers[middle:]), self.without(numbers[:middle])
         (chunk,) = self.chunks.values()
-        offsets = np.unique(_offsets(self.messages)[_partitions(self.messages) == chunk.partition])
-        offsets = offsets[(offsets >= chunk.start) & (offsets < chunk.stop)]
-        if len(offsets) < 2:
+        offsets = _offsets(self.messages)
+        ours = np.unique(offsets[_partitions(self.messages) == chunk.partition])
+        ours = ours[(ours >= chunk.start) & (ours < chunk.stop)]
+        if len(ours) < 2:
             return None
-        at = int(offsets[len(offsets) // 2])
+        at = int(ours[len(ours) // 2])
         # Of the first one's last record no timestamp is kept.
-        parts = (replace(chunk, stop=at, stamp=None), replace(chunk, start=at))
-        first, second = (self._of({chunk.partition: part}) for part in parts)
-        return replace(first, stamps=()), second
+        first = self._of({chunk.partition: replace(chunk, stop=at, stamp=None)}, offsets < at)
+        return replace(first, stamps=()), self._of({chunk.partition: replace(chunk, start=at)}, offsets >= at)
 
-    def _of(self, chunks: dict[int, Chunk]) -> Batch:
-        """What comes from these chunks, each of which is one of ours or a part of it."""
-        # By what is left, not by what goes: messages that went before are still among them.
-        partitions, offsets = _partitions(self.messages), _offsets(self.messages)
-        kept = np.zeros(len(partitions), np.bool_)
-        for chunk in chunks.values():
-            kept |= (partitions == chunk.partition) & (offsets >= chunk.start) & (offsets < chunk.stop)
+    def _of(self, chunks: dict[int, Chunk], kept: npt.NDArray[Any]) -> Batch:
+        """What these chunks are of, and of it the messages that are kept."""
         return replace(
             self,
             chunks=chunks,

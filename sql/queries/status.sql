@@ -1,5 +1,4 @@
--- Rows ever inserted (PostgreSQL's own counter), whether a producer run reported just now, the active sink, the COPY sink's sessions,
--- whether it is a standby.
+-- Rows ever inserted (PostgreSQL's own counter), whether a producer run reported just now, the active sink, the COPY sink's sessions, and whether this is a standby.
 SELECT
   (SELECT n_tup_ins FROM pg_stat_user_tables WHERE relid = 'metrics'::regclass),
   EXISTS (SELECT FROM producer_runs WHERE updated_at BETWEEN now() - make_interval(secs => %(seconds)s) AND clock_timestamp()),
