@@ -681,7 +681,8 @@ def _change(settings: Settings, *command: str) -> tuple[list[str], list[str]]:
             return [], []
         # It has no way to begin a session with a statement.
         begin = session_settings("metrics_owner", settings.metrics_schema)
-        pooled = (settings.postgres_host, settings.postgres_host_port) in _POOLERS
+        # A pooler that does not refuse `options` passes over them.
+        pooled = (settings.postgres_host, settings.postgres_host_port) in _POOLERS | _SESSION_MODE
         url = _for_dbmate(settings, conn) + ("" if pooled else f"&options={quote(session_options(begin))}")
         with _migrations(settings, conn, session_sql(begin) if pooled else "") as folder:
             _dbmate(

@@ -99,11 +99,13 @@ def readings(server: Server) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("readings")
+@pytest.mark.parametrize("schema", ["", "ours"])
 @pytest.mark.parametrize("ignored", ["", "options,extra_float_digits"])
 def test_a_pooler_that_leaves_sessions_alone_works(
-    ignored: str, server: Server, monkeypatch: pytest.MonkeyPatch
+    ignored: str, schema: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether it refuses the settings of a session that is about to begin, or passes over them."""
+    monkeypatch.setenv("POSTGRES_SCHEMA", schema)
     with pooler(server, "session", ignore_startup_parameters=ignored) as url:
         settings = load(monkeypatch, f"{url}/readings")
         postgres.bootstrap(settings)
@@ -112,10 +114,15 @@ def test_a_pooler_that_leaves_sessions_alone_works(
             shown = writer.execute(
                 "SELECT current_setting('lock_timeout'), current_setting('TimeZone'), current_setting('search_path')"
             ).fetchone()
-            assert shown == ("7s", "UTC", "public")
+            assert shown == ("7s", "UTC", schema or "public")
         config = {"postgres_url": settings.dagster_postgres_url, "should_autocreate_tables": True}
         storage = PipelineStorage.from_config_value(None, config)
         assert storage.run_storage.get_runs_count() == 0
+    with server.admin("readings") as boss:
+        places = boss.execute(
+            "SELECT DISTINCT relnamespace::regnamespace::text FROM pg_class WHERE relname IN ('metrics', 'schema_migrations')"
+        ).fetchall()
+        assert places == [(schema or "public",)]
 
 
 @pytest.mark.usefixtures("readings")
