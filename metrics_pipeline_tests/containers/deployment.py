@@ -234,6 +234,8 @@ def deployed(
     try:
         # A branch of its own in a repository of its own: `git pull` has somewhere to pull from.
         subprocess.run(["git", "init", "--quiet", "--bare", "--initial-branch=main", origin], check=True)
+        # The public CI has a shallow clone.
+        subprocess.run(["git", "-C", origin, "config", "receive.shallowUpdate", "true"], check=True)
         _git("push", "--quiet", str(origin), f"{revision}:refs/heads/main")
         subprocess.run(["git", "clone", "--quiet", origin, checkout], check=True)
         files = [MAIN.name]
