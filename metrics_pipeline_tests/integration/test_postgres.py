@@ -454,6 +454,13 @@ def test_runs_that_never_said_how_they_ended(database: Settings, source: str, mi
         assert conn.execute("SELECT state FROM producer_runs WHERE run_id = %s", [UUID(int=1)]).fetchone() == (state,)
 
 
+def test_the_rows_of_a_table_of_more_than_2_gib_are_estimated(database: Settings) -> None:
+    with postgres.connect_admin(database, database.metrics_database) as conn, conn.transaction(force_rollback=True):
+        conn.execute("UPDATE pg_class SET relpages = 300000, reltuples = 18e6 WHERE oid = 'metrics'::regclass")
+        (stored,) = conn.execute("SELECT pg_relation_size('metrics')").fetchone() or (None,)
+        assert conn.execute(postgres.query("verify_size")).fetchone() == (round(stored / (8192 * 300000 / 18e6)),)
+
+
 def test_who_produces_is_asked_by_an_index(database: Settings) -> None:
     """Every few seconds, by the time of the last sign of life."""
     with postgres.connect(database, "metrics_owner") as conn:
