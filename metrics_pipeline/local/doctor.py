@@ -143,9 +143,8 @@ def _ports(settings: Settings, external: frozenset[str]) -> list[Finding]:
     return [
         Finding(
             f"port {getattr(settings, name)}",
-            f"{name.upper()}{'' if free else f': in use by {ports.holder(getattr(settings, name))}'}",
-            free,
+            f"{name.upper()}{f': {problem}' if problem else ''}",
+            problem is None,
         )
-        for name in names
-        if (free := ports.is_free(getattr(settings, name))) is not None
+        for name, problem in ((name, ports.trouble(getattr(settings, name))) for name in names)
     ]

@@ -169,7 +169,7 @@ class Service:
     def taken(self) -> str | None:
         """Which of its ports somebody else has, if so: one may be taken between the look at it and the start."""
         for name, port in self.ports:
-            if ports.is_free(port) or (self.process is not None and listens(self.process, port) is not False):
+            if not ports.is_taken(port) or (self.process is not None and listens(self.process, port) is not False):
                 continue
             return f"port {port} is in use by {ports.holder(port)}: set {name.upper()} to a free one, or let `up --free-ports` choose"
         return None

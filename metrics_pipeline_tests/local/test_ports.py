@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from metrics_pipeline.errors import BusyError
-from metrics_pipeline.local.ports import free_ports, holder, is_free, require_free
+from metrics_pipeline.local.ports import free_ports, holder, is_free, is_taken, require_free
 from metrics_pipeline.settings import Settings
 
 
@@ -29,6 +31,7 @@ def test_free_ports_are_distinct_and_free() -> None:
 
 def test_a_port_that_is_listened_on_is_busy(listener: int) -> None:
     assert not is_free(listener)
+    assert is_taken(listener)
 
 
 def test_a_port_that_connections_were_closed_on_is_free() -> None:
@@ -62,3 +65,18 @@ def test_a_busy_port_is_named_with_its_setting_and_the_way_out(listener: int) ->
 def test_free_ports_pass() -> None:
     first, second = free_ports(2)
     require_free(Settings.load(connect_port=first, kafka_port=second), ["kafka_port", "connect_port"])
+
+
+def test_a_port_that_only_root_may_open_is_nobodys(monkeypatch: pytest.MonkeyPatch, listener: int) -> None:
+    class Socket(socket.socket):
+        """Of an ordinary user."""
+
+        def bind(self, address: Any) -> None:
+            raise PermissionError(errno.EACCES, f"Permission denied: {address}")
+
+    (free,) = free_ports(1)
+    monkeypatch.setattr("metrics_pipeline.local.ports.socket.socket", Socket)
+    assert (is_free(free), is_taken(free)) == (False, False)
+    assert (is_free(listener), is_taken(listener)) == (False, True)
+    with pytest.raises(BusyError, match=rf"^port {free} is not this user's to open: .* set KAFKA_PORT to a free one"):
+        require_free(Settings.load(kafka_port=free), ["kafka_port"])
