@@ -260,7 +260,8 @@ class Sampler:
     def _taken(self, name: str, port: str) -> str | None:
         """Whether somebody else listens on the port of a part of Dagster's, whose answers do not say whose they are."""
         number = int(getattr(self._settings, port))
-        if not ports.is_taken(number):
+        # Where a setting names the webserver, as in containers, nothing of Dagster's is a child of a keeper's.
+        if self._settings.dagster_url or not ports.is_taken(number):
             return None
         child = StackState.read(self._settings.data_dir).children.get(name)
         process = child.find() if child else None

@@ -197,5 +197,8 @@ def test_a_webserver_that_is_not_our_child_is_not_ours(parts: Parts, tmp_path: P
         said = sampler.sample()["dagster"]["reason"]
         assert said.startswith(f"what answers on 127.0.0.1:{parts.port} is not the webserver of {tmp_path} (")
         assert f"pid {os.getpid()}" in said
+        named = Sampler(settings.model_copy(update={"dagster_url": settings.dagster_http}))
+        with closing(named):
+            assert "what answers" not in named.sample()["dagster"]["reason"], "as in containers"
         StackState(children={"webserver": identify(psutil.Process())}).write(tmp_path)
         assert "webserver" not in sampler.sample()["dagster"]["reason"]
