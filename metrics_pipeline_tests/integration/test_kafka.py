@@ -13,6 +13,7 @@ from metrics_pipeline import kafka
 from metrics_pipeline.errors import DriftError
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.conftest import RunningStack
+from metrics_pipeline_tests.fakes import until
 
 pytestmark = pytest.mark.integration
 
@@ -87,7 +88,8 @@ def test_the_mark_of_a_transaction_is_no_record(settings: Settings) -> None:
     producer.begin_transaction()
     producer.produce(OURS, value=b"x", partition=0)
     producer.commit_transaction(30)
-    assert kafka.watermarks(settings)[0] == (0, 2)
+    # The mark is written after the producer has its answer.
+    assert until(lambda: kafka.watermarks(settings)[0] == (0, 2), 30)
     assert kafka.holds_record(settings, 0, 0)
     assert not kafka.holds_record(settings, 0, 1), "there is only the mark"
     assert not kafka.holds_record(settings, 1, 0), "there is nothing"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from metrics_pipeline.producer import ledger
 from metrics_pipeline.settings import Role, Settings
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.databases import own_database
+from metrics_pipeline_tests.fakes import until
 
 pytestmark = pytest.mark.integration
 
@@ -459,6 +461,42 @@ def test_the_rows_of_a_table_of_more_than_2_gib_are_estimated(database: Settings
         conn.execute("UPDATE pg_class SET relpages = 300000, reltuples = 18e6 WHERE oid = 'metrics'::regclass")
         (stored,) = conn.execute("SELECT pg_relation_size('metrics')").fetchone() or (None,)
         assert conn.execute(postgres.query("verify_size")).fetchone() == (round(stored / (8192 * 300000 / 18e6)),)
+
+
+def test_who_holds_a_lock_is_who_waits_for_nobody(database: Settings) -> None:
+    """Of those that wait for one row the first one holds the queue; to name it would lead to one that only waits itself."""
+    wanted = "SELECT FROM sink_offsets WHERE topic = 'of-test-postgres' FOR UPDATE"
+    names = ["metrics-pipeline sink a/1", "metrics-pipeline sink a/2"]
+
+    def wait(name: str) -> None:
+        with postgres.connect(database, "metrics_writer", application_name=name) as session:
+            session.execute(wanted)
+
+    with (
+        postgres.connect(database, "metrics_owner", autocommit=True) as owner,
+        postgres.connect(database, "metrics_writer", autocommit=True) as looks,
+        postgres.connect(database, "metrics_writer", application_name="a person") as holder,
+        ThreadPoolExecutor() as pool,
+    ):
+        owner.execute("INSERT INTO sink_offsets (topic, partition, next_offset) VALUES ('of-test-postgres', 0, 0)")
+
+        def seen() -> list[tuple[str, list[str]]]:
+            rows = looks.execute(postgres.query("sink_sessions"), {"names": names}).fetchall()
+            return [(name, holders) for name, _, _, _, holders in rows if holders]
+
+        try:
+            holder.execute(wanted)
+            waiting = [pool.submit(wait, names[0])]
+            assert until(lambda: len(seen()) == 1, 20)
+            waiting.append(pool.submit(wait, names[1]))
+            assert until(lambda: len(seen()) == 2, 20)
+            said = f"pid {holder.info.backend_pid} (a person, role metrics_writer)"
+            assert seen() == [(name, [said]) for name in names]
+        finally:
+            holder.rollback()
+        for one in waiting:
+            one.result(20)
+        owner.execute("DELETE FROM sink_offsets WHERE topic = 'of-test-postgres'")
 
 
 def test_who_produces_is_asked_by_an_index(database: Settings) -> None:
