@@ -275,8 +275,7 @@ def test_another_cluster_under_the_same_address(place: Place, sink: str) -> None
     place.run("connect")
 
 
-@pytest.mark.parametrize("meanwhile", ["runs", "is down"])
-@SINKS
+@pytest.mark.parametrize(("sink", "meanwhile"), [("copy", "runs"), ("copy", "is down"), ("connect", "runs")])
 def test_a_cluster_that_is_restored_from_a_snapshot(place: Place, sink: str, meanwhile: str) -> None:
     """It has its id, the topic its id, and the offsets are taken by other records before the sink comes back."""
     settings = place.choose(sink)

@@ -149,31 +149,29 @@ def test_each_is_itself_and_is_right(two: Two) -> None:
 def test_dagster_by_hand_needs_no_proxy_either(job: str, two: Two, tmp_path: Path) -> None:
     every = {one.name for one in defs.get_repository_def().get_all_jobs()} - {"__ASSET_JOB"}
     assert every == {*BY_HAND, "produce_metrics"}, "a new job is to be tried here"
-    for pipeline in (two.connect, two.copy):
-        with replaced(pipeline.environment):
-            variables = for_python(Settings.load()) | {
-                name: pipeline.environment[name] for name in (*PROXIES, *VARIABLES)
-            }
-        for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
-            del variables[name]
-        command = [
-            str(Path(sys.executable).parent / "dagster"),
-            "job",
-            "execute",
-            "-m",
-            "metrics_pipeline.definitions",
-            "-j",
-            job,
-        ]
-        if job == "replay_files":
-            file = tmp_path / "readings.csv"
-            file.write_text("time,device,temperature\n2026-11-01T10:00:00Z,attic,21.5\n")
-            (tmp_path / "config.yaml").write_text(json.dumps({"ops": {"replay": {"config": {"files": [str(file)]}}}}))
-            command += ["--config", str(tmp_path / "config.yaml")]
-        done = subprocess.run(
-            command, env=variables, cwd=pipeline.data, capture_output=True, text=True, timeout=200, check=False
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    pipeline = (two.connect, two.copy)[BY_HAND.index(job) % 2]
+    with replaced(pipeline.environment):
+        variables = for_python(Settings.load()) | {name: pipeline.environment[name] for name in (*PROXIES, *VARIABLES)}
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        del variables[name]
+    command = [
+        str(Path(sys.executable).parent / "dagster"),
+        "job",
+        "execute",
+        "-m",
+        "metrics_pipeline.definitions",
+        "-j",
+        job,
+    ]
+    if job == "replay_files":
+        file = tmp_path / "readings.csv"
+        file.write_text("time,device,temperature\n2026-11-01T10:00:00Z,attic,21.5\n")
+        (tmp_path / "config.yaml").write_text(json.dumps({"ops": {"replay": {"config": {"files": [str(file)]}}}}))
+        command += ["--config", str(tmp_path / "config.yaml")]
+    done = subprocess.run(
+        command, env=variables, cwd=pipeline.data, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_a_part_of_another_stack_on_our_port_is_not_taken_for_ours(two: Two) -> None:
