@@ -244,7 +244,10 @@ def deployed(
                 (checkout / file).write_text(yaml.safe_dump(what).replace("'!reset'", "!reset null"), "utf-8")
             files.append(OVERLAY)
         own = _ports() | {"COMPOSE_PROJECT_NAME": name, "COMPOSE_FILE": ":".join(files)}
-        own |= {} if engine.own else {"PIPELINE_IMAGE": f"{name}"}  # of somebody else's engine, no image is replaced
+        # Of somebody else's engine no image is replaced, and of ours none is taken that an earlier clone had built.
+        own |= {"PIPELINE_IMAGE": name}
+        if engine.own:  # a commit from before that setting
+            engine.docker("image", "rm", "--force", *_images("metrics-pipeline"), check=False)
         made = Deployment(engine, checkout, name, {}, stand_in)
         made.set(**own, **(settings or {}))
         yield made
@@ -252,10 +255,13 @@ def deployed(
         if made is not None and not keep:
             words = ["--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "5"]
             made.compose(*words, check=False)
-            if not engine.own:
-                engine.docker("image", "rm", "--force", f"{name}:0.1.0", f"{name}-connect:0.1.0", check=False)
+            engine.docker("image", "rm", "--force", *_images(name), check=False)
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _images(name: str) -> list[str]:
+    return [f"{name}:0.1.0", f"{name}-connect:0.1.0"]
 
 
 def overlays(checkout: Path) -> dict[str, dict[str, Any]]:
