@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -306,6 +307,27 @@ def _down(place: Place) -> Iterator[None]:
 
 
 @contextmanager
+def _standby(place: Place) -> Iterator[None]:
+    """The server takes no writes: it is read-only whatever a session says, unlike a preset of a role or a database."""
+    service, folder = place.services.service("postgres"), Path(place.one("SHOW data_directory"))
+    service.stop()
+    (folder / "standby.signal").touch()
+    os.chown(folder / "standby.signal", folder.stat().st_uid, folder.stat().st_gid)
+    service.start()
+
+    def answers() -> bool:  # healthy it is not
+        with suppress(psycopg.OperationalError):
+            return bool(place.one("SELECT pg_is_in_recovery()"))
+        return False
+
+    until(answers, BOUND, "PostgreSQL is a standby")
+    try:
+        yield
+    finally:
+        place.one("SELECT pg_promote()")
+
+
+@contextmanager
 def _locked(place: Place) -> Iterator[None]:
     with psycopg.connect(place.settings.admin_url(place.settings.metrics_database)) as connection:
         connection.execute("LOCK TABLE metrics IN ACCESS EXCLUSIVE MODE")
@@ -327,13 +349,7 @@ FAULTS: Final[Mapping[str, Callable[[Place], Any]]] = {
         "GRANT INSERT ON metrics TO metrics_writer",
     ),
     "locked": _locked,
-    "read-only": lambda place: _statements(
-        place,
-        "ALTER ROLE metrics_writer SET default_transaction_read_only = on; "
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'metrics_writer'",
-        "ALTER ROLE metrics_writer RESET default_transaction_read_only; "
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'metrics_writer'",
-    ),
+    "standby": _standby,
 }
 
 

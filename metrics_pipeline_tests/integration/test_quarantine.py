@@ -179,7 +179,7 @@ def test_a_death_in_a_quarantine_changes_nothing(place: Place, victim: str, step
         ("full", "No space left on device .53100."),
         ("no right", "permission denied for table metrics .42501."),
         ("locked", "lock timeout .55P03."),
-        ("read-only", "read-only transaction .25006."),
+        ("standby", "is a standby, which takes no writes"),
         ("down", "cannot be reached"),
     ],
 )
