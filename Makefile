@@ -14,7 +14,7 @@ unexport PYTHONBREAKPOINT PYTHONDEBUG PYTHONVERBOSE PYTHONNOUSERSITE VIRTUAL_ENV
 PIP := $(BIN)/python requirements/pip.py
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test unit integration chaos containers lint types docs wheel dg workflows lock clean
+.PHONY: help up down test unit integration long chaos containers lint types docs wheel dg workflows lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -45,7 +45,10 @@ unit: $(VENV)/.dev  ## unit tests, which need no service
 	@$(BIN)/python -m pytest -m 'not integration' $(DURATIONS) $(ARGS)
 
 integration: $(VENV)/.dev  ## tests on the real embedded stack
-	@$(BIN)/python -m pytest -m integration --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
+	@$(BIN)/python -m pytest -m 'integration and not long' --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
+
+long: $(VENV)/.dev  ## those of them that take long, and show what others show in another case: a quarter of an hour
+	@$(BIN)/python -m pytest -m long --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
 
 chaos: $(VENV)/.dev  ## the COPY sink under crashes, restarts and pauses at full length, half an hour (ARGS=crashes for one)
 	@$(BIN)/python -m metrics_pipeline_tests.chaos $(ARGS)

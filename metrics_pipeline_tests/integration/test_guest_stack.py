@@ -22,7 +22,9 @@ def server() -> Iterator[Server]:
         yield made
 
 
-@pytest.mark.parametrize(("sink", "schema"), [("connect", "readings"), ("copy", "")])
+@pytest.mark.parametrize(
+    ("sink", "schema"), [("connect", "readings"), pytest.param("copy", "", marks=pytest.mark.long)]
+)
 def test_it_runs_beside_another_application(sink: str, schema: str, shop: Server) -> None:
     others = catalogs(shop, of_others=True)
     before = catalogs(shop, of_others=False)

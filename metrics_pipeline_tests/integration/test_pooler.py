@@ -99,8 +99,15 @@ def readings(server: Server) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("readings")
-@pytest.mark.parametrize("schema", ["", "ours"])
-@pytest.mark.parametrize("ignored", ["", "options,extra_float_digits"])
+@pytest.mark.parametrize(
+    ("ignored", "schema"),
+    [
+        ("", "ours"),
+        ("options,extra_float_digits", ""),
+        pytest.param("", "", marks=pytest.mark.long),
+        pytest.param("options,extra_float_digits", "ours", marks=pytest.mark.long),
+    ],
+)
 def test_a_pooler_that_leaves_sessions_alone_works(
     ignored: str, schema: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +159,7 @@ def test_a_pooler_without_a_session_left_says_so(server: Server, monkeypatch: py
 
 
 @pytest.mark.usefixtures("readings")
-@pytest.mark.parametrize("sink", ["connect", "copy"])
+@pytest.mark.parametrize("sink", ["connect", pytest.param("copy", marks=pytest.mark.long)])
 def test_the_whole_pipeline_runs_behind_it(sink: str, server: Server) -> None:
     with (
         pooler(server, "session") as url,

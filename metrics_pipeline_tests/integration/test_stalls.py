@@ -74,6 +74,7 @@ def kept(settings: Settings, service: Service) -> Iterator[list[str]]:
         assert not thread.is_alive()
 
 
+@pytest.mark.long
 def test_each_standstill_of_the_copy_sink_is_named_and_over_when_its_cause_is(place: Place) -> None:
     outcome = stalls.stalls(place)
     assert outcome.problems == [], outcome.facts

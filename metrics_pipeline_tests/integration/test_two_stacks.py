@@ -145,7 +145,7 @@ def test_each_is_itself_and_is_right(two: Two) -> None:
     two.copy.verify()
 
 
-@pytest.mark.parametrize("job", BY_HAND)
+@pytest.mark.parametrize("job", [*BY_HAND[:2], *(pytest.param(job, marks=pytest.mark.long) for job in BY_HAND[2:])])
 def test_dagster_by_hand_needs_no_proxy_either(job: str, two: Two, tmp_path: Path) -> None:
     every = {one.name for one in defs.get_repository_def().get_all_jobs()} - {"__ASSET_JOB"}
     assert every == {*BY_HAND, "produce_metrics"}, "a new job is to be tried here"
@@ -189,19 +189,23 @@ def test_a_part_of_another_stack_on_our_port_is_not_taken_for_ours(two: Two) -> 
     assert (sample["rows"], sample["lag"], sample["acknowledged_per_second"]) == (None, None, 0)
 
 
-def test_each_goes_on_while_the_other_one_ends_and_begins(two: Two) -> None:
-    for one, other in ((two.copy, two.connect), (two.connect, two.copy)):
-        before = running(other)
-        end(one)
-        assert running(other) >= before - {pid for pid in before if not Path(f"/proc/{pid}").exists()}
-        other.wait("storing readings beside one that ended", flows, 60)
-        other.verify()
-        begin(one)
+@pytest.mark.parametrize("first", ["connect", pytest.param("copy", marks=pytest.mark.long)])
+def test_each_goes_on_while_the_other_one_ends_and_begins(first: str, two: Two) -> None:
+    one, other = (two.connect, two.copy) if first == "connect" else (two.copy, two.connect)
+    before = running(other)
+    end(one)
+    assert running(other) >= before - {pid for pid in before if not Path(f"/proc/{pid}").exists()}
+    other.wait("storing readings beside one that ended", flows, 60)
+    other.verify()
+    begin(one)
     two.connect.verify()
     two.copy.verify()
 
 
-@pytest.mark.parametrize("note", ["gone", "of a clock that was set", "of nobody"])
+@pytest.mark.parametrize(
+    "note",
+    ["gone", *(pytest.param(note, marks=pytest.mark.long) for note in ("of a clock that was set", "of nobody"))],
+)
 def test_down_ends_what_a_killed_keeper_left_whatever_is_written_of_it(note: str, two: Two) -> None:
     pipeline = two.copy
     pipeline.kill_keeper()
