@@ -167,9 +167,11 @@ def _known_code(code: object) -> MetricName:
     return MetricName(code)
 
 
+_KNOWN_CODES: Final = ", ".join(f"{name.value} {name.name.lower()}" for name in MetricName)
+
+
 def _unknown_code(code: object) -> str:
-    known = ", ".join(f"{name.value} {name.name.lower()}" for name in MetricName)
-    return f"{code!r} is not a metric code ({known})"
+    return f"{code!r} is not a metric code ({_KNOWN_CODES})"
 
 
 def _time_problem(moment: datetime) -> str | None:

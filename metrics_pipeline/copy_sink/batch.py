@@ -244,7 +244,11 @@ class Batch:
             messages,
             ReadingColumns.joined(columns) if columns else EMPTY,
             tags,
-            [replace(reject, at=reject.at + begin) for begin, part in placed for reject in part.rejects],
+            [
+                BatchReject(begin + reject.at, reject.reason, reject.detail)
+                for begin, part in placed
+                for reject in part.rejects
+            ],
             [at + begin for begin, part in placed for at in part.tombstones],
         )
 

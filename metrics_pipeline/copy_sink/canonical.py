@@ -333,7 +333,8 @@ def _rows(shape: _Shape, words: Array, records: _Records, tags: TagTable) -> tup
         bad |= mark != _VALUE_MARK
         at += 8
         value, number_end, wrong_number = _short_numbers(number)
-        long = np.flatnonzero(number_end > 7)
+        # A record that is wrong already may have anything there.
+        long = np.flatnonzero((number_end > 7) & ~bad)
         if len(long):
             text = np.frombuffer(records.values, np.uint8)
             value[long], number_end[long], wrong_number[long] = _numbers(text, at[long])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from metrics_pipeline.local.environment import replaced
@@ -29,6 +32,8 @@ SMALL: Final = {"POSTGRES_MEMORY_GB": "2", "REDPANDA_MEMORY_GB": "1", "CONNECT_M
 """The row of 8 GiB on the page."""
 GENTLE: Final = {"PRODUCER_PUBLISH_INTERVAL": "1000"}
 """A quarter of the default rate: what is shown is not the speed."""
+ACCOUNT: Final = 10001
+"""Of our containers."""
 CRASHED: Final = ("postgres", "redpanda", "connect", "code", "webserver", "daemon", "watcher")
 
 
@@ -191,6 +196,77 @@ def cluster(run: Run) -> None:
         _removed(run, made)
 
 
+OFFICE: Final = """[time]
+columns = ["when"]
+order = "dmy"
+
+[device]
+column = "who"
+
+[[metrics]]
+metric = "temperature"
+column = "t"
+unit = "degF"
+"""
+LINES: Final = 2_000_000
+"""Of the file in whose middle the process dies."""
+
+
+def replay(run: Run) -> None:
+    """A folder of the host: what is put there is replayed once, by a recipe that lies in it, though its process dies."""
+    with run.deployment() as (made, _):
+        folder = made.checkout.parent / "readings"
+        folder.mkdir()
+        # As the page says. Without root it has to be writable for everybody.
+        if os.getuid() == 0:
+            os.chown(folder, ACCOUNT, ACCOUNT)
+        else:
+            folder.chmod(0o777)
+        made.set(REPLAY_FOLDER=str(folder), REPLAY_RECIPE="/replay/.office.toml")
+        (folder / ".office.toml").write_text(OFFICE, "utf-8")
+        command = "docker compose -f docker-compose.yaml -f compose.replay.yaml up -d"
+        run.hold("up with a folder", lambda: f"{made.up(command):.0f} s")
+        files = command.split()[2:-2]
+        made.set(COMPOSE_FILE=":".join([*files[1::2], *(("stand-in.yaml",) if run.stand_in else ())]))
+        run.hold("every service is healthy", lambda: checks.healthy(made))
+        for name, line in (("good.csv", "24.12.2023 18:00:00;attic;50"), ("bad.csv", "24.13.2023 18:00:00;attic;50")):
+            (folder / name).write_text(f"when;who;t\n{line}\n", "utf-8")
+        run.hold("a good file is done, a bad one failed", lambda: _moved(folder, "done/good.csv", "failed/bad.csv"))
+        said = (folder / "failed" / "bad.csv.report.json").read_text("utf-8")
+        if "line 2" not in said or "24.13.2023" not in said:
+            raise ProblemError(f"the report does not say which line is bad: {said}")
+        began = datetime(2023, 1, 1, tzinfo=UTC)
+        lines = [f"{began + timedelta(seconds=number):%d.%m.%Y %H:%M:%S};cellar;41" for number in range(LINES)]
+        (folder / "big.csv").write_text("\n".join(["when;who;t", *lines, ""]), "utf-8")
+        run.hold(
+            "a file is under way", lambda: wait_until("it is published", lambda: _old(made) > 1, 240, 0.1) and None
+        )
+        if (folder / "done" / "big.csv").exists():
+            raise ProblemError("void: it was done before its process could die")
+        run.hold("its process crashed", lambda: _crash(made, "code"))
+        run.hold("the file is done", lambda: _moved(folder, "done/big.csv"))
+        wait_until("every line is stored once", lambda: _old(made) == 1 + LINES, 240)
+        run.hold("degrees Fahrenheit became Celsius", lambda: _converted(made))
+        run.hold("`verify`", lambda: checks.verify(made))
+        _removed(run, made)
+
+
+def _moved(folder: Path, *files: str) -> None:
+    wait_until(f"{', '.join(files)} are there", lambda: all((folder / name).exists() for name in files), 420)
+
+
+def _old(made: Deployment) -> int:
+    return int(made.sql("SELECT count(*) FROM metrics WHERE published_at < '2025-01-01'"))
+
+
+def _converted(made: Deployment) -> None:
+    said = made.sql(
+        "SELECT round(min(value)) || ' ' || round(max(value)) FROM metrics WHERE published_at < '2025-01-01'"
+    )
+    if said != "5 10":
+        raise ProblemError(f"41 and 50 °F became {said} °C")
+
+
 def upgrade(run: Run) -> None:
     """The images of the commit before, with its data; then `git pull`, build and up. Dagster's tables are migrated."""
     now = snapshot(run.revision)
@@ -346,6 +422,7 @@ ALL: Final[dict[str, Callable[[Run], None]]] = {
     "crashes": crashes,
     "sinks": sinks,
     "cluster": cluster,
+    "replay": replay,
     "upgrade": upgrade,
     "soak": soak,
 }
