@@ -234,7 +234,7 @@ def replay(run: Run) -> None:
             (folder / name).write_text("\n".join(["when;who;t", *lines, ""]), "utf-8")
         run.hold("a good file is done, a bad one failed", lambda: _moved(folder, "done/good.csv", "failed/bad.csv"))
         said = (folder / "failed" / "bad.csv.report.json").read_text("utf-8")
-        if "line 4" not in said or "24.13.2023" not in said:
+        if "bad.csv:4:" not in said or "24.13.2023" not in said:
             raise ProblemError(f"the report does not say which line is bad: {said}")
         began = datetime(2023, 1, 1, tzinfo=UTC)
         lines = [f"{began + timedelta(seconds=number):%d.%m.%Y %H:%M:%S};cellar;41" for number in range(LINES)]
