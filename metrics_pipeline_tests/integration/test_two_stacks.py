@@ -145,7 +145,7 @@ def test_each_is_itself_and_is_right(two: Two) -> None:
     two.copy.verify()
 
 
-@pytest.mark.parametrize("job", [*BY_HAND[:2], *(pytest.param(job, marks=pytest.mark.long) for job in BY_HAND[2:])])
+@pytest.mark.parametrize("job", BY_HAND)
 def test_dagster_by_hand_needs_no_proxy_either(job: str, two: Two, tmp_path: Path) -> None:
     every = {one.name for one in defs.get_repository_def().get_all_jobs()} - {"__ASSET_JOB"}
     assert every == {*BY_HAND, "produce_metrics"}, "a new job is to be tried here"
