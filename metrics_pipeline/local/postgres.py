@@ -17,7 +17,7 @@ from metrics_pipeline.errors import InstallError, PipelineError
 from metrics_pipeline.local.account import Account, claim_home, unprivileged
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.environment import minimal
-from metrics_pipeline.local.jars import unpack_postgres
+from metrics_pipeline.local.jars import postgres_tree, unpack_postgres
 from metrics_pipeline.local.service import Service
 from metrics_pipeline.settings import Settings
 
@@ -41,11 +41,12 @@ class Cluster:
     account: Account | None
 
 
-def cluster(settings: Settings, archive: Path) -> Cluster:
-    """Unpack the binaries if need be and say where everything is."""
+def cluster(settings: Settings, archive: Path | None) -> Cluster:
+    """Unpack the binaries if need be and say where everything is; without an archive, only say where."""
     account = unprivileged()
     home = claim_home(settings.data_dir, account)
-    return Cluster(home, unpack_postgres(archive, home) / "bin", home / "data", account)
+    binaries = postgres_tree(home) if archive is None else unpack_postgres(archive, home)
+    return Cluster(home, binaries / "bin", home / "data", account)
 
 
 def configuration(settings: Settings, budget: Budget) -> dict[str, str]:

@@ -278,8 +278,14 @@ def require_paths(settings: Settings) -> None:
     java.require_sayable("PIPELINE_CACHE_DIR", jars.cache_dir(settings), in_class_path=True)
 
 
-def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False) -> Stack:
+def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False, fetch: bool = True) -> Stack:
     """The stack for these settings: fetches jars and unpacks them if need be; starts nothing.
+
+    Args:
+        settings: of the stack.
+        with_dagster: with Dagster's webserver, daemon and code server.
+        quiet: show no progress.
+        fetch: fetch and unpack; without it the services can be found and ended, not started.
 
     Raises:
         PipelineError: a download failed or a folder cannot be written.
@@ -293,17 +299,20 @@ def build(settings: Settings, *, with_dagster: bool = True, quiet: bool = False)
         uses.append("debezium")
     if runs_connect and "kafka" not in uses:
         uses.append("kafka")  # the worker's class path
-    paths = jars.fetch(settings, uses, quiet=quiet)
+    paths = jars.fetch(settings, uses, quiet=quiet) if fetch else jars.places(settings, uses)
     services: list[Service] = []
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         identity = make_folder_id(settings.data_dir)
         if "postgres" not in external:
-            services.append(postgres.service(settings, budget, postgres.cluster(settings, paths["postgres"][0])))
+            services.append(
+                postgres.service(settings, budget, postgres.cluster(settings, paths["postgres"][0] if fetch else None))
+            )
         if "kafka" not in external:
             services += broker.services(settings, budget, paths["kafka"])
         if runs_connect:
-            plugin = jars.unpack_debezium(paths["debezium"][0], jars.cache_dir(settings) / "plugins")
+            plugins = jars.cache_dir(settings) / "plugins"
+            plugin = jars.unpack_debezium(paths["debezium"][0], plugins) if fetch else jars.plugin_tree(plugins)
             services += connect_worker.services(settings, budget, paths["kafka"], plugin)
         if settings.sink == "copy":
             services.append(copy_sink.service(settings))

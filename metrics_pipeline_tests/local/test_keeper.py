@@ -14,15 +14,16 @@ import psutil
 import pytest
 
 from metrics_pipeline.data_folder import make_folder_id
-from metrics_pipeline.errors import BusyError
+from metrics_pipeline.errors import BusyError, InstallError
+from metrics_pipeline.local import jars
 from metrics_pipeline.local import keeper as module
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.local.keeper import Keeper, leftovers, stop_running
 from metrics_pipeline.local.processes import identify, mark
 from metrics_pipeline.local.service import Service
-from metrics_pipeline.local.stack import Stack
+from metrics_pipeline.local.stack import Stack, build
 from metrics_pipeline.local.state import StackState
-from metrics_pipeline.settings import Settings
+from metrics_pipeline.settings import Settings, SinkKind
 from metrics_pipeline_tests.fakes import until
 
 
@@ -195,7 +196,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     own = Settings(pipeline_data_dir=tmp_path)
     identity = make_folder_id(tmp_path)
 
-    def build(_settings: Settings) -> Stack:
+    def build(_settings: Settings, **_: bool) -> Stack:
         command, environment = [sys.executable, "-c", SLEEP], mark(identity, "part")
         service = Service("part", "The part", "", command, environment, tmp_path / "part.log", lambda: None)
         return Stack(own, [service], frozenset(), Budget.of(own))
@@ -251,6 +252,28 @@ def test_down_ends_what_runs_though_what_is_written_down_is_wrong(
     written(settings, {"keeper": wrong, "children": {"part": wrong}, "fingerprints": {}, "ready": True})
     assert stop_running(settings, lambda _line: None)
     assert ended(process)
+
+
+@pytest.mark.parametrize("sink", ["connect", "copy"])
+@pytest.mark.parametrize("running", [False, True])
+def test_down_needs_no_jars(
+    running: bool, sink: SinkKind, settings: Settings, begin: Begin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What could not be fetched for `up` is no reason for `down` to fail, too; nor is a cache that somebody cleared."""
+    monkeypatch.setattr(module, "build", build)
+    cache = tmp_path / "cache"
+    own = settings.model_copy(update={"pipeline_cache_dir": cache, "sink": sink})
+    monkeypatch.setattr(jars, "_download_all", _no_network)
+    with pytest.raises(InstallError, match="no network"):
+        build(own)
+    part = begin("broker") if running else None
+    assert stop_running(own, lambda _line: None) is running
+    assert part is None or ended(part)
+    assert not list(cache.rglob("*.jar"))
+
+
+def _no_network(*_: object, **__: object) -> None:
+    raise InstallError("cannot download: no network")
 
 
 def test_down_leaves_another_folders_alone(settings: Settings, begin: Begin, tmp_path: Path) -> None:
