@@ -17,9 +17,10 @@ A producer may know the former count for as long as it does not ask for metadata
 twice, at once for nearly all keys, and once more when that time is over. Growths are settled in the order in which they
 came, since what the first one reads again may be older than what the second one moved.
 
-A growth by somebody else to a number that is no multiple moves keys between old partitions, too. These are then read again from
-where the new partitions began (`begins`), a minute before that to be sure. What a producer that knew the former count wrote
-behind that point is read again beside newer records of the same key, and may win: which is why `provision` refuses.
+A growth by somebody else to a number that is no multiple moves keys between old partitions, too. There the records of former and
+of new partitions of a key stand side by side, so to read them again would not do. Instead those that stand where their key has come to
+(`sweep`) are stored once more, from where the new partitions began (`begins`), a minute before that to be sure. For as long as a producer
+goes on by the former count, newer records of a key that it writes lose against older ones of others: which is why `provision` refuses.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Growth:
         before: partitions that there were.
         after: and that there are.
         passed: by partition of before, the offset that the sink has to have reached; empty until it is due.
-        begins: by partition, the offset from which it is read again; those that stay are left out.
+        begins: by partition, the offset from which it is read, or looked through, again; those that stay are left out.
         due: whether `passed` may be noted.
         noticed_at: seconds since 1970.
     """
@@ -59,6 +60,16 @@ class Growth:
     begins: Mapping[int, int]
     due: bool
     noticed_at: float
+
+    @property
+    def added(self) -> dict[int, int]:
+        """Of `begins`, the partitions that were added: they are read again."""
+        return {number: begin for number, begin in self.begins.items() if number >= self.before}
+
+    @property
+    def mixed(self) -> dict[int, int]:
+        """Of `begins`, the former ones, to which keys have come from each other: what has come is stored again."""
+        return {number: begin for number, begin in self.begins.items() if number < self.before}
 
     def __str__(self) -> str:
         return f"topic {TOPIC} grew from {self.before} to {self.after} partitions"

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "metrics_pipeline"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 GROUND = {"errors", "settings", "change", "metric", "kafka", "topic", "postgres", "topic_log", "registry", "web"}
-GROUND |= {"surroundings", "loopback", "data_folder", "answers", "dotenv_file", "server_url", "guest"}
+GROUND |= {"surroundings", "loopback", "data_folder", "answers", "dotenv_file", "server_url", "guest", "partitioner"}
 """Modules on the ground floor. Among themselves they have an order, too."""
 
 MAY_IMPORT: Mapping[str, set[str]] = {
@@ -31,6 +31,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "server_url": set(),
     "settings": {"errors", "dotenv_file", "server_url", "guest"},
     "change": set(),
+    "partitioner": set(),
     "web": {"errors", "data_folder"},
     "metric": {"errors", "settings"},
     "kafka": {"errors", "settings", "change"},

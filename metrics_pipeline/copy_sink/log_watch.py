@@ -7,6 +7,7 @@ import logging
 import psycopg
 
 from metrics_pipeline.copy_sink.store import Store
+from metrics_pipeline.copy_sink.sweep import Sweeper
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.kafka import TopicLog, TopicWatch
 from metrics_pipeline.settings import TOPIC, Settings
@@ -31,6 +32,7 @@ class LogWatch:
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._store = store
+        self._sweeper = Sweeper(settings)
         self._watch = TopicWatch.of(settings)
         self._log: TopicLog | None = None
         self._settled: int | None = None
@@ -70,7 +72,7 @@ class LogWatch:
             self._note(seen)
             self._same(seen)
             self._log = self._log or seen
-            if done := self._store.settle_growth(seen):
+            if done := self._store.settle_growth(seen, self._sweeper.begin):
                 log.warning("%s", done)
             settled = self._store.last_settled()
         except AnotherLogError:

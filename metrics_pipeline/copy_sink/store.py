@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -23,6 +23,7 @@ from metrics_pipeline.copy_sink.sessions import APPLICATION
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.kafka import TopicLog
 from metrics_pipeline.settings import TOPIC, Settings
+from metrics_pipeline.topic_log import Growth
 
 log = logging.getLogger(__name__)
 
@@ -180,8 +181,13 @@ class Store:
         """Note the log that the topic's name stands for; what is new about it, or None."""
         return topic_log.note(self._session(), log, self._settings.topic_refresh_seconds)
 
-    def settle_growth(self, log: TopicLog) -> str | None:
-        """Go on with the growth of partitions that is the next to be settled; what was done about it, or None."""
+    def settle_growth(self, log: TopicLog, sweep: Callable[[Growth, TopicLog, dict[int, int]], None]) -> str | None:
+        """Go on with the growth of partitions that is the next to be settled; what was done about it, or None.
+
+        Args:
+            log: which the topic's name stands for.
+            sweep: begins to settle one that moved keys between old partitions; the third argument is where the partitions begin.
+        """
         session = self._session()
         try:
             growth = topic_log.oldest_growth(session, log)
@@ -195,25 +201,16 @@ class Store:
             at = self.offsets(growth.passed)
             if not growth.reached({number: place.next for number, place in at.items() if place.log == log.id}, low):
                 return None
-            if not topic_log.settle(session, growth):
+            if growth.mixed:
+                sweep(growth, log, low)
                 return None
-            rows = session.execute(postgres.query("sink_hand_back"), {"topic": TOPIC}).fetchall()
-            # Asked once the rows are locked: who changes the sink locks them, too.
-            active = session.execute("SELECT active = 'copy' FROM sink_state").fetchone()
-            if active != (True,) or not growth.reached({n: next_ for n, next_, of in rows if of == log.id}, low):
+            if not topic_log.settle(session, growth) or not set_back(session, growth, log, low):
                 return None
-            values = {
-                "topic": TOPIC,
-                "log_id": log.id,
-                "partitions": list(growth.begins),
-                "offsets": [max(begin, low.get(number, 0)) for number, begin in growth.begins.items()],
-            }
-            session.execute(postgres.query("sink_set_back"), values)
             session.commit()
         finally:
             if not session.closed:
                 session.rollback()
-        return f"{growth}: partitions {sorted(growth.begins)} are read again, so that the newest value of each key is stored last"
+        return f"{growth}: partitions {sorted(growth.added)} are read again, so that the newest value of each key is stored last"
 
     def last_settled(self) -> int:
         """The growth that was settled last; another number than before means that offsets were set back."""
@@ -335,6 +332,23 @@ class Store:
         session.commit()
         if row and row[0]:
             log.warning("ended %s session(s) of stalled workers that held a lock", row[0])
+
+
+def set_back(session: postgres.Connection, growth: Growth, log: TopicLog, low: Mapping[int, int]) -> bool:
+    """Let the COPY sink read the partitions of a growth again, in the session's transaction; False when it is not its turn."""
+    rows = session.execute(postgres.query("sink_hand_back"), {"topic": TOPIC}).fetchall()
+    # Asked once the rows are locked: who changes the sink locks them, too.
+    active = session.execute("SELECT active = 'copy' FROM sink_state").fetchone()
+    if active != (True,) or not growth.reached({n: next_ for n, next_, of in rows if of == log.id}, low):
+        return False
+    values = {
+        "topic": TOPIC,
+        "log_id": log.id,
+        "partitions": list(growth.added),
+        "offsets": [max(begin, low.get(number, 0)) for number, begin in growth.added.items()],
+    }
+    session.execute(postgres.query("sink_set_back"), values)
+    return True
 
 
 class RowWriter:

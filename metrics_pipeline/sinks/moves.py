@@ -16,6 +16,7 @@ from typing import Final
 import psycopg
 
 from metrics_pipeline import kafka, postgres, topic_log
+from metrics_pipeline.copy_sink.sweep import sweep
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.kafka import TopicLog
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings
@@ -97,7 +98,7 @@ def due(settings: Settings) -> Move | None:
         commits = kafka.committed(settings, CONNECTOR_GROUP)
         low = {number: first for number, (first, _) in kafka.watermarks(settings).items()}
         if growth.reached(commits, low):
-            begins = {number: max(begin, low.get(number, 0)) for number, begin in growth.begins.items()}
+            begins = {number: max(begin, low.get(number, 0)) for number, begin in growth.added.items()}
             reason = f"{growth}: partitions {sorted(begins)} are read again, so that the newest value of each key is stored last"
             return Move(reason, begins, log, growth, held)
     return Move("its offsets were being moved", {}, log, held=True) if held else None
@@ -128,6 +129,8 @@ def move(settings: Settings, client: ConnectClient, what: Move, *, resume: bool 
         if time.monotonic() >= deadline:
             return False
         time.sleep(0.2)
+    if what.growth is not None and what.growth.mixed:
+        _sweep(settings, what.growth, what.log)
     if resume:
         client.resume(CONNECTOR)
     with _database(settings) as connection:
@@ -135,6 +138,16 @@ def move(settings: Settings, client: ConnectClient, what: Move, *, resume: bool 
         if what.growth is not None:
             topic_log.settle(connection, what.growth)
     return True
+
+
+def _sweep(settings: Settings, growth: Growth, log: TopicLog) -> None:
+    """What has moved between old partitions, up to where the connector stands still."""
+    low = {number: first for number, (first, _) in kafka.watermarks(settings).items()}
+    commits = kafka.committed(settings, CONNECTOR_GROUP)
+    try:
+        sweep(settings, growth, log, low, lambda _session, number: commits.get(number, 0))
+    except psycopg.Error as error:
+        raise ServiceError(f"{growth}: what has moved cannot be stored again: {postgres.one_line(error)}") from error
 
 
 def ensure(settings: Settings, client: ConnectClient) -> list[str]:

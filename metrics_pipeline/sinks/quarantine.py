@@ -26,10 +26,10 @@ from metrics_pipeline import kafka, postgres
 from metrics_pipeline.copy_sink.batch import Batch
 from metrics_pipeline.copy_sink.failpoint import Failpoints
 from metrics_pipeline.copy_sink.store import RowWriter
+from metrics_pipeline.copy_sink.stretch import Place, Stretch, batches
 from metrics_pipeline.errors import BusyError, PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings
 from metrics_pipeline.sinks import active, connector
-from metrics_pipeline.sinks.stretch import Place, Stretch, batches
 
 log = logging.getLogger(__name__)
 

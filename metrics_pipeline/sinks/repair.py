@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ValidationError
 
 from metrics_pipeline import kafka
+from metrics_pipeline.copy_sink.stretch import Stretch
 from metrics_pipeline.errors import BusyError, PipelineError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, CONNECTOR_GROUP, TOPIC, Settings, SinkKind
 from metrics_pipeline.sinks import active as sinks
@@ -29,7 +30,6 @@ from metrics_pipeline.sinks import connector, moves
 from metrics_pipeline.sinks.connector import ConnectClient, SinkState
 from metrics_pipeline.sinks.hanging import HangingSession, end_sessions, hanging_sessions
 from metrics_pipeline.sinks.quarantine import Quarantine, Taken
-from metrics_pipeline.sinks.stretch import Stretch
 
 FIRST_DELAY_SECONDS = 1.0
 LONGEST_DELAY_SECONDS = 60.0

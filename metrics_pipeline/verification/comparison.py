@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metrics_pipeline.metric import EPOCH
-from metrics_pipeline.verification.partitioner import partitions_of
+from metrics_pipeline.partitioner import partitions_of
 from metrics_pipeline.verification.spill import KEY, Rows, Spill
 
 NEVER = np.iinfo(np.int64).max

@@ -28,10 +28,10 @@ from metrics_pipeline import kafka
 from metrics_pipeline.local import jars
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.metric import MetricName, Reading, decode
+from metrics_pipeline.partitioner import partition
 from metrics_pipeline.replay.cells import device_id
 from metrics_pipeline.settings import TOPIC
 from metrics_pipeline.topic import TopicReader
-from metrics_pipeline.verification.partitioner import partition
 from metrics_pipeline.verification.verify import VerifyReport, verify
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.documents import fences, listings, page

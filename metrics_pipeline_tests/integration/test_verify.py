@@ -24,12 +24,12 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from metrics_pipeline import kafka, postgres
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.metric import EPOCH, Reading, encode
+from metrics_pipeline.partitioner import partition
 from metrics_pipeline.producer.run import RunReport as RunReport
 from metrics_pipeline.producer.run import run_producer
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
 from metrics_pipeline.topic import TopicReader
 from metrics_pipeline.verification.claims import OffsetRanges
-from metrics_pipeline.verification.partitioner import partition
 from metrics_pipeline.verification.spill import KEY, ROW
 from metrics_pipeline.verification.table_entries import read_rows, take_snapshot
 from metrics_pipeline.verification.topic_entries import tags_digest

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from metrics_pipeline.copy_sink.stretch import Stretch
 from metrics_pipeline.errors import BusyError, ServiceError
 from metrics_pipeline.settings import CONNECTOR, Settings
 from metrics_pipeline.sinks import connector, repair
@@ -19,7 +20,6 @@ from metrics_pipeline.sinks.hanging import HangingSession
 from metrics_pipeline.sinks.moves import Move
 from metrics_pipeline.sinks.quarantine import Taken
 from metrics_pipeline.sinks.repair import ATTEMPTS, Offsets, SinkRepair, Tick
-from metrics_pipeline.sinks.stretch import Stretch
 from metrics_pipeline_tests.fake_connect import FakeConnect, serving
 from metrics_pipeline_tests.fake_sinks import FakeQuarantine
 

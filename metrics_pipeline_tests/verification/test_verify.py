@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from metrics_pipeline.errors import InstallError
 from metrics_pipeline.metric import EPOCH, Reading, encode
+from metrics_pipeline.partitioner import murmur2, partition, partitions_of
 from metrics_pipeline.verification.claims import Claim, anomalies, unclaimed
 from metrics_pipeline.verification.comparison import Bounds, Comparison, ComparisonCounts, KeyFinding
-from metrics_pipeline.verification.partitioner import murmur2, partition, partitions_of
 from metrics_pipeline.verification.spill import KEY, RECORD, ROW, Rows, Spill, bucket_of, buckets_for
 from metrics_pipeline.verification.topic_entries import TopicDecoder, tags_digest, together
 from metrics_pipeline.verification.verify import VerifyReport, unaccounted

@@ -1,4 +1,4 @@
-"""Stretches of the topic that wait for the connector: read outside any group, and decoded strictly.
+"""Stretches of the topic, read outside any group and decoded strictly: what waits for the connector, and what has moved.
 
 Not by what `verify` reads with: a record that this left out would be left out there, too.
 """
@@ -6,7 +6,7 @@ Not by what `verify` reads with: a record that this left out would be left out t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -52,14 +52,21 @@ class Stretch:
         )
 
 
-def batches(settings: Settings, places: Mapping[int, Place], log: str, most: int | None = None) -> Iterator[Batch]:
-    """The records at these places, by partition; the chunks of a partition follow each other without a gap.
+def batches(
+    settings: Settings,
+    places: Mapping[int, Place],
+    log: str,
+    most: int | None = None,
+    keep: Callable[[list[Any]], list[Any]] = lambda messages: messages,
+) -> Iterator[Batch]:
+    """The records at these places, by partition; the chunks of a partition follow each other without a gap, unless some are left out.
 
     Args:
         settings: where the broker is.
         places: what is read.
         log: which log that is.
         most: records of each partition that are read at most.
+        keep: which messages, of some that came together, are not left out.
 
     Raises:
         ServiceError: the broker sends an error, or nothing for a while.
@@ -74,7 +81,8 @@ def batches(settings: Settings, places: Mapping[int, Place], log: str, most: int
         at.update(last)
         return decoder.decode(waiting, chunks)
 
-    for messages in _records(settings, start, stop):
+    for consumed in _records(settings, start, stop):
+        messages = keep(consumed)
         waiting += messages
         size += sum(len(message.value() or b"") + len(message.key() or b"") for message in messages)
         if len(waiting) >= BATCH_RECORDS or size >= BATCH_BYTES:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-from metrics_pipeline.verification.spill import Rows
+Rows = npt.NDArray[np.void]
 
 _SEED = 0x9747B28C
 _M = 0x5BD1E995
@@ -30,6 +32,17 @@ def murmur2(data: bytes) -> int:
 def partition(key: bytes, partitions: int) -> int:
     """The partition of a message with this key."""
     return (murmur2(key) & 0x7FFFFFFF) % partitions
+
+
+def homes(keys: Sequence[bytes], partitions: int) -> npt.NDArray[np.int64]:
+    """The partition of each key as it stands in a message; many at once, quickest where many have the same length."""
+    found = np.zeros(len(keys), np.int64)
+    lengths = np.fromiter(map(len, keys), np.int64, len(keys))
+    for length in np.unique(lengths):
+        (places,) = np.nonzero(lengths == length)
+        together = np.frombuffer(b"".join(keys[int(at)] for at in places), np.uint8).reshape(len(places), length)
+        found[places] = (_murmur2_of_rows(together) & np.uint32(0x7FFFFFFF)) % np.uint32(partitions)
+    return found
 
 
 def partitions_of(keys: Rows, partitions: int) -> npt.NDArray[np.int64]:
