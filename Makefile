@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 GO ?= go
 # Of the integration tests: the same every time, so that what fails can be seen again. ORDER=default is another each time.
 ORDER ?= 1
+# Of the tests, at once: most of the integration tests wait for something most of the time.
+WORKERS ?= 2
 # What the tests took longest for: a wait that somebody builds in is seen.
 DURATIONS := --durations=25 --durations-min=1
 # What the shell tells Python in general was meant for something else; what it tells pip, requirements/pip.py sees to.
@@ -42,15 +44,15 @@ down: $(VENV)/.runtime  ## stop a pipeline that runs in the background
 test: lint types unit integration  ## everything that CI checks
 
 unit: $(VENV)/.dev  ## unit tests, which need no service
-	@$(BIN)/python -m pytest -m 'not integration' $(DURATIONS) $(ARGS)
+	@$(BIN)/python -m pytest -m 'not integration' -n $(WORKERS) $(DURATIONS) $(ARGS)
 
 integration: $(VENV)/.dev  ## tests on the real embedded stack
-	@$(BIN)/python -m pytest -m 'integration and not long' --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
+	@$(BIN)/python -m pytest -m 'integration and not long' -n $(WORKERS) --dist loadgroup --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
 
 long: $(VENV)/.dev  ## those of them that take long, and show what others show in another case: a quarter of an hour
 	@$(BIN)/python -m pytest -m long --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
 
-chaos: $(VENV)/.dev  ## the COPY sink under crashes, restarts and pauses at full length, half an hour (ARGS=crashes for one)
+chaos: $(VENV)/.dev  ## the COPY sink and Kafka Connect under crashes, restarts and pauses at full length, an hour and a half (ARGS=crashes for one)
 	@$(BIN)/python -m metrics_pipeline_tests.chaos $(ARGS)
 
 containers: $(VENV)/.dev  ## docker compose for real, from a clean clone (CONTAINERS=stand-in without a registry; ARGS="start sinks" for some)

@@ -29,6 +29,14 @@ os.environ["PIPELINE_ENV_FILE"] = str(Path(tempfile.gettempdir()) / "metrics-pip
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the processes that share the integration tests, one has all those of the shared stack: it is started once for a run."""
+    for item in items:
+        shared = "started_stack" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("stack" if shared else item.path.stem))
+
+
 OCCUPANCY = ROOT.parent / "shared" / "data" / "occupancy"
 
 
