@@ -353,6 +353,21 @@ FAULTS: Final[Mapping[str, Callable[[Place], Any]]] = {
 }
 
 
+def _await_load(place: Place, load: Load, records: int) -> float:
+    """Wait until so many records more were published; the seconds that took."""
+
+    def published() -> int:
+        return sum(high for _, high in kafka.watermarks(place.settings).values())
+
+    begun = published()
+
+    def more() -> bool:
+        load.check()
+        return published() - begun >= records
+
+    return until(more, BOUND, "records are published")
+
+
 def sick_database(
     place: Place, seconds: float = 300, *, faults: Sequence[str] = tuple(FAULTS), rate: int = 2_000
 ) -> Outcome:
@@ -365,20 +380,25 @@ def sick_database(
         rate: readings a second meanwhile.
     """
     outcome, record, bad, healed = Outcome(), Record(place), dict[At, str](), dict[str, float]()
-    with two_repairs(place), Load(place, rate) as load:
+    with two_repairs(place):
         for fault in faults:
             before, quarantines = record.rejected(), record.actions()["quarantine"]
-            with FAULTS[fault](place):
-                time.sleep(seconds / 2)
-                # In the middle of good ones: what can be stored does not get this far.
-                (at,) = publish(place, [nul(0, uuid4())])
-                time.sleep(seconds / 2)
-                outcome.require(record.actions()["quarantine"] == quarantines, f"{fault}: something was quarantined")
+            # Each has a producer of its own: without PostgreSQL none begins, and one may end.
+            with Load(place, rate) as load:
+                _await_load(place, load, rate)
+                with FAULTS[fault](place):
+                    waited = _await_load(place, load, rate)
+                    time.sleep(max(0.0, seconds / 2 - waited))
+                    # In the middle of good ones: what can be stored does not get this far.
+                    (at,) = publish(place, [nul(0, uuid4())], partition=0)
+                    time.sleep(seconds / 2)
+                    outcome.require(
+                        record.actions()["quarantine"] == quarantines, f"{fault}: something was quarantined"
+                    )
             found = record.rejected()
             outcome.require(found.keys() - before.keys() <= {at}, f"{fault}: a good record is among the rejects")
             bad[at] = "bad_tags"
             healed[fault] = round(until(partial(passed, place, [at]), 3 * BOUND, f"it goes on after {fault}", 0.5), 1)
-        load.end()
         outcome.facts["seconds to go on"] = healed
         record.settle(outcome, bad, 2 * BOUND)
     return outcome
