@@ -27,6 +27,15 @@ WATCHED_SECONDS: Final = 8.0
 """How long it is watched that nobody is replaced where that would not help: longer than the patience."""
 
 
+def sessions(place: Place) -> list[tuple[Any, ...]]:
+    """The sink's sessions: pid, name, state, what each waits for, and whose locks."""
+    with psycopg.connect(place.settings.admin_url(place.settings.metrics_database), autocommit=True) as connection:
+        return connection.execute(
+            "SELECT pid, application_name, state, wait_event_type, wait_event, pg_blocking_pids(pid) FROM pg_stat_activity "
+            "WHERE application_name LIKE 'metrics-pipeline sink%' ORDER BY pid"
+        ).fetchall()
+
+
 class Standstill:
     """A sink at work, what it says while it does not get ahead, and how it goes on."""
 
@@ -50,7 +59,7 @@ class Standstill:
         try:
             seconds = until(is_named, within + 20, f"{what} is named by {words}")
         except VoidError as error:
-            raise VoidError(f"{error}; it says: {said}") from None
+            raise VoidError(f"{error}; it says: {said}; sessions: {sessions(self.place)}") from None
         self.outcome.facts[what] = f"named after {seconds:.1f} s: {said}"
         self.outcome.require(seconds <= within, f"{what} was named after {seconds:.1f} s only")
         return said
@@ -160,7 +169,9 @@ def _stopped_backend(found: Standstill, seconds: float = 60) -> psutil.Process:
                 backend.suspend()
                 with suppress(VoidError):
                     until(lambda: _stuck(found), 2, "its worker waits for it")
-                    return backend
+                    # One that was stopped with a latch of the server's memory holds up sessions of whom no lock tells.
+                    if not any(waits == "LWLock" for *_, waits, _, _ in sessions(found.place)):
+                        return backend
                 backend.resume()
             time.sleep(random.uniform(0.002, 0.05))
     raise VoidError(f"no session was stopped inside its transaction in {seconds:.0f} s")
