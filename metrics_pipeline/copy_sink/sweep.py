@@ -126,9 +126,11 @@ class Sweeper:
                 row = session.execute(postgres.query("sink_stay"), values).fetchone()
                 return int(row[0]) if row else None
 
-            done = sweep(self._settings, growth, of, low, end, lambda: guard.execute("SELECT 1"))
-            if done and (done := topic_log.settle(guard, growth)):
-                done = set_back(guard, growth, of, low)
+            done = (
+                sweep(self._settings, growth, of, low, end, lambda: guard.execute("SELECT 1"))
+                and topic_log.settle(guard, growth)
+                and set_back(guard, growth, of, low)
+            )
             (guard.commit if done else guard.rollback)()
         if done:
             log.warning(

@@ -84,6 +84,10 @@ def rejected(place: Place) -> dict[At, str]:
         return {(partition, offset): reason for partition, offset, reason in rows}
 
 
+def _published(place: Place) -> int:
+    return sum(high for _, high in kafka.watermarks(place.settings).values())
+
+
 def _taken(place: Place) -> int:
     return int(place.one("SELECT coalesce(sum(rejected), 0) FROM quarantined_stretches"))
 
@@ -204,7 +208,7 @@ def bad_one_in_a_thousand(place: Place, seconds: float = 300, *, rate: int = RAT
         rate: readings a second.
     """
     outcome, record, lags = Outcome(), Record(place), list[tuple[float, int]]()
-    begun = sum(high for _, high in kafka.watermarks(place.settings).values())
+    begun = _published(place)
     with two_repairs(place), Load(place, rate) as load, Trickle(place, rate / 1000) as bad:
         began = time.monotonic()
         while (now := time.monotonic() - began) < seconds:
@@ -215,9 +219,7 @@ def bad_one_in_a_thousand(place: Place, seconds: float = 300, *, rate: int = RAT
         load.end()
         bad.__exit__()
         outcome.facts |= {
-            "published a second": round(
-                (sum(high for _, high in kafka.watermarks(place.settings).values()) - begun) / seconds
-            ),
+            "published a second": round((_published(place) - begun) / seconds),
             "bad records": len(bad.places),
             "most lag, by quarter": [
                 max((lag for at, lag in lags if part * seconds / 4 <= at < (part + 1) * seconds / 4), default=0)
@@ -355,15 +357,11 @@ FAULTS: Final[Mapping[str, Callable[[Place], Any]]] = {
 
 def _await_load(place: Place, load: Load, records: int) -> float:
     """Wait until so many records more were published; the seconds that took."""
-
-    def published() -> int:
-        return sum(high for _, high in kafka.watermarks(place.settings).values())
-
-    begun = published()
+    begun = _published(place)
 
     def more() -> bool:
         load.check()
-        return published() - begun >= records
+        return _published(place) - begun >= records
 
     return until(more, BOUND, "records are published")
 

@@ -218,9 +218,10 @@ def test_good_records_that_the_connector_cannot_bear_together_are_stored_in_its_
         assert outcome.problems == [f"{outcome.report.rows:,} rows for {outcome.report.rows + 8:,} keys"]
         assert outcome.report.clean
         stretches = [one for done in record.repairs() if done["action"] == "quarantine" for one in done["stretches"]]
-        taken = {(one["partition"], offset) for one in stretches for offset in range(one["first"], one["next"])}
-        assert taken >= set(published)
-        assert not any(one["rejected"] for one in stretches)
+        # Where records of other partitions wait as well, they are taken, too.
+        here = [one for one in stretches if one["partition"] == 2]
+        assert (sum(one["stored"] for one in here), sum(one["rejected"] for one in stretches)) == (16, 0)
+        assert {offset for one in here for offset in range(one["first"], one["next"])} >= {at for _, at in published}
     finally:
         clear(place.settings)  # elsewhere each record has a key of its own
 
