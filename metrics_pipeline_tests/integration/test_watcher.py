@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
+import psutil
 import pytest
 from confluent_kafka import Producer
 
@@ -311,8 +312,12 @@ def test_it_ends_at_once_when_told_to(stack: RunningStack) -> None:
     """Also while everything else hangs: `down` never waits for it."""
     until(lambda: watcher_problem(stack.settings) is None)
     process = subprocess.Popen([sys.executable, "-m", "metrics_pipeline", "watch"], env=dict(stack.environment))
+    port = stack.settings.postgres_port
     try:
-        time.sleep(3)
+        # It listens to signals before it connects.
+        until(
+            lambda: any(one.raddr and one.raddr.port == port for one in psutil.Process(process.pid).net_connections())
+        )
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 0
