@@ -1,7 +1,7 @@
 """Summaries of the stored readings: kept by adding what changed, equal at every tick to a count over all readings.
 
-How it stays exact is told in `sql/migrations/20261122000002_summaries.sql`; the same figures counted the plain way are
-`sql/queries/*_plain.sql`.
+How it stays exact is told in `sql/migrations/20261122000002_summaries.sql`, how it stays cheap with a large fleet in
+`sql/migrations/20261127000010_device_summaries.sql`; the same figures counted the plain way are `sql/queries/*_plain.sql`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import psycopg
@@ -24,7 +24,20 @@ from metrics_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_TABLES = ("ingestion_minutes", "device_slots", "device_metric_summary", "device_summary")
+FOLD_FACTOR: Final = 4
+"""A fold waits for so many entries a row that it is going to change."""
+FEWEST_PENDING = 20_000
+"""With fewer entries a fold is not worth its statements."""
+MOST_PENDING = 2_000_000
+"""With more, whoever reads the summaries by device would wait for seconds."""
+PACK_ENTRIES: Final = 4_096
+"""About so many entries become one row."""
+BULK_ENTRIES: Final = 50_000
+"""From here on each is not looked up by itself: the planner does not know how many there are in arrays."""
+SETTLED_AFTER = timedelta(hours=2)
+"""A slot is over when it began so long ago; readings that come later cost a second look-up."""
+
+_TABLES = ("ingestion_minutes", "device_slots", "device_metric_totals", "device_deltas")
 _OTHER_WAYS = ("enable_nestloop", "enable_mergejoin", "enable_sort", "enable_seqscan")
 
 
@@ -110,7 +123,7 @@ def ingestion_rate(settings: Settings) -> IngestionRate:
 
 
 def device_summary(settings: Settings, *, limit: int = 100) -> DeviceSummaries:
-    """Bring the tables `device_summary` and `device_metric_summary` up to date, and return the devices with most readings.
+    """Bring `device_summary` and `device_metric_summary` up to date, and return the devices with most readings.
 
     Args:
         settings: where PostgreSQL is.
@@ -123,14 +136,13 @@ def device_summary(settings: Settings, *, limit: int = 100) -> DeviceSummaries:
         _refresh_index(conn)
         with _tick(conn):
             rows = _absorb(conn)
-            devices = _value(conn, "SELECT count(*) FROM device_summary")
             metric_rows = conn.execute(query("device_metrics"), {"limit": limit}).fetchall()
     first = []
-    for (device_id, count, first_seen, last_seen), metrics in groupby(metric_rows, key=lambda row: row[:4]):
+    for (_, device_id, count, first_seen, last_seen), metrics in groupby(metric_rows, key=lambda row: row[:5]):
         first.append(
-            DeviceSummary(device_id, count, first_seen, last_seen, [MetricSummary(*metric[4:]) for metric in metrics])
+            DeviceSummary(device_id, count, first_seen, last_seen, [MetricSummary(*metric[5:]) for metric in metrics])
         )
-    return DeviceSummaries(devices=devices, rows=rows, first=first)
+    return DeviceSummaries(devices=metric_rows[0][0] if metric_rows else 0, rows=rows, first=first)
 
 
 def row_count(conn: Connection) -> int:
@@ -163,27 +175,82 @@ def _absorb(conn: Connection) -> int:
     conn.execute(query("absorb_begin"))
     if _value(conn, "SELECT source IS NOT DISTINCT FROM metrics_source() FROM summary_state"):
         spans = conn.execute(query("absorb_spans")).fetchall()
+        (folded,) = _row(conn, "SELECT folded FROM summary_state")
+        mask = (1 << (folded // PACK_ENTRIES).bit_length()) - 1
+        entries = 0
         with _fixed_plan(conn):
             for low, high in spans:
-                _run(conn, "absorb_inserted", low=low, high=high)
+                (packed,) = _run(conn, "absorb_inserted", low=low, high=high, mask=mask).fetchone() or (0,)
+                entries += packed
             _run(conn, "absorb_changed")
             _run(conn, "absorb_removed")
+        conn.execute("UPDATE summary_state SET pending = pending + %s", [entries])
     else:
         log.warning("counting all readings again: the table was truncated, rewritten or restored since the last tick")
         for table in _TABLES:
             conn.execute(f"DELETE FROM {table}")  # noqa: S608  # a constant
-        conn.execute("UPDATE summary_state SET rows = 0")
+        conn.execute("UPDATE summary_state SET rows = 0, pending = 0, folded = 0, settled_before = DEFAULT")
         _run(conn, "absorb_everything")
-    # Its size decides how the merges find their rows.
-    conn.execute("ANALYZE summary_delta")
+    _absorb_changes(conn)
     _run(conn, "merge_ingestion_minutes")
-    _run(conn, "merge_device_slots")
-    _run(conn, "mend_device_slots")
-    _run(conn, "merge_device_metric_summary")
-    _run(conn, "mend_device_metric_summary")
-    _run(conn, "merge_device_summary")
     rows: int = _value(conn, query("absorb_end"))
     return rows
+
+
+def _absorb_changes(conn: Connection) -> None:
+    """Bring what is in `summary_delta` into the summaries, and what was put by when there is much of it."""
+    changes, removed = _row(conn, "SELECT count(*), coalesce(bool_or(removed), false) FROM summary_delta")
+    pending, folded = _row(conn, "SELECT pending, folded FROM summary_state")
+    if changes:
+        # Its size decides how the merges find their rows.
+        conn.execute("ANALYZE summary_delta")
+        _run(conn, "absorb_minutes")
+    if removed and pending:
+        # What goes may have come with what was put by, so this is folded in before.
+        _fold(conn, pending, fresh=False, pending=True)
+        _fold(conn, changes, fresh=True, pending=False)
+    elif changes:
+        folded = _fold(conn, pending + changes, fresh=True, pending=pending > 0)
+    elif pending > min(max(FOLD_FACTOR * folded, FEWEST_PENDING), MOST_PENDING):
+        folded = _fold(conn, pending, fresh=False, pending=True)
+    else:
+        return
+    conn.execute("UPDATE summary_state SET pending = 0, folded = greatest(%s, 1)", [folded])
+    _settle(conn)
+
+
+def _fold(conn: Connection, entries: int, *, fresh: bool, pending: bool) -> int:
+    """Bring entries into the slots and the totals; how many slots that changed.
+
+    Args:
+        conn: within a tick.
+        entries: about how many there are.
+        fresh: those of this tick (`summary_delta`).
+        pending: those that were put by (`device_deltas`).
+    """
+    if entries > BULK_ENTRIES:
+        conn.execute("SET LOCAL enable_nestloop = off")
+    changed: int
+    (changed,) = _run(conn, "merge_device_slots", fresh=fresh, pending=pending).fetchone() or (0,)
+    conn.execute("SET LOCAL enable_nestloop = on")
+    _run(conn, "mend_device_slots")
+    _run(conn, "merge_device_metric_totals", fresh=fresh, pending=pending)
+    _run(conn, "mend_device_metric_totals")
+    if pending:
+        conn.execute("DELETE FROM device_deltas")
+    return changed
+
+
+def _settle(conn: Connection) -> None:
+    """Bring the slots that are over by now into the totals."""
+    before, settled_before = _row(
+        conn,
+        "SELECT date_bin('1 hour', now() - %s::interval, '2000-01-01 00:00:00+00'), settled_before FROM summary_state",
+        SETTLED_AFTER,
+    )
+    if before > settled_before:
+        _run(conn, "settle_slots", before=before)
+        conn.execute("UPDATE summary_state SET settled_before = %s", [before])
 
 
 @contextmanager
@@ -200,14 +267,24 @@ def _fixed_plan(conn: Connection) -> Iterator[None]:
         conn.execute(f"SET LOCAL {way} = on")
 
 
-def _run(conn: Connection, name: str, **parameters: Any) -> None:
+def _run(conn: Connection, name: str, **parameters: Any) -> psycopg.Cursor[tuple[Any, ...]]:
     # Never prepared: a plan for any span would not be the plan for this one.
-    conn.execute(query(name), parameters, prepare=False)
+    return conn.execute(query(name), parameters, prepare=False)
 
 
 def _value(conn: Connection, statement: str) -> Any:
     row = conn.execute(statement).fetchone()
     return row[0] if row else None
+
+
+def _row(conn: Connection, statement: str, *values: Any) -> tuple[Any, ...]:
+    """The one row that there is."""
+    row = conn.execute(statement, values).fetchone()
+    if row is None:
+        raise ServiceError(
+            "summaries: the table summary_state is empty: run `metrics-pipeline migrate up` on a new database"
+        )
+    return row
 
 
 def _refresh_index(conn: Connection) -> None:

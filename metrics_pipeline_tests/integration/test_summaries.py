@@ -47,13 +47,24 @@ PAIRS = {
         "SELECT date_trunc('minute', created_at), count(*) FROM metrics GROUP BY 1 ORDER BY 1",
     ),
     "device_slots": (
-        "SELECT device_id, metric_name, slot, rows, total, min, max, first_seen, last_seen FROM device_slots ORDER BY 1, 2, 3",
         (
-            "SELECT device_id, metric_name, date_bin('10 minutes', published_at, '2000-01-01 00:00:00+00'), count(*), "
+            "SELECT device_id, metric_name, slot, sum(rows), sum(total), min(min), max(max), min(first_seen), max(last_seen) "
+            "FROM (TABLE device_slots UNION ALL TABLE device_pending) GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+        ),
+        (
+            "SELECT device_id, metric_name, date_bin('1 hour', published_at, '2000-01-01 00:00:00+00'), count(*), "
             "sum(value::text::numeric), min(value), max(value), min(published_at), max(published_at) "
             "FROM metrics GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
         ),
     ),
+    "device_metric_totals": (
+        "SELECT * FROM device_metric_totals ORDER BY 1, 2",
+        (
+            "SELECT device_id, metric_name, sum(rows), sum(total), min(min), max(max), min(first_seen), max(last_seen) "
+            "FROM device_slots WHERE slot < (SELECT settled_before FROM summary_state) GROUP BY 1, 2 ORDER BY 1, 2"
+        ),
+    ),
+    "device_deltas": ("SELECT count(*) FROM device_pending", "SELECT pending FROM summary_state"),
     "summary_state": ("SELECT rows FROM summary_state", "SELECT count(*) FROM metrics"),
 }
 
@@ -104,8 +115,17 @@ class Bench:
         return int(row[0])
 
 
+@pytest.fixture(params=["put by", "folded at once"])
+def often(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a tick puts entries by for later, as it does until there are many, or folds them in at once."""
+    if request.param == "folded at once":
+        monkeypatch.setattr(summaries, "FEWEST_PENDING", 0)
+        monkeypatch.setattr(summaries, "MOST_PENDING", 0)
+
+
 @pytest.fixture
-def bench(database: Settings) -> Iterator[Bench]:
+def bench(database: Settings, often: None) -> Iterator[Bench]:
+    del often
     with ExitStack() as stack:
         bench = Bench(database, stack)
         bench.hand.execute("TRUNCATE metrics")
@@ -445,6 +465,53 @@ def test_migrating_a_table_that_has_readings(stack: RunningStack) -> None:
         bench.tick()
 
 
+def test_migrating_summaries_of_ten_minutes(stack: RunningStack, caplog: pytest.LogCaptureFixture) -> None:
+    """What they hold is put together anew; the readings are not counted again."""
+    with own_database(stack.settings) as own, ExitStack() as connections:
+        while postgres.rollback(own) != "20261127000010_device_summaries":
+            pass
+        with postgres.connect(own, "metrics_writer", autocommit=True) as writer:
+            insert(writer, 10_000)
+            insert(writer, 50, device=1, metric=0)
+        with postgres.connect_admin(own, own.metrics_database) as hand:
+            hand.execute("UPDATE metrics SET published_at = now() WHERE value = 19 AND metric_name = 10")
+            hand.execute(
+                "INSERT INTO device_slots SELECT device_id, metric_name, "
+                "date_bin('10 minutes', published_at, '2000-01-01 00:00:00+00'), count(*), sum(value::text::numeric), "
+                "min(value), max(value), min(published_at), max(published_at) FROM metrics GROUP BY 1, 2, 3"
+            )
+            hand.execute(
+                "INSERT INTO ingestion_minutes SELECT date_trunc('minute', created_at), count(*) FROM metrics GROUP BY 1"
+            )
+            hand.execute("UPDATE summary_state SET source = metrics_source(), rows = (SELECT count(*) FROM metrics)")
+            hand.execute("TRUNCATE summary_inserts, summary_changes")
+        postgres.migrate(own)
+        bench = Bench(own, connections)
+        bench.tick()
+        insert(bench.writer, 100, start=9_950, value=-1, then=UPSERT)
+        bench.hand.execute("DELETE FROM metrics WHERE value = 9949")
+        bench.tick()
+        assert "counting all" not in caplog.text
+
+
+def test_many_entries_are_folded_and_settled(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other: what was put by, what is in slots that are not over, and what is in the totals."""
+    monkeypatch.setattr(summaries, "FEWEST_PENDING", 5)
+    for n in range(12):
+        insert(bench.writer, 1, start=n * 1800)
+        monkeypatch.setattr(summaries, "SETTLED_AFTER", datetime.now(UTC) - BEGIN - timedelta(minutes=30 * n - 60))
+        bench.tick()
+    totals = bench.hand.execute("SELECT sum(rows) FROM device_metric_totals").fetchone()
+    slots = bench.hand.execute("SELECT sum(rows) FROM device_slots").fetchone()
+    assert totals
+    assert slots
+    assert totals[0] < slots[0] <= 12
+    insert(bench.writer, 1, start=0, value=-5, then=UPSERT)
+    bench.hand.execute("DELETE FROM metrics WHERE value IN (1, 1800, 12 * 1800)")
+    bench.tick()
+    assert bench.hand.execute("SELECT count(*) FROM device_deltas").fetchone() == (0,)
+
+
 def test_ingestion_rate_is_the_plain_query(bench: Bench) -> None:
     while datetime.now(UTC).second >= 50:
         time.sleep(0.1)
@@ -573,7 +640,9 @@ def test_plans_do_not_depend_on_statistics(bench: Bench, analyzed: bool) -> None
                 name: "\n".join(
                     row[0]
                     for row in bench.summarizer.execute(
-                        f"EXPLAIN (COSTS off) {postgres.query(name)}", {"low": low, "high": high}, prepare=False
+                        f"EXPLAIN (COSTS off) {postgres.query(name)}",
+                        {"low": low, "high": high, "mask": 0},
+                        prepare=False,
                     )
                 )
                 for name in ("absorb_inserted", "absorb_changed", "absorb_removed")
@@ -613,7 +682,7 @@ CONFLICT = [
 ]
 keys = st.tuples(
     st.sampled_from(DEVICES[:2]),
-    st.sampled_from([0, 1, 599, 600, 3599]).map(lambda second: BEGIN + timedelta(seconds=second)),
+    st.sampled_from([0, 1, 3599, 3600, 7201]).map(lambda second: BEGIN + timedelta(seconds=second)),
     st.sampled_from([0, 10]),
 )
 writers = st.integers(0, 2)
@@ -759,8 +828,11 @@ class Writers(RuleBasedStateMachine):
             with self.statement(writer) as conn:
                 conn.execute("TRUNCATE metrics")
 
-    @rule()
-    def tick(self) -> None:
+    @rule(fold=st.booleans(), settle=st.integers(0, 3))
+    def tick(self, fold: bool, settle: int) -> None:
+        summaries.MOST_PENDING = 0 if fold else 2_000_000
+        # Which of the few hours of these readings are over.
+        summaries.SETTLED_AFTER = datetime.now(UTC) - BEGIN - timedelta(hours=settle)
         with suppress(psycopg.errors.LockNotAvailable):
             self.bench.tick()
 
@@ -771,7 +843,9 @@ class Writers(RuleBasedStateMachine):
             self.bench.count()
 
 
-def test_writers_that_interleave_at_random(database: Settings) -> None:
+def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summaries, "MOST_PENDING", 2_000_000)
+    monkeypatch.setattr(summaries, "SETTLED_AFTER", timedelta(hours=2))
     machine = type("WritersHere", (Writers,), {"database": database})
     run_state_machine_as_test(
         machine,
@@ -866,7 +940,8 @@ def test_every_table_of_the_summaries_is_compared(bench: Bench) -> None:
             "WHERE grantee = 'metrics_summarizer' AND privilege_type = 'UPDATE'"
         )
     }
-    assert tables == PAIRS.keys() | {"ingestion_rate"}
+    views = {"device_metric_summary", "device_summary"}
+    assert tables == PAIRS.keys() - views - {"device_deltas"} | {"ingestion_rate"}
     for table in sorted(tables):
         statement = sql.SQL("SELECT obj_description({}::regclass)").format(sql.Literal(table))
         assert bench.hand.execute(statement).fetchone() != (None,)

@@ -1,4 +1,4 @@
--- What changes with this tick: readings that come (removed is false) and go, by device, metric, slot and minute.
+-- What changes: readings that come one by one (removed is false) and those that go, by device, metric, slot and minute.
 CREATE TEMPORARY TABLE summary_delta (
     device_id uuid NOT NULL,
     metric_name smallint NOT NULL,
@@ -11,6 +11,12 @@ CREATE TEMPORARY TABLE summary_delta (
     max double precision NOT NULL,
     first_seen timestamptz NOT NULL,
     last_seen timestamptz NOT NULL
+) ON COMMIT DROP;
+
+-- Readings that come and go, by minute: all of them, also those that come by statements.
+CREATE TEMPORARY TABLE summary_minutes (
+    minute timestamptz NOT NULL,
+    rows bigint NOT NULL
 ) ON COMMIT DROP;
 
 -- Whose extreme reading went, so that the next one has to be looked for.

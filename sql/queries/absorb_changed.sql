@@ -6,7 +6,7 @@ WITH keys AS (
 SELECT
     k.device_id,
     k.metric_name,
-    date_bin('10 minutes', k.published_at, '2000-01-01 00:00:00+00') AS slot,
+    date_bin('1 hour', k.published_at, '2000-01-01 00:00:00+00') AS slot,
     date_bin('1 minute', m.created_at, '2000-01-01 00:00:00+00') AS minute,
     false,
     count(*),

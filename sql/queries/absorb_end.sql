@@ -8,6 +8,6 @@ changes AS (
 UPDATE summary_state
 SET
     source = metrics_source(),
-    rows = rows + (SELECT coalesce(sum(CASE WHEN removed THEN -d.rows ELSE d.rows END), 0) FROM summary_delta AS d),
+    rows = rows + (SELECT coalesce(sum(d.rows), 0) FROM summary_minutes AS d),
     absorbed_at = statement_timestamp()
 RETURNING rows

@@ -3,7 +3,7 @@ INSERT INTO summary_delta
 SELECT
     device_id,
     metric_name,
-    date_bin('10 minutes', published_at, '2000-01-01 00:00:00+00') AS slot,
+    date_bin('1 hour', published_at, '2000-01-01 00:00:00+00') AS slot,
     date_bin('1 minute', created_at, '2000-01-01 00:00:00+00') AS minute,
     false,
     count(*),

@@ -3,7 +3,7 @@ INSERT INTO summary_delta
 SELECT
     c.device_id,
     c.metric_name,
-    date_bin('10 minutes', c.published_at, '2000-01-01 00:00:00+00') AS slot,
+    date_bin('1 hour', c.published_at, '2000-01-01 00:00:00+00') AS slot,
     date_bin('1 minute', c.old_created_at, '2000-01-01 00:00:00+00') AS minute,
     true,
     count(*),

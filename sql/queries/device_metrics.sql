@@ -1,5 +1,21 @@
--- The devices with the most readings, a row for each of their metrics.
+-- How many devices are there, and which have the most readings? A row for each metric of those.
+WITH figures AS MATERIALIZED (
+    SELECT * FROM device_metric_summary
+),
+busiest AS (
+    SELECT
+        device_id,
+        sum(rows)::bigint AS rows,
+        min(first_seen) AS first_seen,
+        max(last_seen) AS last_seen,
+        count(*) OVER () AS devices
+    FROM figures
+    GROUP BY device_id
+    ORDER BY rows DESC, device_id
+    LIMIT %(limit)s
+)
 SELECT
+    d.devices,
     d.device_id,
     d.rows,
     d.first_seen,
@@ -9,7 +25,7 @@ SELECT
     m.min,
     m.mean,
     m.max
-FROM (SELECT * FROM device_summary ORDER BY rows DESC, device_id LIMIT %(limit)s) AS d
-INNER JOIN device_metric_summary AS m USING (device_id)
+FROM busiest AS d
+INNER JOIN figures AS m USING (device_id)
 INNER JOIN metric_names AS n ON n.code = m.metric_name
 ORDER BY d.rows DESC, d.device_id, m.metric_name

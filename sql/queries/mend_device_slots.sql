@@ -12,13 +12,13 @@ found AS (
                 SELECT FROM metrics AS m
                 WHERE
                     m.device_id = d.device_id AND m.metric_name = d.metric_name AND m.value = s.min
-                    AND m.published_at >= d.slot AND m.published_at < d.slot + interval '10 minutes'
+                    AND m.published_at >= d.slot AND m.published_at < d.slot + interval '1 hour'
             )
                 THEN (
                     SELECT min(m.value) FROM metrics AS m
                     WHERE
                         m.device_id = d.device_id AND m.metric_name = d.metric_name
-                        AND m.published_at >= d.slot AND m.published_at < d.slot + interval '10 minutes'
+                        AND m.published_at >= d.slot AND m.published_at < d.slot + interval '1 hour'
                 )
             ELSE s.min
         END AS min,
@@ -27,13 +27,13 @@ found AS (
                 SELECT FROM metrics AS m
                 WHERE
                     m.device_id = d.device_id AND m.metric_name = d.metric_name AND m.value = s.max
-                    AND m.published_at >= d.slot AND m.published_at < d.slot + interval '10 minutes'
+                    AND m.published_at >= d.slot AND m.published_at < d.slot + interval '1 hour'
             )
                 THEN (
                     SELECT max(m.value) FROM metrics AS m
                     WHERE
                         m.device_id = d.device_id AND m.metric_name = d.metric_name
-                        AND m.published_at >= d.slot AND m.published_at < d.slot + interval '10 minutes'
+                        AND m.published_at >= d.slot AND m.published_at < d.slot + interval '1 hour'
                 )
             ELSE s.max
         END AS max,
@@ -43,7 +43,7 @@ found AS (
                     SELECT m.published_at FROM metrics AS m
                     WHERE
                         m.device_id = d.device_id AND m.metric_name = d.metric_name
-                        AND m.published_at >= d.slot AND m.published_at < d.slot + interval '10 minutes'
+                        AND m.published_at >= d.slot AND m.published_at < d.slot + interval '1 hour'
                     ORDER BY m.published_at LIMIT 1
                 )
             ELSE s.first_seen
@@ -54,7 +54,7 @@ found AS (
                     SELECT m.published_at FROM metrics AS m
                     WHERE
                         m.device_id = d.device_id AND m.metric_name = d.metric_name
-                        AND m.published_at >= d.slot AND m.published_at < d.slot + interval '10 minutes'
+                        AND m.published_at >= d.slot AND m.published_at < d.slot + interval '1 hour'
                     ORDER BY m.published_at DESC LIMIT 1
                 )
             ELSE s.last_seen

@@ -1,5 +1,14 @@
--- Add what came to the slots, take off what went, and note whose extremes are in doubt.
-WITH delta AS (
+-- Add what came to the slots, take off what went, and note whose extremes are in doubt; how many slots changed?
+WITH changes AS (
+    SELECT device_id, metric_name, slot, removed, rows, total, min, max, first_seen, last_seen
+    FROM summary_delta
+    WHERE %(fresh)s
+    UNION ALL
+    SELECT device_id, metric_name, slot, false AS removed, rows, total, min, max, first_seen, last_seen
+    FROM device_pending
+    WHERE %(pending)s
+),
+delta AS (
     SELECT
         device_id, metric_name, slot,
         sum(CASE WHEN removed THEN -rows ELSE rows END)::bigint AS rows,
@@ -12,7 +21,7 @@ WITH delta AS (
         max(max) FILTER (WHERE removed) AS gone_max,
         min(first_seen) FILTER (WHERE removed) AS gone_first_seen,
         max(last_seen) FILTER (WHERE removed) AS gone_last_seen
-    FROM summary_delta
+    FROM changes
     GROUP BY device_id, metric_name, slot
 ),
 merged AS (
@@ -37,8 +46,11 @@ merged AS (
         coalesce(d.gone_max = s.max AND d.max IS DISTINCT FROM s.max, false) AS max,
         coalesce(d.gone_first_seen = s.first_seen AND d.first_seen IS DISTINCT FROM s.first_seen, false) AS first_seen,
         coalesce(d.gone_last_seen = s.last_seen AND d.last_seen IS DISTINCT FROM s.last_seen, false) AS last_seen
+),
+doubted AS (
+    INSERT INTO summary_stale (device_id, metric_name, slot, min, max, first_seen, last_seen)
+    SELECT device_id, metric_name, slot, min, max, first_seen, last_seen
+    FROM merged
+    WHERE action = 'UPDATE' AND (min OR max OR first_seen OR last_seen)
 )
-INSERT INTO summary_stale (device_id, metric_name, slot, min, max, first_seen, last_seen)
-SELECT device_id, metric_name, slot, min, max, first_seen, last_seen
-FROM merged
-WHERE action = 'UPDATE' AND (min OR max OR first_seen OR last_seen)
+SELECT count(*) FROM merged

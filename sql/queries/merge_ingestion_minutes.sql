@@ -1,7 +1,9 @@
 -- Add what came to the minutes in which it was stored, and take off what went.
 MERGE INTO ingestion_minutes AS m
 USING (
-    SELECT minute, sum(CASE WHEN removed THEN -rows ELSE rows END)::bigint AS rows FROM summary_delta GROUP BY minute
+    SELECT minute, sum(rows)::bigint AS rows
+    FROM summary_minutes
+    GROUP BY minute
 ) AS d
 ON m.minute = d.minute
 WHEN MATCHED AND m.rows + d.rows = 0 THEN DELETE

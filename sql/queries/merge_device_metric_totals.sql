@@ -1,5 +1,14 @@
--- Add what came to each device's metrics, take off what went, and note whose extremes are in doubt.
-WITH delta AS (
+-- Add what came to slots that are over to the totals, take off what went, and note whose extremes are in doubt.
+WITH changes AS (
+    SELECT device_id, metric_name, slot, removed, rows, total, min, max, first_seen, last_seen
+    FROM summary_delta
+    WHERE %(fresh)s
+    UNION ALL
+    SELECT device_id, metric_name, slot, false AS removed, rows, total, min, max, first_seen, last_seen
+    FROM device_pending
+    WHERE %(pending)s
+),
+delta AS (
     SELECT
         device_id, metric_name,
         sum(CASE WHEN removed THEN -rows ELSE rows END)::bigint AS rows,
@@ -12,11 +21,12 @@ WITH delta AS (
         max(max) FILTER (WHERE removed) AS gone_max,
         min(first_seen) FILTER (WHERE removed) AS gone_first_seen,
         max(last_seen) FILTER (WHERE removed) AS gone_last_seen
-    FROM summary_delta
+    FROM changes
+    WHERE slot < (SELECT settled_before FROM summary_state)
     GROUP BY device_id, metric_name
 ),
 merged AS (
-    MERGE INTO device_metric_summary AS s
+    MERGE INTO device_metric_totals AS s
     USING delta AS d ON s.device_id = d.device_id AND s.metric_name = d.metric_name
     WHEN MATCHED AND s.rows + d.rows = 0 THEN DELETE
     WHEN MATCHED THEN UPDATE SET
