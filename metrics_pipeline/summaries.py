@@ -24,17 +24,17 @@ from metrics_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
 
-FOLD_FACTOR: Final = 4
+FOLD_FACTOR: Final = 8
 """A fold waits for so many entries a row that it is going to change."""
 FEWEST_PENDING = 20_000
 """With fewer entries a fold is not worth its statements."""
-MOST_PENDING = 2_000_000
+MOST_PENDING = 3_000_000
 """With more, whoever reads the summaries by device would wait for seconds."""
 PACK_ENTRIES: Final = 4_096
 """About so many entries become one row."""
 BULK_ENTRIES: Final = 50_000
 """From here on each is not looked up by itself: the planner does not know how many there are in arrays."""
-SETTLED_AFTER = timedelta(hours=2)
+SETTLED_AFTER = timedelta(hours=6)
 """A slot is over when it began so long ago; readings that come later cost a second look-up."""
 
 _TABLES = ("ingestion_minutes", "device_slots", "device_metric_totals", "device_deltas")

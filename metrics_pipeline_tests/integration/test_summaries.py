@@ -830,7 +830,7 @@ class Writers(RuleBasedStateMachine):
 
     @rule(fold=st.booleans(), settle=st.integers(0, 3))
     def tick(self, fold: bool, settle: int) -> None:
-        summaries.MOST_PENDING = 0 if fold else 2_000_000
+        summaries.MOST_PENDING = 0 if fold else 3_000_000
         # Which of the few hours of these readings are over.
         summaries.SETTLED_AFTER = datetime.now(UTC) - BEGIN - timedelta(hours=settle)
         with suppress(psycopg.errors.LockNotAvailable):
@@ -844,8 +844,8 @@ class Writers(RuleBasedStateMachine):
 
 
 def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summaries, "MOST_PENDING", 2_000_000)
-    monkeypatch.setattr(summaries, "SETTLED_AFTER", timedelta(hours=2))
+    monkeypatch.setattr(summaries, "MOST_PENDING", 3_000_000)
+    monkeypatch.setattr(summaries, "SETTLED_AFTER", timedelta(hours=6))
     machine = type("WritersHere", (Writers,), {"database": database})
     run_state_machine_as_test(
         machine,
