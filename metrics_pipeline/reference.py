@@ -24,6 +24,7 @@ GROUPS: Final = {
     "producer": "Producer",
     "topic": "Topic",
     "sink": "Sink",
+    "table": "Table",
     "services": "Services",
     "ports": "Ports, all on 127.0.0.1",
     "stack": "Embedded stack",

@@ -45,6 +45,9 @@ Role = Literal["metrics_owner", "metrics_writer", "metrics_summarizer", "metrics
 SinkKind = Literal["connect", "copy"]
 """Who stores the readings: Kafka Connect's connector, or the COPY sink."""
 
+PartitionWidth = Literal["minute", "hour", "day", "month"]
+"""How much time a partition of the table is for; a minute is for tests."""
+
 
 def _is_postgres_url(url: str) -> str:
     if url:
@@ -228,6 +231,13 @@ class Settings(ProducerSettings):
         True,
         "whether what Kafka Connect reads is decoded strictly beside it, so that what it stores in another form is named and put right",
         "sink",
+    )
+
+    metrics_partition: PartitionWidth = _setting(
+        "day",
+        "`hour`, `day` or `month` (`minute` for tests): how much time a partition of the table is for; `hour` where a day's keys do not fit "
+        "into memory and old partitions go",
+        "table",
     )
 
     postgres_db: str = _setting("metrics", "database of the readings", "services")

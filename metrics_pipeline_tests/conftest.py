@@ -112,7 +112,7 @@ def stack(started_stack: RunningStack) -> RunningStack:
 @pytest.fixture(scope="session")
 def started_stack() -> Iterator[RunningStack]:
     """The real parts, without Dagster: its jobs are run against this stack by the tests that need them."""
-    from metrics_pipeline import kafka, postgres
+    from metrics_pipeline import kafka, partitions, postgres
     from metrics_pipeline.local import account, dagster, environment
     from metrics_pipeline.local.stack import build
     from metrics_pipeline.sinks import connector
@@ -128,6 +128,7 @@ def started_stack() -> Iterator[RunningStack]:
             embedded.start(lambda _line: None, provision=False)
             dagster.prepare_home(settings)
             postgres.migrate(settings)
+            partitions.make(settings)
             kafka.ensure_topic(settings)
             connector.ensure_connector(settings)
             variables = environment.for_python(settings)

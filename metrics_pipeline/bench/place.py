@@ -15,7 +15,7 @@ from typing import Final
 
 import psutil
 
-from metrics_pipeline import kafka, postgres
+from metrics_pipeline import kafka, partitions, postgres
 from metrics_pipeline.bench.readings import empty_topic
 from metrics_pipeline.bench.table import activate, empty, start_sink_at
 from metrics_pipeline.errors import BusyError, ServiceError
@@ -87,6 +87,7 @@ def temporary(user: Settings, say: Say) -> Iterator[Place]:
             embedded.service("postgres").command += ["-c", "track_commit_timestamp=on"]
             embedded.start(say, provision=False)
             postgres.migrate(settings)
+            partitions.make(settings)
             kafka.ensure_topic(settings)
             processes = {service.name: service.process for service in embedded.services if service.process}
             yield Place(settings, environment.for_python(settings), processes, temporary=True, load_before=load)

@@ -1,4 +1,4 @@
-"""Schema, then topic, then sink: each brought to its configured state, each checked by name."""
+"""Schema, then partitions, then topic, then sink: each brought to its configured state, each checked by name."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from metrics_pipeline import kafka, postgres, registry
+from metrics_pipeline import kafka, partitions, postgres, registry
 from metrics_pipeline.change import Change
 from metrics_pipeline.defs.resources import OWNERS, Pipeline, active_runs, plain_errors
 from metrics_pipeline.errors import PipelineError, ServiceError
@@ -80,7 +80,22 @@ def schema_at_head(pipeline: Pipeline) -> dg.AssetCheckResult:
     return _verdict(pipeline, drift)
 
 
-@dg.asset(group_name=GROUP, kinds={"kafka"}, owners=OWNERS, deps=[metrics_schema])
+@dg.asset(group_name=GROUP, kinds={"postgres", "table"}, owners=OWNERS, deps=[metrics_schema])
+def metrics_partitions(pipeline: Pipeline) -> dg.MaterializeResult[None]:
+    """The partitions of the table of the readings, made ahead of time: METRICS_PARTITION says for how much time each is."""
+    with plain_errors():
+        settings = pipeline.load()
+        made = partitions.make(settings)
+        return _result(Change("changed" if made else "unchanged", [f"made {name}" for name in made]))
+
+
+@dg.asset_check(asset=metrics_partitions)
+def partitions_ahead(pipeline: Pipeline) -> dg.AssetCheckResult:
+    """The partitions that the next readings need are there, and no reading of the present lies behind the last one."""
+    return _verdict(pipeline, partitions.missing)
+
+
+@dg.asset(group_name=GROUP, kinds={"kafka"}, owners=OWNERS, deps=[metrics_partitions])
 def metrics_topic(config: TopicConfig, pipeline: Pipeline) -> dg.MaterializeResult[None]:
     """The topic of the readings: partitions, retention by bytes, timestamps by the broker.
 
@@ -132,16 +147,24 @@ metrics = dg.AssetSpec(
 
 provision = dg.define_asset_job(
     "provision",
-    selection=[metrics_schema, metrics_topic, metrics_sink_connector],
+    selection=[metrics_schema, metrics_partitions, metrics_topic, metrics_sink_connector],
     executor_def=dg.in_process_executor,
-    description="Bring schema, topic and sink to their configured state, in this order. Changes nothing that is right.",
+    description="Bring schema, partitions, topic and sink to their configured state, in this order. Changes nothing that is right.",
 )
 
 check_provisioning = dg.define_asset_job(
     "check_provisioning",
-    selection=dg.AssetSelection.checks(schema_at_head, topic_as_configured, connector_as_configured),
+    selection=dg.AssetSelection.checks(schema_at_head, partitions_ahead, topic_as_configured, connector_as_configured),
     executor_def=dg.in_process_executor,
     description="See drift without mending it.",
+)
+
+
+partitions_job = dg.define_asset_job(
+    "partitions",
+    selection=dg.AssetSelection.assets(metrics_partitions),
+    executor_def=dg.in_process_executor,
+    description="Make the partitions of the time to come.",
 )
 
 
@@ -198,10 +221,14 @@ check_provisioning_schedule = when_provisioned(
     "Every minute, so that drift is seen red before it is mended.",
 )
 
+partitions_schedule = when_provisioned(
+    "partitions_schedule", partitions_job, "*/10 * * * *", "Every ten minutes; most of the time there is nothing to do."
+)
+
 
 DEFINITIONS = dg.Definitions(
-    assets=[metrics_schema, metrics_topic, metrics_sink_connector, metrics],
-    asset_checks=[schema_at_head, topic_as_configured, connector_as_configured],
-    jobs=[provision, check_provisioning],
-    schedules=[check_provisioning_schedule],
+    assets=[metrics_schema, metrics_partitions, metrics_topic, metrics_sink_connector, metrics],
+    asset_checks=[schema_at_head, partitions_ahead, topic_as_configured, connector_as_configured],
+    jobs=[provision, check_provisioning, partitions_job],
+    schedules=[check_provisioning_schedule, partitions_schedule],
 )

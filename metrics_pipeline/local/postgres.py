@@ -72,6 +72,8 @@ def server_settings(memory: Mapping[str, str]) -> dict[str, str]:
     return {
         "password_encryption": "'scram-sha-256'",
         "max_connections": "100",
+        # A query that says no time locks each partition and its two indexes.
+        "max_locks_per_transaction": "256",
         **memory,
         "fsync": "on",
         "full_page_writes": "on",

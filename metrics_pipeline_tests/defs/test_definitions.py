@@ -15,7 +15,8 @@ from metrics_pipeline.settings import ROOT, ProducerSettings
 
 ASSETS = """
 metrics_schema          provisioning  postgres,sql
-metrics_topic           provisioning  kafka           <- metrics_schema
+metrics_partitions      provisioning  postgres,table  <- metrics_schema
+metrics_topic           provisioning  kafka           <- metrics_partitions
 metrics_sink_connector  provisioning  kafka,postgres  <- metrics_topic
 metrics                 readings      postgres,table  <- metrics_sink_connector
 replayed_files          readings      file,kafka      <- metrics_topic
@@ -28,17 +29,19 @@ metrics:consumer_lag
 metrics:freshness
 metrics:rejects
 metrics:throughput
+metrics_partitions:partitions_ahead
 metrics_schema:schema_at_head                   blocking
 metrics_sink_connector:connector_as_configured  blocking
 metrics_topic:topic_as_configured               blocking
 """
 
 JOBS = """
-check_provisioning  metrics_schema_schema_at_head metrics_sink_connector_connector_as_configured metrics_topic_topic_as_configured
+check_provisioning  metrics_partitions_partitions_ahead metrics_schema_schema_at_head metrics_sink_connector_connector_as_configured metrics_topic_topic_as_configured
 check_throughput    metrics_consumer_lag metrics_freshness metrics_rejects metrics_throughput
 housekeeping        purge_ledger purge_runs
+partitions          metrics_partitions metrics_partitions_partitions_ahead
 produce_metrics     publish
-provision           metrics_schema metrics_schema_schema_at_head metrics_sink_connector metrics_sink_connector_connector_as_configured metrics_topic metrics_topic_topic_as_configured
+provision           metrics_partitions metrics_partitions_partitions_ahead metrics_schema metrics_schema_schema_at_head metrics_sink_connector metrics_sink_connector_connector_as_configured metrics_topic metrics_topic_topic_as_configured
 replay_files        replay
 summaries           device_summary ingestion_rate
 """
@@ -49,6 +52,7 @@ check_throughput_schedule    */5 * * * *  UTC  RUNNING  check_throughput
 device_summary_schedule      */5 * * * *  UTC  RUNNING  summaries
 housekeeping_schedule        17 * * * *   UTC  RUNNING  housekeeping
 ingestion_rate_schedule      * * * * *    UTC  RUNNING  summaries
+partitions_schedule          */10 * * * *  UTC  RUNNING  partitions
 """
 
 SENSORS = """
@@ -93,7 +97,7 @@ def test_only_the_readings_are_not_dagsters_to_make(graph: Any) -> None:
 
 def test_provisioning_comes_in_order(graph: Any) -> None:
     names = [key.to_user_string() for level in graph.toposorted_asset_keys_by_level for key in level]
-    readings = ["metrics_schema", "metrics_topic", "metrics_sink_connector", "metrics"]
+    readings = ["metrics_schema", "metrics_partitions", "metrics_topic", "metrics_sink_connector", "metrics"]
     assert [name for name in names if name in readings] == readings
 
 

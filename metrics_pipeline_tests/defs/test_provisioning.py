@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from metrics_pipeline import kafka, postgres
+from metrics_pipeline import kafka, partitions, postgres
 from metrics_pipeline.definitions import defs
 from metrics_pipeline.defs import provisioning
 from metrics_pipeline.errors import ServiceError
@@ -46,6 +46,22 @@ class FakeSchema:
 
 
 @dataclass
+class FakePartitions:
+    """Partitions as `partitions` tells of them."""
+
+    wanted: list[str] = field(default_factory=lambda: ["metrics_p20261126", "metrics_p20261127"])
+    made: list[str] = field(default_factory=list)
+
+    def make(self, settings: Settings) -> list[str]:
+        new = [name for name in self.wanted if name not in self.made]
+        self.made += new
+        return new
+
+    def missing(self, settings: Settings) -> list[str]:
+        return [f"{name} is missing" for name in self.wanted if name not in self.made]
+
+
+@dataclass
 class Parts:
     """Everything that is provisioned, and Dagster's memory of it."""
 
@@ -53,6 +69,7 @@ class Parts:
     broker: FakeBroker
     connect: FakeConnect
     instance: dg.DagsterInstance
+    partitions: FakePartitions
     tables: FakeSinkTables = field(default_factory=FakeSinkTables)
 
     def run(self, job: str = "provision", **config: Any) -> dg.ExecuteInProcessResult:
@@ -72,7 +89,9 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
     monkeypatch.setenv("POSTGRES_PASSWORD", SECRET)
     with serving() as fake, dg.DagsterInstance.ephemeral() as instance:
         monkeypatch.setenv("CONNECT_URL", fake.url)
-        parts = Parts(schema, broker, fake, instance)
+        parts = Parts(schema, broker, fake, instance, FakePartitions())
+        monkeypatch.setattr(partitions, "make", parts.partitions.make)
+        monkeypatch.setattr(partitions, "missing", parts.partitions.missing)
         monkeypatch.setattr(postgres, "connect", parts.tables.connect)
         yield parts
 
@@ -91,14 +110,14 @@ def red(result: dg.ExecuteInProcessResult) -> dict[str, str]:
     return {check.check_name: check.description or "" for check in found if not check.passed}
 
 
-ALL = ["metrics_schema", "metrics_topic", "metrics_sink_connector"]
+ALL = ["metrics_schema", "metrics_partitions", "metrics_topic", "metrics_sink_connector"]
 
 
 def test_created_in_order_and_then_left_alone(parts: Parts) -> None:
     first = parts.run()
     assert first.success
-    assert states(first) == [(name, "created") for name in ALL]
-    assert len(first.get_asset_check_evaluations()) == 3
+    assert states(first) == [(name, "changed" if name == "metrics_partitions" else "created") for name in ALL]
+    assert len(first.get_asset_check_evaluations()) == 4
     assert red(first) == {}
     second = parts.run()
     assert states(second) == [(name, "unchanged") for name in ALL]
@@ -114,6 +133,17 @@ def test_a_new_migration_is_a_change_that_names_it(parts: Parts) -> None:
     assert details == ["applied 3_more"]
 
 
+def test_partitions_are_missing_until_they_are_made(parts: Parts) -> None:
+    parts.run()
+    parts.partitions.wanted.append("metrics_p20261128")
+    assert red(parts.run("check_provisioning")) == {"partitions_ahead": "metrics_p20261128 is missing"}
+    result = parts.run("partitions")
+    assert states(result) == [("metrics_partitions", "changed")]
+    details = result.asset_materializations_for_node("metrics_partitions")[0].metadata["details"].value
+    assert details == ["made metrics_p20261128"]
+    assert red(result) == {}
+
+
 def test_what_changed_by_hand_is_seen_red_and_then_mended(parts: Parts) -> None:
     parts.run()
     parts.broker.topics[TOPIC].config["retention.bytes"] = "1000"
@@ -126,6 +156,7 @@ def test_what_changed_by_hand_is_seen_red_and_then_mended(parts: Parts) -> None:
     mended = parts.run()
     assert states(mended) == [
         ("metrics_schema", "unchanged"),
+        ("metrics_partitions", "unchanged"),
         ("metrics_topic", "changed"),
         ("metrics_sink_connector", "changed"),
     ]

@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from psycopg import sql
 from psycopg.pq import TransactionStatus
 
-from metrics_pipeline import postgres, summaries
+from metrics_pipeline import partitions, postgres, summaries
+from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.postgres import Connection
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.conftest import RunningStack
@@ -333,8 +334,7 @@ def test_a_table_rewritten_begins_anew(bench: Bench) -> None:
     insert(bench.writer, 100)
     bench.tick()
     insert(bench.writer, 100, start=100)
-    bench.hand.execute("ALTER TABLE metrics SET UNLOGGED")
-    bench.hand.execute("ALTER TABLE metrics SET LOGGED")
+    bench.hand.execute("VACUUM FULL metrics_before")
     bench.count()
     bench.tick()
 
@@ -579,7 +579,7 @@ def fetched(bench: Bench) -> int:
     bench.hand.execute("SELECT pg_stat_force_next_flush()")
     bench.hand.execute("SELECT pg_stat_clear_snapshot()")
     row = bench.hand.execute(
-        "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'metrics'"
+        "SELECT sum(seq_tup_read + idx_tup_fetch) FROM pg_stat_user_tables WHERE relname IN ('metrics_before', 'metrics_after')"
     ).fetchone()
     assert row is not None
     return int(row[0])
@@ -647,10 +647,10 @@ def test_plans_do_not_depend_on_statistics(bench: Bench, analyzed: bool) -> None
                 )
                 for name in ("absorb_inserted", "absorb_changed", "absorb_removed")
             }
-    assert "Bitmap Index Scan on metrics_created_at_idx" in plans["absorb_inserted"]
+    assert "Bitmap Index Scan on metrics_before_created_at_idx" in plans["absorb_inserted"]
     assert "Nested Loop" not in plans["absorb_inserted"] + plans["absorb_removed"]
     assert plans["absorb_changed"].count("Nested Loop") == 1
-    assert "metrics_pkey" in plans["absorb_changed"]
+    assert "metrics_before_pkey" in plans["absorb_changed"]
     assert "Seq Scan on metrics" not in "".join(plans.values())
 
 
@@ -712,6 +712,11 @@ class Writers(RuleBasedStateMachine):
             conn.execute("SET lock_timeout = '20ms'")
         self.bench.summarizer.execute("SET lock_timeout = '100ms'")
         self.savepoints = [0, 0, 0]
+        # Behind all partitions there are: as it goes on, they are cut off.
+        last = partitions.listed(self.bench.reader)[-1].low
+        assert last is not None
+        self.shift = last - BEGIN
+        self.cut = 0
         self.bench.hand.execute("TRUNCATE metrics")
         self.bench.tick()
 
@@ -736,6 +741,9 @@ class Writers(RuleBasedStateMachine):
                     conn.execute("ROLLBACK")
         if conn.info.transaction_status == TransactionStatus.IDLE:
             self.savepoints[writer] = 0
+
+    def placed(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
+        return key[0], key[1] + self.shift, key[2]
 
     def busy(self) -> list[int]:
         return [n for n, conn in enumerate(self.writers) if conn.info.transaction_status != TransactionStatus.IDLE]
@@ -786,7 +794,7 @@ class Writers(RuleBasedStateMachine):
         with self.statement(writer) as conn:
             conn.execute(
                 f"INSERT INTO metrics VALUES {rows}{conflict}",
-                [part for key, value in readings.items() for part in (*key, value)],
+                [part for key, value in readings.items() for part in (*self.placed(key), value)],
             )
 
     @rule(writer=writers, readings=st.dictionaries(keys, st.sampled_from(VALUES), min_size=1, max_size=4))
@@ -794,7 +802,7 @@ class Writers(RuleBasedStateMachine):
         copy = "COPY metrics (device_id, published_at, metric_name, value, tags) FROM STDIN"
         with self.statement(writer) as conn, conn.cursor() as cursor, cursor.copy(copy) as out:
             for key, value in readings.items():
-                out.write_row((*key, value, ["copied"]))
+                out.write_row((*self.placed(key), value, ["copied"]))
 
     @rule(writer=writers, key=keys, value=st.sampled_from(VALUES))
     def update(self, writer: int, key: tuple[Any, ...], value: float) -> None:
@@ -814,13 +822,13 @@ class Writers(RuleBasedStateMachine):
             conn.execute(
                 "UPDATE metrics SET device_id = %s, published_at = %s, metric_name = %s "
                 "WHERE device_id = %s AND published_at = %s AND metric_name = %s",
-                [*to, *key],
+                [*self.placed(to), *self.placed(key)],
             )
 
     @rule(writer=writers, key=keys)
     def delete(self, writer: int, key: tuple[Any, ...]) -> None:
         with self.statement(writer) as conn:
-            conn.execute("DELETE FROM metrics WHERE device_id = %s AND published_at = %s", [key[0], key[1]])
+            conn.execute("DELETE FROM metrics WHERE device_id = %s AND published_at = %s", self.placed(key)[:2])
 
     @rule(writer=writers, often=st.integers(0, 9))
     def truncate(self, writer: int, often: int) -> None:
@@ -832,9 +840,17 @@ class Writers(RuleBasedStateMachine):
     def tick(self, fold: bool, settle: int) -> None:
         summaries.MOST_PENDING = 0 if fold else 3_000_000
         # Which of the few hours of these readings are over.
-        summaries.SETTLED_AFTER = datetime.now(UTC) - BEGIN - timedelta(hours=settle)
+        summaries.SETTLED_AFTER = datetime.now(UTC) - BEGIN - self.shift - timedelta(hours=settle)
         with suppress(psycopg.errors.LockNotAvailable):
             self.bench.tick()
+
+    @precondition(lambda self: self.cut < 3)
+    @rule()
+    def make_partitions(self) -> None:
+        now = BEGIN + self.shift + timedelta(hours=self.cut) - partitions.AHEAD["hour"]
+        with suppress(ServiceError):  # a writer has the table
+            partitions.make(self.database.model_copy(update={"metrics_partition": "hour"}), now + timedelta(seconds=1))
+            self.cut += 1
 
     @rule()
     def count(self) -> None:
@@ -844,6 +860,9 @@ class Writers(RuleBasedStateMachine):
 
 
 def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While partitions are cut off that hold what they write, and readings move between them."""
+    monkeypatch.setattr(partitions, "LOCK_MS", 20)
+    monkeypatch.setattr(partitions, "PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(summaries, "MOST_PENDING", 3_000_000)
     monkeypatch.setattr(summaries, "SETTLED_AFTER", timedelta(hours=6))
     machine = type("WritersHere", (Writers,), {"database": database})
@@ -857,6 +876,8 @@ def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pyte
             suppress_health_check=list(HealthCheck),
         ),
     )
+    with postgres.connect(database, "metrics_reader") as connection:
+        assert len(partitions.listed(connection)) > 20
 
 
 def test_writers_that_run_at_the_same_time(bench: Bench, database: Settings) -> None:
@@ -918,7 +939,7 @@ def test_writers_that_run_at_the_same_time(bench: Bench, database: Settings) -> 
 def test_the_index_on_created_at_is_kept_up_to_date(bench: Bench) -> None:
     insert(bench.writer, 50_000)
     absorb(bench.summarizer)
-    assert bench.hand.execute("SELECT brin_summarize_new_values('metrics_created_at_idx')").fetchone() == (0,)
+    assert bench.hand.execute("SELECT brin_summarize_new_values('metrics_before_created_at_idx')").fetchone() == (0,)
 
 
 def test_a_vacuum_is_not_disturbed(bench: Bench) -> None:

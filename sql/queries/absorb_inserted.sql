@@ -1,5 +1,5 @@
--- Readings of one span of created_at that logged statements inserted, as far as they are what was inserted: into the minutes, and
--- put by for the devices, side by side in arrays. How many entries are that?
+-- Readings of one span of created_at that logged statements inserted, as far as they are what was inserted.
+-- They go into the minutes, and are put by for the devices, side by side in arrays; how many entries are that?
 WITH pending AS MATERIALIZED (
     SELECT DISTINCT
         xmin AS version,
@@ -15,7 +15,16 @@ figures AS MATERIALIZED (
         date_bin('1 hour', m.published_at, '2000-01-01 00:00:00+00') AS slot,
         p.minute,
         count(*) AS rows,
-        sum(m.value::text::numeric) AS total,
+        -- Up to four decimals in whole numbers: a sum of numerics keeps 150 bytes a group, and costs more than all the rest.
+        -- Such a decimal has at most ten digits, so the double that is nearest to it is written as this very decimal.
+        sum(
+            CASE
+                WHEN abs(m.value) < 200000 AND round(m.value * 10000) / 10000 = m.value THEN (m.value * 10000)::integer
+            END
+        ) AS ten_thousandths,
+        sum(m.value::text::numeric) FILTER (
+            WHERE NOT (abs(m.value) < 200000 AND round(m.value * 10000) / 10000 = m.value)
+        ) AS others,
         min(m.value) AS min,
         max(m.value) AS max,
         min(m.published_at) AS first_seen,
@@ -36,7 +45,12 @@ packed AS (
         array_agg(metric_name),
         array_agg(slot),
         array_agg(rows),
-        array_agg(total),
+        array_agg(
+            CASE
+                WHEN others IS NULL THEN ten_thousandths * 0.0001
+                ELSE coalesce(ten_thousandths * 0.0001, 0) + others
+            END
+        ),
         array_agg(min),
         array_agg(max),
         array_agg(first_seen),

@@ -12,7 +12,10 @@ SELECT
     max(c.old_value),
     min(c.published_at),
     max(c.published_at)
-FROM summary_changes AS c
+FROM (
+    -- An update that moves a reading into another partition is an update and a delete, and says so twice.
+    SELECT DISTINCT device_id, published_at, metric_name, old_value, old_created_at, old_xmin FROM summary_changes
+) AS c
 WHERE
     c.old_xmin IS NOT NULL
     -- Whatever a transaction made whose log rows are still here is not counted yet.

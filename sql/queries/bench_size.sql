@@ -1,2 +1,4 @@
--- Bytes of the table metrics: rows, and its indexes.
-SELECT pg_table_size('metrics'), pg_indexes_size('metrics')
+-- Bytes of the table metrics with all its partitions: rows, and their indexes.
+SELECT sum(pg_table_size(relid))::bigint, sum(pg_indexes_size(relid))::bigint
+FROM pg_partition_tree('metrics')
+WHERE isleaf

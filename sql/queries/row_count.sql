@@ -25,7 +25,10 @@ changed AS (
 ),
 removed AS (
     SELECT count(*) AS rows
-    FROM changes AS c
+    FROM (
+        -- An update that moves a reading into another partition says so twice.
+        SELECT DISTINCT device_id, published_at, metric_name, old_created_at, old_xmin FROM changes
+    ) AS c
     WHERE
         c.old_xmin IS NOT NULL
         AND NOT EXISTS (SELECT FROM pending AS p WHERE p.version = c.old_xmin AND p.created_at = c.old_created_at)

@@ -1,0 +1,64 @@
+"""Which partitions are due at a time: aligned, without a gap, named by their begin."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+
+from metrics_pipeline import partitions
+from metrics_pipeline.settings import PartitionWidth, Settings
+
+NOW = datetime(2026, 11, 26, 7, 14, 31, 250_000, UTC)
+
+
+def of(width: PartitionWidth) -> Settings:
+    return Settings(_env_file=None, metrics_partition=width)
+
+
+@pytest.mark.parametrize(
+    ("width", "bound"),
+    [
+        ("minute", datetime(2026, 11, 26, 7, 15, tzinfo=UTC)),
+        ("hour", datetime(2026, 11, 26, 8, tzinfo=UTC)),
+        ("day", datetime(2026, 11, 27, tzinfo=UTC)),
+        ("month", datetime(2026, 12, 1, tzinfo=UTC)),
+    ],
+)
+def test_a_bound_is_the_next_full_one_in_utc(width: PartitionWidth, bound: datetime) -> None:
+    assert partitions.bound_after(width, NOW) == bound
+    assert partitions.bound_after(width, NOW.astimezone(timezone(timedelta(hours=5, minutes=30)))) == bound
+    assert partitions.bound_after(width, bound) > bound, "a bound is not after itself"
+
+
+def test_months_have_their_own_lengths() -> None:
+    bound, months = datetime(2027, 1, 1, tzinfo=UTC), []
+    for _ in range(14):
+        months.append(bound)
+        bound = partitions.bound_after("month", bound)
+    assert [month.day for month in months] == [1] * 14
+    assert [month.month for month in months] == [*range(1, 13), 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("width", "first", "count"),
+    [
+        ("minute", "metrics_p202611260700", 20),
+        ("hour", "metrics_p2026112607", 25),
+        ("day", "metrics_p20261126", 5),
+        ("month", "metrics_p202611", 3),
+    ],
+)
+def test_they_reach_ahead_without_a_gap(width: PartitionWidth, first: str, count: int) -> None:
+    last = NOW.replace(minute=0, second=0, microsecond=0)
+    wanted = partitions.due(of(width), last, NOW)
+    assert wanted[0][:2] == (first, last)
+    assert len(wanted) == count == len({name for name, _, _ in wanted})
+    assert [low for _, low, _ in wanted[1:]] == [high for _, _, high in wanted[:-1]]
+    assert wanted[-1][2] >= NOW + partitions.AHEAD[width]
+    assert partitions.due(of(width), wanted[-1][2], NOW) == []
+
+
+def test_a_wider_one_begins_where_the_last_one_ends() -> None:
+    last = datetime(2026, 11, 26, 13, tzinfo=UTC)
+    assert partitions.due(of("day"), last, NOW)[0] == ("metrics_p20261126", last, datetime(2026, 11, 27, tzinfo=UTC))
