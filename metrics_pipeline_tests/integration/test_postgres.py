@@ -147,8 +147,8 @@ def test_the_writer_writes_readings_and_nothing_else(database: Settings) -> None
 def test_the_reader_reads_everything_and_writes_nothing(database: Settings) -> None:
     with postgres.connect(database, "metrics_owner") as conn:
         tables = [row[0] for row in conn.execute("SELECT relname FROM pg_stat_user_tables ORDER BY 1").fetchall()]
-    assert {"metrics", "metric_names", "producer_runs", "device_summary"} <= set(tables)
-    for table in set(tables) - {"schema_migrations"}:
+    assert {"metrics_before", "metrics_after", "metric_names", "producer_runs", "device_slots"} <= set(tables)
+    for table in set(tables) - {"schema_migrations"} | {"metrics", "device_summary", "device_metric_summary"}:
         attempt(database, "metrics_reader", f"SELECT * FROM {table} LIMIT 1")
     with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
         attempt(database, "metrics_reader", READING)
@@ -393,7 +393,7 @@ def test_sql_gives_columns_and_rows(database: Settings) -> None:
         ("SELEC 1", r"SQL failed at line 1: syntax error"),
         ("SELECT 1/0", r"SQL failed: division by zero"),
         ("DELETE FROM metrics", r"SQL refused: cannot execute DELETE in a read-only transaction"),
-        ("COPY metrics TO STDOUT", r"SQL refused: COPY"),
+        ("COPY metric_names TO STDOUT", r"SQL refused: COPY"),
     ],
 )
 def test_sql_that_cannot_be_run_is_one_line(database: Settings, statement: str, message: str) -> None:
