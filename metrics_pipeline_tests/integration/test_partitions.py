@@ -200,6 +200,32 @@ def test_a_table_with_readings_becomes_a_partition_and_back(
         summaries_agree(database)
 
 
+def test_a_check_that_was_never_validated_comes_along(database: Settings) -> None:
+    """As the migration of another metric leaves it."""
+    for _ in MIGRATED:
+        postgres.rollback(database)
+    store(database, datetime.now(UTC))
+    check = "CHECK (metric_name IN (0, 10, 20, 30, 40, 50, 60)) NOT VALID"
+    with postgres.connect(database, "metrics_owner", autocommit=True) as owner:
+        owner.execute("ALTER TABLE metrics DROP CONSTRAINT metrics_metric_name_is_known")
+        owner.execute(f"ALTER TABLE metrics ADD CONSTRAINT metrics_metric_name_is_known {check}".encode())
+        postgres.migrate(database)
+        partitions.make(database, datetime.now(UTC) + timedelta(days=3))
+        owner.execute(
+            "INSERT INTO metrics (device_id, published_at, metric_name, value) SELECT %s, now() + n * '1 day'::interval, 60, 1 FROM generate_series(-1, 9) AS n",
+            [DEVICE],
+        )
+        with pytest.raises(psycopg.errors.CheckViolation):
+            owner.execute(
+                "INSERT INTO metrics (device_id, published_at, metric_name, value) VALUES (%s, now(), 61, 1)", [DEVICE]
+            )
+        # Once partitioned, the same again: for all partitions at once, and those that come.
+        owner.execute("ALTER TABLE metrics DROP CONSTRAINT metrics_metric_name_is_known")
+        owner.execute(f"ALTER TABLE metrics ADD CONSTRAINT metrics_metric_name_is_known {check}".encode())
+    assert partitions.make(database, datetime.now(UTC) + timedelta(days=30)) != []
+    assert sum(where(database).values()) == 12
+
+
 def test_a_reading_of_a_later_time_waits_for_the_migration(database: Settings) -> None:
     """It is neither stored in the wrong place nor refused: sinks wait as they do for a lock."""
     now = datetime.now(UTC)
