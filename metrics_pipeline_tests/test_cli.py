@@ -265,6 +265,19 @@ def test_doctor_asks_a_postgresql_of_others(run: Run, monkeypatch: pytest.Monkey
     assert "tell-nobody" not in ended.out + ended.err
 
 
+def test_doctor_says_what_a_day_costs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_MEMORY_GB", "24")
+    assert (
+        "at 20,000 readings/s a partition gets 1,728.0 million rows, 320.3 GiB; a day is 320.3 GiB" in run("doctor").out
+    )
+    assert "with many devices `hour` keeps the speed" in run("doctor").out
+    monkeypatch.setenv("METRICS_PARTITION", "hour")
+    assert "a partition gets 72.0 million rows, 13.3 GiB; a day is 320.3 GiB" in run("doctor").out
+    assert "keeps the speed" not in run("doctor").out
+    monkeypatch.setenv("PRODUCER_PUBLISH_INTERVAL", "0")
+    assert "METRICS_PARTITION=hour; the producer's rate is what the broker takes" in run("doctor").out
+
+
 def test_doctor_counts_further_brokers_and_workers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"PIPELINE_MEMORY_GB": "4", "KAFKA_BROKERS": "3", "CONNECT_WORKERS": "2"}.items():
         monkeypatch.setenv(name, value)

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass
+from typing import Final
 
 import psutil
 
@@ -18,7 +19,13 @@ from metrics_pipeline.local.stack import outsider_problem, unused_ports
 from metrics_pipeline.local.state import StackState
 from metrics_pipeline.replay.folder import ReplayFolder
 from metrics_pipeline.replay.recipe import named_recipe
-from metrics_pipeline.settings import Settings, env_file, external_services
+from metrics_pipeline.settings import PartitionWidth, Settings, env_file, external_services
+
+ROW_BYTES: Final = 199
+"""Of a reading in the table, with its part of the indexes."""
+INDEX_BYTES: Final = 65
+"""Of it, that part."""
+_SECONDS: Final[dict[PartitionWidth, int]] = {"minute": 60, "hour": 3600, "day": 86_400, "month": 30 * 86_400}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,7 @@ def examine(settings: Settings) -> list[Finding]:
         ),
         Finding("sink", _sink(settings)),
         *_replay_folder(settings),
+        Finding("partitions", _partitions(settings, budget)),
         Finding(
             "JVM heaps",
             f"{settings.kafka_brokers} x broker {budget.broker_heap // MIB} MiB, "
@@ -97,6 +105,25 @@ def _replay_folder(settings: Settings) -> list[Finding]:
         return [Finding("replay folder", str(error), ok=False)]
     said = "; ".join([f"{settings.replay_path}: {found.waiting} files in it", *found.problems])
     return [Finding("replay folder", said, ok=not found.problems)]
+
+
+def _partitions(settings: Settings, budget: Budget) -> str:
+    """What a partition of the table costs at the producer's rate, and whether its indexes stay in memory."""
+    width = settings.metrics_partition
+    if not settings.producer_publish_interval:
+        return f"METRICS_PARTITION={width}; the producer's rate is what the broker takes"
+    rate = (
+        (settings.producer_min_metrics + settings.producer_max_metrics) / 2 / settings.producer_publish_interval * 1000
+    )
+    rows = rate * _SECONDS[width]
+    text = (
+        f"METRICS_PARTITION={width}: at {rate:,.0f} readings/s a partition gets {rows / 1e6:,.1f} million rows, "
+        f"{rows * ROW_BYTES / GIB:,.1f} GiB; a day is {rate * _SECONDS['day'] * ROW_BYTES / GIB:,.1f} GiB"
+    )
+    buffers = int(budget.postgres["shared_buffers"].removesuffix("MB")) * MIB
+    if width not in ("minute", "hour") and rows * INDEX_BYTES > buffers:
+        text += ". Its indexes do not fit into shared_buffers: with many devices `hour` keeps the speed"
+    return text
 
 
 def _memory(settings: Settings, budget: Budget) -> Finding:
