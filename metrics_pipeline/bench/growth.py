@@ -38,6 +38,7 @@ class Step:
         small_tick_seconds: that it took.
         heap_bytes: of the table.
         index_bytes: of its indexes.
+        summary_bytes: of the tables that the summaries are kept in.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class Step:
     small_tick_seconds: float
     heap_bytes: int
     index_bytes: int
+    summary_bytes: int
 
 
 def ends(settings: Settings, count: int, steps: int, now: datetime) -> list[datetime]:
@@ -136,6 +138,7 @@ def growth(
                     small_tick_rows=trial.rows + WARM_UP,
                     small_tick_seconds=small_tick,
                     **table.size(connection),
+                    summary_bytes=table.summary_size(connection),
                 )
             )
             say(line(measured[-1]))

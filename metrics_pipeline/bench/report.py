@@ -128,7 +128,17 @@ def _produce(document: Document) -> Iterable[RenderableType]:
 
 def _growth(document: Document) -> Iterable[RenderableType]:
     grid = Table(
-        "rows", "rows/s", "p50", "p99", "tick", "new rows", "small tick", "new rows", "heap MiB", "indexes MiB"
+        "rows",
+        "rows/s",
+        "p50",
+        "p99",
+        "tick",
+        "new rows",
+        "small tick",
+        "new rows",
+        "heap MiB",
+        "indexes MiB",
+        "summaries MiB",
     )
     for step in document["steps"]:
         grid.add_row(
@@ -141,6 +151,7 @@ def _growth(document: Document) -> Iterable[RenderableType]:
             f"{step['small_tick_rows']:,}",
             f"{step['heap_bytes'] / MIB:,.0f}",
             f"{step['index_bytes'] / MIB:,.0f}",
+            f"{step['summary_bytes'] / MIB:,.0f}",
         )
     yield grid
     yield from (Text(f"NOT EQUAL: {problem}", "bold red") for problem in document["problems"])

@@ -111,8 +111,8 @@ def postgres_settings(settings: Settings) -> dict[str, str]:
 
 
 def pipeline_settings(settings: Settings) -> dict[str, Any]:
-    """Of the producer, the topic and the sink."""
-    names = [name for group in ("producer", "topic", "sink") for name in Settings.group(group)]
+    """Of the producer (its fleet among them), the topic, the sink and the table."""
+    names = [name for group in ("producer", "topic", "sink", "table") for name in Settings.group(group)]
     return {name.upper(): getattr(settings, name) for name in names}
 
 

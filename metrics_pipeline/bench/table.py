@@ -140,6 +140,12 @@ def size(connection: postgres.Connection) -> dict[str, int]:
     return {"heap_bytes": heap, "index_bytes": index}
 
 
+def summary_size(connection: postgres.Connection) -> int:
+    """Bytes of the tables that the summaries are kept in."""
+    (size,) = connection.execute(postgres.query("bench_summary_size")).fetchone() or (0,)
+    return int(size)
+
+
 def check(settings: Settings, reference: Reference, *, full: bool) -> Checked:
     """Compare the table with the topic: by a checksum over all rows, and key by key when asked or when that differs.
 

@@ -220,6 +220,7 @@ def test_growth_and_produce_for_people_and_as_charts() -> None:
         "small_tick_rows": 100_000,
         "heap_bytes": 2**20,
         "index_bytes": 2**20,
+        "summary_bytes": 7 * 2**20,
     }
     grown = SURROUNDINGS | {"bench": "growth", "sink": "copy", "steps": [step], "problems": ["step 1: wrong"]}
     assert "150,000" in shown(grown)
