@@ -27,6 +27,13 @@ AHEAD: Final[dict[PartitionWidth, timedelta]] = {
     "month": timedelta(days=40),
 }
 """How far ahead partitions are made: long enough for a night without Dagster."""
+GRACE: Final[dict[PartitionWidth, timedelta]] = {
+    "minute": timedelta(seconds=30),
+    "hour": timedelta(minutes=30),
+    "day": timedelta(hours=1),
+    "month": timedelta(hours=1),
+}
+"""How long after its end a partition is waited with: what comes later is late."""
 LOCK_MS = 500
 """How long readers and writers of the table may have to wait behind a statement that waits for them."""
 PATIENCE_SECONDS = 30.0
@@ -64,6 +71,35 @@ class Partition:
 def listed(connection: postgres.Connection) -> list[Partition]:
     """The partitions there are, in order of time. Any role may ask."""
     return [Partition(*row) for row in connection.execute(postgres.query("partitions"))]
+
+
+def closed(settings: Settings, now: datetime | None = None) -> list[Partition]:
+    """The partitions that get no more readings, unless these are late, in order of time; `metrics_before` is among them.
+
+    Raises:
+        ServiceError: PostgreSQL is not reachable, or the schema is not there.
+    """
+    edge = (now or datetime.now(UTC)) - GRACE[settings.metrics_partition]
+    with postgres.connect(settings, "metrics_reader", autocommit=True) as connection, _errors():
+        return [partition for partition in listed(connection) if partition.high is not None and partition.high <= edge]
+
+
+def restore(
+    settings: Settings, name: str, low: datetime, high: datetime, fill: Callable[[psycopg.Connection, str], None]
+) -> None:
+    """Bring readings back into the table: as a partition where there is none at that time, otherwise into those that are there.
+
+    Args:
+        settings: which database.
+        name: of the partition to be made.
+        low: least published_at.
+        high: what every published_at is less than.
+        fill: copies the readings, with created_at, into the table that it is told.
+
+    Raises:
+        ServiceError: PostgreSQL is not reachable, a reading is of another time, or its key is there with another value.
+    """
+    raise NotImplementedError
 
 
 def bound_after(width: PartitionWidth, at: datetime) -> datetime:

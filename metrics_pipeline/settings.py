@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote, urlsplit
@@ -88,6 +89,35 @@ def _is_quorum(brokers: int) -> int:
     if brokers not in (1, 3):
         raise ValueError("must be 1 or 3: two brokers cannot lose one, and more gain nothing on one machine")
     return brokers
+
+
+_UNITS_OF_TIME = {"m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+_UNITS_OF_SIZE = {
+    f"{prefix}{kind}": base**power
+    for power, prefix in enumerate("MGT", 2)
+    for kind, base in (("B", 1000), ("iB", 1024))
+}
+
+
+def _amount(text: str, units: Mapping[str, int]) -> int:
+    """A whole number with its unit, in the least of them."""
+    found = re.fullmatch(r"(\d{1,9}) ?([A-Za-z]+)", text.strip())
+    amount = int(found[1]) * units.get(found[2], 0) if found else 0
+    if not amount:
+        raise ValueError(f"must be a number with one of the units {', '.join(units)}")
+    return amount
+
+
+def _is_age(text: str) -> str:
+    if text and _amount(text, _UNITS_OF_TIME) > 1000 * 366 * 86_400:
+        raise ValueError("must be 1000 years at most")
+    return text
+
+
+def _is_size(text: str) -> str:
+    if text:
+        _amount(text, _UNITS_OF_SIZE)
+    return text
 
 
 def _check_port(url: str) -> int | None:
@@ -237,6 +267,16 @@ class Settings(ProducerSettings):
         "day",
         "`hour`, `day` or `month` (`minute` for tests): how much time a partition of the table is for; `hour` where a day's keys do not fit "
         "into memory and old partitions go",
+        "table",
+    )
+    metrics_retention: Annotated[str, AfterValidator(_is_age)] = _setting(
+        "",
+        "an age such as `90d` or `36h`: partitions whose readings (by `published_at`) are all older are dropped; off while empty",
+        "table",
+    )
+    metrics_retention_size: Annotated[str, AfterValidator(_is_size)] = _setting(
+        "",
+        "a size such as `500GB`: while all partitions with their indexes are larger, the oldest is dropped; off while empty",
         "table",
     )
 
@@ -413,6 +453,16 @@ class Settings(ProducerSettings):
     def replay_path(self) -> Path | None:
         """The folder of files to replay, absolute; a relative setting counts from the workplace."""
         return None if self.replay_folder is None else (workplace() / self.replay_folder).resolve()
+
+    @property
+    def retention_age(self) -> timedelta | None:
+        """How old readings become; None: as old as they like."""
+        return timedelta(seconds=_amount(self.metrics_retention, _UNITS_OF_TIME)) if self.metrics_retention else None
+
+    @property
+    def retention_bytes(self) -> int | None:
+        """How large the table may become, with its indexes; None: as large as it likes."""
+        return _amount(self.metrics_retention_size, _UNITS_OF_SIZE) if self.metrics_retention_size else None
 
     @property
     def bootstrap_servers(self) -> str:
