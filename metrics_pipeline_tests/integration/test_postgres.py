@@ -458,9 +458,16 @@ def test_runs_that_never_said_how_they_ended(database: Settings, source: str, mi
 
 def test_the_rows_of_a_table_of_more_than_2_gib_are_estimated(database: Settings) -> None:
     with postgres.connect_admin(database, database.metrics_database) as conn, conn.transaction(force_rollback=True):
-        conn.execute("UPDATE pg_class SET relpages = 300000, reltuples = 18e6 WHERE oid = 'metrics'::regclass")
-        (stored,) = conn.execute("SELECT pg_relation_size('metrics')").fetchone() or (None,)
-        assert conn.execute(postgres.query("verify_size")).fetchone() == (round(stored / (8192 * 300000 / 18e6)),)
+        conn.execute("TRUNCATE metrics")
+        conn.execute(
+            "INSERT INTO metrics (device_id, published_at, metric_name, value) "
+            "SELECT gen_random_uuid(), '2001-01-01 00:00:00+00', 10, n FROM generate_series(1, 1000) AS n"
+        )
+        conn.execute("UPDATE pg_class SET relpages = 300000, reltuples = 18e6 WHERE relname = 'metrics_before'")
+        (stored,) = conn.execute("SELECT pg_relation_size('metrics_before')").fetchone() or (0,)
+        assert stored > 0
+        (estimate, *_) = conn.execute(postgres.query("verify_size")).fetchone() or (0,)
+        assert estimate == round(stored / (8192 * 300000 / 18e6))
 
 
 def test_who_holds_a_lock_is_who_waits_for_nobody(database: Settings) -> None:
