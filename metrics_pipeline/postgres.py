@@ -103,7 +103,7 @@ PostgreSQL's defaults, but for the zone, the path and the locale. What only make
 _AS_IT_IS = {"synchronous_commit": ("on", "remote_write", "remote_apply")}
 """Presets that may stay as they are when they are one of these: the first of them is set otherwise."""
 
-_TEMPORARY_TABLES: tuple[Role, ...] = ("metrics_writer", "metrics_summarizer")
+_TEMPORARY_TABLES: tuple[Role, ...] = ("metrics_owner", "metrics_writer", "metrics_summarizer")
 
 
 class StandbyServerError(ServiceError):
