@@ -56,6 +56,8 @@ app.add_typer(bench, name="bench")
 app.add_typer(container, name="container")
 refused = typer.Typer(help="The records that were rejected.", no_args_is_help=True)
 app.add_typer(refused, name="rejects")
+parted = typer.Typer(help="The partitions of the table of the readings.", no_args_is_help=True)
+app.add_typer(parted, name="partitions")
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -336,6 +338,62 @@ def sql(
             grid.add_row(*(Text("" if value is None else str(value)) for value in row))
         out.print(grid)
         out.print(f"{len(result.rows)} row{'' if len(result.rows) == 1 else 's'}")
+
+
+@parted.command("list")
+def partitions_list(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """The partitions, oldest first: bounds of published_at in UTC, readings (about), bytes with indexes, and which have expired."""
+    from metrics_pipeline import partitions, retention
+
+    settings = Settings.load()
+    found = partitions.every(settings)
+    expired = {one.name for one in retention.expired(settings)}
+    if as_json:
+        document = [one.document() | {"expired": one.name in expired} for one in found]
+        sys.stdout.write(json.dumps({"partitions": document}) + "\n")
+        return
+    grid = Table("partition", "from", "to", "readings", "MiB", "")
+    for one in found:
+        low, high = (f"{bound:%Y-%m-%d %H:%M}" if bound else "" for bound in (one.low, one.high))
+        mebibytes = f"{one.bytes / 2**20:,.1f}"
+        grid.add_row(one.name, low, high, f"{one.rows:,}", mebibytes, "expired" if one.name in expired else "")
+    out.print(grid)
+
+
+@parted.command("make")
+def partitions_make() -> None:
+    """Make the partitions of the time to come, as the job `partitions` does."""
+    from metrics_pipeline import partitions
+
+    made = partitions.make(Settings.load(), report=lambda name: _say(f"made {name}"))
+    if not made:
+        _say("all of them are there")
+
+
+@parted.command("drop")
+def partitions_drop(
+    before: Annotated[
+        datetime,
+        typer.Option("--before", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"], help="those that end then or earlier, in UTC"),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Drop all partitions that end by a time, oldest first, whatever METRICS_RETENTION says."""
+    from metrics_pipeline import partitions, retention
+
+    settings = Settings.load()
+    edge = before.replace(tzinfo=UTC)
+    wanted = [one for one in partitions.every(settings) if one.high is not None and one.high <= edge]
+    _say(f"{len(wanted)} partitions, {sum(one.bytes for one in wanted) / 2**20:,.1f} MiB")
+    if not wanted:
+        return
+    if not yes and not typer.confirm("Drop them with their readings?"):
+        raise typer.Exit(1)
+    for one in wanted:
+        dropped = retention.drop(settings, one)
+        _say(f"dropped {one.name}: {dropped.rows:,} readings")
 
 
 @refused.command("list")

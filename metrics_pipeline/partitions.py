@@ -9,15 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg import sql
 
-from metrics_pipeline import postgres
-from metrics_pipeline.errors import ServiceError
+from metrics_pipeline import postgres, summaries
+from metrics_pipeline.errors import BusyError, ServiceError
 from metrics_pipeline.settings import PartitionWidth, Settings
 
 AHEAD: Final[dict[PartitionWidth, timedelta]] = {
@@ -36,10 +36,19 @@ GRACE: Final[dict[PartitionWidth, timedelta]] = {
 """How long after its end a partition is waited with: what comes later is late."""
 LOCK_MS = 500
 """How long readers and writers of the table may have to wait behind a statement that waits for them."""
+STILL_SECONDS: Final = 5
+"""How long a vacuum is waited for, which is ended meanwhile unless it has to be."""
 PATIENCE_SECONDS = 30.0
 """How long somebody's long transaction is waited for, half a second at a time."""
 FIRST: Final = "metrics_before"
 LAST: Final = "metrics_after"
+RESTORED: Final = "metrics_restored"
+"""Where readings stand that are being restored."""
+FEW_BYTES: Final = 64 * 2**20
+"""So large may `metrics_before` be for a look at all of it while the table is locked."""
+RESTORE_TRIES: Final = 5
+
+Result = TypeVar("Result")
 
 _NAMES: Final[dict[PartitionWidth, str]] = {
     "minute": "metrics_p%Y%m%d%H%M",
@@ -67,10 +76,25 @@ class Partition:
     bytes: int
     rows: int
 
+    def document(self) -> dict[str, Any]:
+        """The partition as one JSON object."""
+        bounds = {"low": self.low, "high": self.high}
+        return {**asdict(self), **{name: bound.isoformat() if bound else None for name, bound in bounds.items()}}
+
 
 def listed(connection: postgres.Connection) -> list[Partition]:
     """The partitions there are, in order of time. Any role may ask."""
     return [Partition(*row) for row in connection.execute(postgres.query("partitions"))]
+
+
+def every(settings: Settings) -> list[Partition]:
+    """All partitions, in order of time.
+
+    Raises:
+        ServiceError: PostgreSQL is not reachable, or the schema is not there.
+    """
+    with postgres.connect(settings, "metrics_reader", autocommit=True) as connection, errors():
+        return listed(connection)
 
 
 def closed(settings: Settings, now: datetime | None = None) -> list[Partition]:
@@ -80,12 +104,11 @@ def closed(settings: Settings, now: datetime | None = None) -> list[Partition]:
         ServiceError: PostgreSQL is not reachable, or the schema is not there.
     """
     edge = (now or datetime.now(UTC)) - GRACE[settings.metrics_partition]
-    with postgres.connect(settings, "metrics_reader", autocommit=True) as connection, _errors():
-        return [partition for partition in listed(connection) if partition.high is not None and partition.high <= edge]
+    return [partition for partition in every(settings) if partition.high is not None and partition.high <= edge]
 
 
 def restore(
-    settings: Settings, name: str, low: datetime, high: datetime, fill: Callable[[psycopg.Connection, str], None]
+    settings: Settings, name: str, low: datetime, high: datetime, fill: Callable[[postgres.Connection, str], None]
 ) -> None:
     """Bring readings back into the table: as a partition where there is none at that time, otherwise into those that are there.
 
@@ -99,7 +122,117 @@ def restore(
     Raises:
         ServiceError: PostgreSQL is not reachable, a reading is of another time, or its key is there with another value.
     """
-    raise NotImplementedError
+    with (
+        postgres.connect(settings, "metrics_owner", autocommit=True) as connection,
+        errors(),
+        alone(connection),
+        connection.transaction(),
+    ):
+        connection.execute(sql.SQL("CREATE TABLE {} (LIKE metrics INCLUDING ALL)").format(sql.Identifier(RESTORED)))
+        fill(connection, RESTORED)
+        _prove(connection, low, high)
+        connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(RESTORED)))
+        for _ in range(RESTORE_TRIES):
+            places = _bring_back(connection, name, low, high)
+            if places:
+                break
+        else:
+            raise ServiceError("readings of the time that is restored keep coming: try again")
+        connection.execute(
+            "INSERT INTO restored_partitions (partition) SELECT unnest(%s::text[]) "
+            "ON CONFLICT (partition) DO UPDATE SET restored_at = excluded.restored_at",
+            [places],
+        )
+
+
+def _prove(connection: postgres.Connection, low: datetime, high: datetime) -> None:
+    """See that all readings to be restored are of their time; nobody has to look at them again when they are attached."""
+    check = sql.SQL("ALTER TABLE {} ADD CONSTRAINT metrics_bound CHECK (published_at >= {} AND published_at < {})")
+    try:
+        connection.execute(check.format(sql.Identifier(RESTORED), sql.Literal(low), sql.Literal(high)))
+    except psycopg.errors.CheckViolation as error:
+        raise ServiceError(
+            f"partitions: not all readings to be restored are from {low} to {high}: give the bounds that they have"
+        ) from error
+
+
+def _bring_back(connection: postgres.Connection, name: str, low: datetime, high: datetime) -> list[str]:
+    """Make a partition of the restored readings, or add them to those that are there; where they are now.
+
+    Nowhere, when readings came to their place meanwhile: then it has to be tried again.
+    """
+    first, *others = listed(connection)
+    taken = connection.execute("SELECT FROM pg_class WHERE oid = to_regclass(quote_ident(%s))", [name]).fetchone()
+    size = sql.SQL("SELECT pg_relation_size({})").format(sql.Literal(FIRST))
+    if first.high is None or high > first.high or taken or connection.execute(size).fetchone() > (FEW_BYTES,):
+        _merge(connection)
+        return [
+            one.name for one in (first, *others) if (not one.low or one.low < high) and (not one.high or low < one.high)
+        ]
+    with connection.transaction():
+        connection.execute("LOCK TABLE summary_state IN EXCLUSIVE MODE")
+        known = summaries.known(connection)
+        _refuse_others(connection, FIRST)
+        same = sql.SQL("{} AS r JOIN {} AS m USING (device_id, published_at, metric_name)").format(
+            sql.Identifier(RESTORED), sql.Identifier(FIRST)
+        )
+        # A reading that is there already stays as it is.
+        connection.execute(
+            sql.SQL("DELETE FROM {} WHERE ctid IN (SELECT r.ctid FROM {})").format(sql.Identifier(RESTORED), same)
+        )
+        if known:
+            summaries.add(connection, RESTORED)
+        pieces = [(RESTORED, low, high)]
+        if high < first.high:
+            gap = f"metrics_gap_{high.astimezone(UTC):%Y%m%d%H%M%S}"
+            pieces.append((gap, high, first.high))
+            connection.execute(sql.SQL("CREATE TABLE {} (LIKE metrics INCLUDING ALL)").format(sql.Identifier(gap)))
+        connection.execute("LOCK TABLE metrics IN ACCESS SHARE MODE")
+        still(connection, FIRST)
+        take(connection, FIRST)
+        if known and not summaries.known(connection):
+            raise psycopg.Rollback
+        # The few readings of this partition are looked up one by one among those restored.
+        connection.execute("SET LOCAL enable_hashjoin = off")
+        connection.execute("SET LOCAL enable_mergejoin = off")
+        if connection.execute(sql.SQL("SELECT EXISTS (SELECT FROM {})").format(same)).fetchone() == (True,):
+            raise psycopg.Rollback
+        connection.execute(sql.SQL("ALTER TABLE metrics DETACH PARTITION {}").format(sql.Identifier(FIRST)))
+        for table, begin, end in pieces:
+            _move(connection, FIRST, table, begin, end)
+            attach(connection, table, sql.Literal(begin), sql.Literal(end))
+        attach(connection, FIRST, sql.SQL("MINVALUE"), sql.Literal(low))
+        connection.execute(sql.SQL("ALTER TABLE {} DROP CONSTRAINT metrics_bound").format(sql.Identifier(RESTORED)))
+        rename = sql.SQL("ALTER TABLE {} RENAME TO {}")
+        connection.execute(rename.format(sql.Identifier(RESTORED), sql.Identifier(name)))
+        if known:
+            connection.execute("UPDATE summary_state SET source = metrics_source()")
+        return [name]
+    return []
+
+
+def _merge(connection: postgres.Connection) -> None:
+    """Add the restored readings to the partitions that are there, one by one: the triggers tell the summaries."""
+    connection.execute(
+        sql.SQL(
+            "INSERT INTO metrics SELECT * FROM {} ORDER BY device_id, published_at, metric_name ON CONFLICT DO NOTHING"
+        ).format(sql.Identifier(RESTORED))
+    )
+    _refuse_others(connection, "metrics")
+    connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(RESTORED)))
+
+
+def _refuse_others(connection: postgres.Connection, table: str) -> None:
+    found = connection.execute(
+        sql.SQL(postgres.query("restore_conflict")).format(
+            restored=sql.Identifier(RESTORED), table=sql.Identifier(table)
+        )
+    ).fetchone()
+    if found:
+        raise ServiceError(
+            f"partitions: nothing was restored: the table has another value or other tags for device {found[0]}, "
+            f"{found[1].isoformat()}, metric {found[2]}: delete the readings that are to be replaced, then try again"
+        )
 
 
 def bound_after(width: PartitionWidth, at: datetime) -> datetime:
@@ -134,7 +267,7 @@ def missing(settings: Settings, now: datetime | None = None) -> list[str]:
         ServiceError: PostgreSQL is not reachable, or the schema is not there.
     """
     now = now or datetime.now(UTC)
-    with postgres.connect(settings, "metrics_reader", autocommit=True) as connection, _errors():
+    with postgres.connect(settings, "metrics_reader", autocommit=True) as connection, errors():
         partitions = listed(connection)
         statement = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE published_at < %s)").format(sql.Identifier(LAST))
         (waiting,) = connection.execute(statement, [now]).fetchone() or (False,)
@@ -167,24 +300,74 @@ def make(
     """
     now = now or datetime.now(UTC)
     made: list[str] = []
-    with postgres.connect(settings, "metrics_owner", autocommit=True) as connection, _errors():
+    with postgres.connect(settings, "metrics_owner", autocommit=True) as connection, errors():
         last = _last(connection)
         wanted = due(settings, last, now)
         if not wanted:
             return []
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                with connection.transaction():
-                    made = _cut(connection, wanted)
-                break
-            except psycopg.errors.LockNotAvailable:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(LOCK_MS / 1000)
+        made = patiently(connection, lambda: _cut(connection, wanted))
     for name in made:
         report(name)
     return made
+
+
+def patiently(connection: postgres.Connection, change: Callable[[], Result]) -> Result:
+    """Do something that takes locks, in a transaction: nobody waits behind it for more than half a second, then it is tried again.
+
+    Raises:
+        psycopg.errors.LockNotAvailable: somebody kept what it needs for as long as `PATIENCE_SECONDS`.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            with connection.transaction():
+                connection.execute(f"SET LOCAL lock_timeout = {LOCK_MS}")
+                return change()
+        except psycopg.errors.LockNotAvailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(LOCK_MS / 1000)
+
+
+def take(connection: postgres.Connection, *partitions: str) -> None:
+    """Take the table for a change of the catalogue, with some of its partitions, within a transaction that has done all else.
+
+    Raises:
+        psycopg.errors.LockNotAvailable: as `patiently` does.
+    """
+    tables = sql.SQL(", ").join(sql.SQL("ONLY {}").format(sql.Identifier(name)) for name in ("metrics", *partitions))
+
+    def lock() -> None:
+        # All of them together within that time, not each.
+        connection.execute(f"SET LOCAL statement_timeout = {LOCK_MS}")
+        try:
+            connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(tables))
+        except psycopg.errors.QueryCanceled as error:
+            raise psycopg.errors.LockNotAvailable from error
+        connection.execute("SET LOCAL statement_timeout = '5s'")
+
+    patiently(connection, lock)
+
+
+def still(connection: postgres.Connection, *partitions: str) -> None:
+    """Keep vacuum off partitions, within a transaction: who waits a second for an autovacuum ends it, and nobody waits behind this."""
+    tables = sql.SQL(", ").join(sql.SQL("ONLY {}").format(sql.Identifier(name)) for name in partitions)
+    connection.execute(f"SET LOCAL lock_timeout = '{STILL_SECONDS}s'")
+    connection.execute(sql.SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(tables))
+    connection.execute(f"SET LOCAL lock_timeout = {LOCK_MS}")
+
+
+@contextmanager
+def alone(connection: postgres.Connection) -> Iterator[None]:
+    """One at a time drops or restores partitions; this ends with the connection.
+
+    Raises:
+        BusyError: somebody else does.
+    """
+    statement = "SELECT pg_try_advisory_lock(hashtext('metrics-pipeline retention'), hashtext(current_schema()))"
+    if connection.execute(statement).fetchone() != (True,):
+        raise BusyError("partitions are being dropped or restored at this moment: try again when that is done")
+    yield
 
 
 def _last(connection: postgres.Connection) -> datetime:
@@ -196,7 +379,6 @@ def _last(connection: postgres.Connection) -> datetime:
 
 def _cut(connection: postgres.Connection, wanted: list[tuple[str, datetime, datetime]]) -> list[str]:
     """Cut partitions off the last one, in a transaction that holds the table only for changes of the catalogue."""
-    connection.execute(f"SET LOCAL lock_timeout = {LOCK_MS}")
     connection.execute("SET LOCAL statement_timeout = '5min'")
     # As a tick does, in this order.
     connection.execute("LOCK TABLE summary_state IN EXCLUSIVE MODE")
@@ -206,40 +388,45 @@ def _cut(connection: postgres.Connection, wanted: list[tuple[str, datetime, date
     if not wanted:
         return []
     connection.execute("LOCK TABLE metrics IN ACCESS EXCLUSIVE MODE")
-    known = connection.execute("SELECT source = metrics_source() FROM summary_state").fetchone()
+    known = summaries.known(connection)
     connection.execute(f"ALTER TABLE metrics DETACH PARTITION {LAST}")
     for name, low, high in wanted:
-        # Readings that were stored ahead of their time: they get another version, which the summaries have to know.
-        places = {"last": sql.Identifier(LAST), "name": sql.Identifier(name), "high": sql.Literal(high)}
-        connection.execute(
-            sql.SQL(
-                "INSERT INTO summary_changes SELECT device_id, published_at, metric_name, value, created_at, xmin "
-                "FROM {last} WHERE published_at < {high}"
-            ).format(**places)
-        )
-        connection.execute(
-            sql.SQL(
-                "WITH gone AS (DELETE FROM {last} WHERE published_at < {high} RETURNING *) "
-                "INSERT INTO {name} SELECT * FROM gone"
-            ).format(**places)
-        )
-        connection.execute(
-            sql.SQL("ALTER TABLE metrics ATTACH PARTITION {} FOR VALUES FROM ({}) TO ({})").format(
-                sql.Identifier(name), sql.Literal(low), sql.Literal(high)
-            )
-        )
-    connection.execute(
-        sql.SQL("ALTER TABLE metrics ATTACH PARTITION {} FOR VALUES FROM ({}) TO (MAXVALUE)").format(
-            sql.Identifier(LAST), sql.Literal(wanted[-1][2])
-        )
-    )
-    if known == (True,):
+        # Readings that were stored ahead of their time.
+        _move(connection, LAST, name, low, high)
+        attach(connection, name, sql.Literal(low), sql.Literal(high))
+    attach(connection, LAST, sql.Literal(wanted[-1][2]), sql.SQL("MAXVALUE"))
+    if known:
         connection.execute("UPDATE summary_state SET source = metrics_source()")
     return [name for name, _, _ in wanted]
 
 
+def _move(connection: postgres.Connection, source: str, target: str, low: datetime, high: datetime) -> None:
+    """Move readings between two tables, none of which is a partition now: they get another version, which the summaries have to know."""
+    places = {"source": sql.Identifier(source), "target": sql.Identifier(target)}
+    places |= {"low": sql.Literal(low), "high": sql.Literal(high)}
+    connection.execute(
+        sql.SQL(
+            "INSERT INTO summary_changes SELECT device_id, published_at, metric_name, value, created_at, xmin "
+            "FROM {source} WHERE published_at >= {low} AND published_at < {high}"
+        ).format(**places)
+    )
+    connection.execute(
+        sql.SQL(
+            "WITH gone AS (DELETE FROM {source} WHERE published_at >= {low} AND published_at < {high} RETURNING *) "
+            "INSERT INTO {target} SELECT * FROM gone"
+        ).format(**places)
+    )
+
+
+def attach(connection: postgres.Connection, name: str, low: sql.Composable, high: sql.Composable) -> None:
+    """Make a table a partition; nothing of it has to be looked at when a check proves its bounds."""
+    statement = sql.SQL("ALTER TABLE metrics ATTACH PARTITION {} FOR VALUES FROM ({}) TO ({})")
+    connection.execute(statement.format(sql.Identifier(name), low, high))
+
+
 @contextmanager
-def _errors() -> Iterator[None]:
+def errors() -> Iterator[None]:
+    """Errors of PostgreSQL as ours, one line each."""
     try:
         yield
     except psycopg.errors.LockNotAvailable as error:

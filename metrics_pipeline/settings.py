@@ -271,7 +271,7 @@ class Settings(ProducerSettings):
     )
     metrics_retention: Annotated[str, AfterValidator(_is_age)] = _setting(
         "",
-        "an age such as `90d` or `36h`: partitions whose readings (by `published_at`) are all older are dropped; off while empty",
+        "an age such as `90d` or `36h`: partitions whose readings were all taken before that are dropped; off while empty",
         "table",
     )
     metrics_retention_size: Annotated[str, AfterValidator(_is_size)] = _setting(

@@ -16,6 +16,7 @@ from typing import Any, Final
 from uuid import UUID
 
 import psycopg
+from psycopg import sql
 from psycopg.pq import TransactionStatus
 
 from metrics_pipeline.errors import ServiceError
@@ -164,16 +165,63 @@ def _tick(conn: Connection) -> Iterator[None]:
         # Before the first query, which takes the snapshot: it has to contain what the last tick wrote.
         conn.execute("LOCK TABLE summary_state IN EXCLUSIVE MODE")
         conn.execute("LOCK TABLE metrics IN ACCESS SHARE MODE")
-        # Ticks leave the other cores to the sink, and are too short for compiled plans.
-        conn.execute("SET LOCAL max_parallel_workers_per_gather = 0")
-        conn.execute("SET LOCAL jit = off")
-        conn.execute("SET LOCAL work_mem = '64MB'")
+        _begin(conn)
         yield
+
+
+def _begin(conn: Connection) -> None:
+    # Ticks leave the other cores to the sink, and are too short for compiled plans.
+    conn.execute("SET LOCAL max_parallel_workers_per_gather = 0")
+    conn.execute("SET LOCAL jit = off")
+    conn.execute("SET LOCAL work_mem = '64MB'")
+
+
+def known(conn: Connection) -> bool:
+    """Whether the summaries are of the readings that there are, so that changes can be added to them and taken off."""
+    return bool(_value(conn, "SELECT source IS NOT DISTINCT FROM metrics_source() FROM summary_state"))
+
+
+def take_off(conn: Connection, partition: str, low: datetime | None, high: datetime) -> tuple[int, int]:
+    """Take a partition's readings off, in a transaction that holds `summary_state`; bounds of slots are bounds of it.
+
+    Readings that came or went since the last tick are left to the next one, which has to find nothing of them in
+    `summary_changes`: whoever detaches the partition deletes that.
+
+    Returns:
+        How many readings that were by their slots, and by the minutes in which they were stored: something is wrong when they differ.
+    """
+    _begin(conn)
+    conn.execute(query("absorb_begin"))
+    (pending,) = _row(conn, "SELECT pending FROM summary_state")
+    if pending:
+        folded = _fold(conn, pending, fresh=False, pending=True)
+        conn.execute("UPDATE summary_state SET pending = 0, folded = greatest(%s, 1)", [folded])
+    (rows,) = _run(conn, "retire_slots", low=low, high=high).fetchone() or (0,)
+    _run(conn, "mend_device_metric_totals")
+    (stored,) = _run(conn, "retire_minutes", partition=partition).fetchone() or (0,)
+    conn.execute("UPDATE summary_state SET rows = rows - %s", [rows])
+    return rows, stored
+
+
+def add(conn: Connection, table: str) -> int:
+    """Add the readings of a table that becomes a partition, in a transaction that holds `summary_state`; how many are that?"""
+    _begin(conn)
+    conn.execute(query("absorb_begin"))
+    _absorb_table(conn, table)
+    _absorb_changes(conn)
+    _run(conn, "merge_ingestion_minutes")
+    (rows,) = _row(conn, "SELECT coalesce(sum(rows), 0)::bigint FROM summary_minutes")
+    conn.execute("UPDATE summary_state SET rows = rows + %s", [rows])
+    return int(rows)
+
+
+def _absorb_table(conn: Connection, table: str) -> None:
+    conn.execute(sql.SQL(query("absorb_table")).format(table=sql.Identifier(table)))
 
 
 def _absorb(conn: Connection) -> int:
     conn.execute(query("absorb_begin"))
-    if _value(conn, "SELECT source IS NOT DISTINCT FROM metrics_source() FROM summary_state"):
+    if known(conn):
         spans = conn.execute(query("absorb_spans")).fetchall()
         (folded,) = _row(conn, "SELECT folded FROM summary_state")
         mask = (1 << (folded // PACK_ENTRIES).bit_length()) - 1
@@ -190,7 +238,7 @@ def _absorb(conn: Connection) -> int:
         for table in _TABLES:
             conn.execute(f"DELETE FROM {table}")  # noqa: S608  # a constant
         conn.execute("UPDATE summary_state SET rows = 0, pending = 0, folded = 0, settled_before = DEFAULT")
-        _run(conn, "absorb_everything")
+        _absorb_table(conn, "metrics")
     _absorb_changes(conn)
     _run(conn, "merge_ingestion_minutes")
     rows: int = _value(conn, query("absorb_end"))

@@ -274,6 +274,8 @@ def test_doctor_says_what_a_day_costs(run: Run, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("METRICS_PARTITION", "hour")
     assert "a partition gets 72.0 million rows, 13.3 GiB; a day is 320.3 GiB" in run("doctor").out
     assert "keeps the speed" not in run("doctor").out
+    monkeypatch.setenv("METRICS_RETENTION", "36h")
+    assert "a day is 320.3 GiB, METRICS_RETENTION=36h keeps 480 GiB" in run("doctor").out
     monkeypatch.setenv("PRODUCER_PUBLISH_INTERVAL", "0")
     assert "METRICS_PARTITION=hour; the producer's rate is what the broker takes" in run("doctor").out
 

@@ -48,8 +48,9 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "watcher": GROUND | {"copy_sink"},
     "verification": GROUND | {"sinks"},
     "rejects": GROUND | {"producer"},
-    "partitions": {"errors", "settings", "postgres"},
     "summaries": {"errors", "settings", "postgres"},
+    "partitions": {"errors", "settings", "postgres", "summaries"},
+    "retention": {"errors", "settings", "postgres", "summaries", "partitions"},
     "exporter": GROUND | {"sinks", "summaries", "watcher"},
     # running it
     "local": GROUND | {"sinks", "summaries", "watcher", "replay"},
@@ -65,6 +66,8 @@ MAY_IMPORT: Mapping[str, set[str]] = {
         "watcher",
         "verification",
         "rejects",
+        "partitions",
+        "retention",
         "exporter",
         "local",
         "compose",
@@ -73,7 +76,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "reference": {"settings", "cli"},
     "__main__": {"cli", "surroundings"},
     # Dagster
-    "defs": GROUND | {"sinks", "producer", "replay", "rejects", "summaries", "partitions"},
+    "defs": GROUND | {"sinks", "producer", "replay", "rejects", "summaries", "partitions", "retention"},
     "definitions": {"defs"},
 }
 """Each package and each module beside them, and what it may import besides itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -139,6 +140,53 @@ def test_a_bad_url_is_named_and_not_repeated(
     while cause is not None:
         assert "tell-nobody" not in f"{cause} {cause!r}"
         cause = cause.__cause__
+
+
+@pytest.mark.parametrize(
+    ("text", "age"),
+    [
+        ("", None),
+        ("90d", timedelta(days=90)),
+        ("36h", timedelta(hours=36)),
+        ("10m", timedelta(minutes=10)),
+        ("52 w", timedelta(weeks=52)),
+    ],
+)
+def test_an_age_has_a_unit(text: str, age: timedelta | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METRICS_RETENTION", text)
+    assert Settings.load().retention_age == age
+    assert Settings.load().retention_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("", None), ("500GB", 500 * 10**9), ("1 TiB", 2**40), ("64MiB", 64 * 2**20), ("3TB", 3 * 10**12)],
+)
+def test_a_size_has_a_unit(text: str, size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METRICS_RETENTION_SIZE", text)
+    assert Settings.load().retention_bytes == size
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("METRICS_RETENTION", "90"),
+        ("METRICS_RETENTION", "0d"),
+        ("METRICS_RETENTION", "-1d"),
+        ("METRICS_RETENTION", "1.5d"),
+        ("METRICS_RETENTION", "3 months"),
+        ("METRICS_RETENTION", "500GB"),
+        ("METRICS_RETENTION", "999999999w"),
+        ("METRICS_RETENTION_SIZE", "500"),
+        ("METRICS_RETENTION_SIZE", "500gb"),
+        ("METRICS_RETENTION_SIZE", "90d"),
+        ("METRICS_RETENTION_SIZE", "0GB"),
+    ],
+)
+def test_what_would_drop_the_wrong_readings_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingError, match=rf"^{name}=.*: must be "):
+        Settings.load()
 
 
 def test_no_secret_shows_in_a_representation(monkeypatch: pytest.MonkeyPatch) -> None:

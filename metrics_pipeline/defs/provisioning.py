@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from metrics_pipeline import kafka, partitions, postgres, registry
+from metrics_pipeline import kafka, partitions, postgres, registry, retention
 from metrics_pipeline.change import Change
 from metrics_pipeline.defs.resources import OWNERS, Pipeline, active_runs, plain_errors
 from metrics_pipeline.errors import PipelineError, ServiceError
@@ -95,6 +95,29 @@ def partitions_ahead(pipeline: Pipeline) -> dg.AssetCheckResult:
     return _verdict(pipeline, partitions.missing)
 
 
+@dg.asset(group_name=GROUP, kinds={"postgres", "table"}, owners=OWNERS, deps=[metrics_partitions])
+def retained_readings(pipeline: Pipeline) -> dg.MaterializeResult[None]:
+    """Partitions that METRICS_RETENTION and METRICS_RETENTION_SIZE have no room for go, oldest first; without these settings none does."""
+    with plain_errors():
+        settings = pipeline.load()
+        gone = retention.run(settings)
+        details = [f"dropped {one.name}: {dropped.rows:,} readings, {dropped.bytes:,} bytes" for one, dropped in gone]
+        return dg.MaterializeResult(
+            metadata={
+                "state": "changed" if gone else "unchanged",
+                "details": dg.MetadataValue.json(details),
+                "dropped_rows": sum(dropped.rows for _, dropped in gone),
+                "dropped_bytes": sum(dropped.bytes for _, dropped in gone),
+            }
+        )
+
+
+@dg.asset_check(asset=retained_readings)
+def retention_on_time(pipeline: Pipeline) -> dg.AssetCheckResult:
+    """What retention has no room for is gone, and nothing that was detached waits to be dropped."""
+    return _verdict(pipeline, retention.behind)
+
+
 @dg.asset(group_name=GROUP, kinds={"kafka"}, owners=OWNERS, deps=[metrics_partitions])
 def metrics_topic(config: TopicConfig, pipeline: Pipeline) -> dg.MaterializeResult[None]:
     """The topic of the readings: partitions, retention by bytes, timestamps by the broker.
@@ -154,7 +177,9 @@ provision = dg.define_asset_job(
 
 check_provisioning = dg.define_asset_job(
     "check_provisioning",
-    selection=dg.AssetSelection.checks(schema_at_head, partitions_ahead, topic_as_configured, connector_as_configured),
+    selection=dg.AssetSelection.checks(
+        schema_at_head, partitions_ahead, retention_on_time, topic_as_configured, connector_as_configured
+    ),
     executor_def=dg.in_process_executor,
     description="See drift without mending it.",
 )
@@ -162,9 +187,9 @@ check_provisioning = dg.define_asset_job(
 
 partitions_job = dg.define_asset_job(
     "partitions",
-    selection=dg.AssetSelection.assets(metrics_partitions),
+    selection=dg.AssetSelection.assets(metrics_partitions, retained_readings),
     executor_def=dg.in_process_executor,
-    description="Make the partitions of the time to come.",
+    description="Make the partitions of the time to come, and drop those that are too old.",
 )
 
 
@@ -227,8 +252,8 @@ partitions_schedule = when_provisioned(
 
 
 DEFINITIONS = dg.Definitions(
-    assets=[metrics_schema, metrics_partitions, metrics_topic, metrics_sink_connector, metrics],
-    asset_checks=[schema_at_head, partitions_ahead, topic_as_configured, connector_as_configured],
+    assets=[metrics_schema, metrics_partitions, retained_readings, metrics_topic, metrics_sink_connector, metrics],
+    asset_checks=[schema_at_head, partitions_ahead, retention_on_time, topic_as_configured, connector_as_configured],
     jobs=[provision, check_provisioning, partitions_job],
     schedules=[check_provisioning_schedule, partitions_schedule],
 )

@@ -120,6 +120,9 @@ def _partitions(settings: Settings, budget: Budget) -> str:
         f"METRICS_PARTITION={width}: at {rate:,.0f} readings/s a partition gets {rows / 1e6:,.1f} million rows, "
         f"{rows * ROW_BYTES / GIB:,.1f} GiB; a day is {rate * _SECONDS['day'] * ROW_BYTES / GIB:,.1f} GiB"
     )
+    if settings.retention_age is not None:
+        kept = rate * settings.retention_age.total_seconds() * ROW_BYTES / GIB
+        text += f", METRICS_RETENTION={settings.metrics_retention} keeps {kept:,.0f} GiB"
     buffers = int(budget.postgres["shared_buffers"].removesuffix("MB")) * MIB
     if width not in ("minute", "hour") and rows * INDEX_BYTES > buffers:
         text += ". Its indexes do not fit into shared_buffers: with many devices `hour` keeps the speed"

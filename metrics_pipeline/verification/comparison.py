@@ -39,6 +39,8 @@ class Bounds:
         former: another log had the topic's name before, whose records may have left rows.
         counts: partitions that the topic had, in the order of its growths, the present number last; when it never grew,
             that one alone. Those of a growth that the sink has not settled yet are left out.
+        retained_from: readings with an earlier published_at may have been dropped from the table, which is no loss; in microseconds
+            since 2000.
     """
 
     low: Mapping[int, int]
@@ -46,6 +48,7 @@ class Bounds:
     rejected: Mapping[int, npt.NDArray[np.int64]] = field(default_factory=dict)
     former: bool = False
     counts: Sequence[int] = ()
+    retained_from: int | None = None
 
     @property
     def complete(self) -> bool:
@@ -84,6 +87,7 @@ class ComparisonCounts:
     Attributes:
         compared: rows held against at least one record of their key.
         lost: keys whose record had to be in the table and is not.
+        expired: such keys whose time is one that has been dropped from the table.
         different: rows that equal no record that may explain them.
         signless_zero: rows that differ only in that the sink lost the sign of -0.0.
         unexpected: rows that no record explains.
@@ -93,6 +97,7 @@ class ComparisonCounts:
 
     compared: int = 0
     lost: int = 0
+    expired: int = 0
     different: int = 0
     signless_zero: int = 0
     unexpected: int = 0
@@ -173,6 +178,11 @@ class Comparison:
             self.counts.unverifiable += int(unsure.sum())
             wrong &= ~unsure
         lost = needed & ~present
+        if self._bounds.retained_from is not None:
+            dropped = np.zeros(count, bool)
+            dropped[groups] = records["key"]["published_at"] < self._bounds.retained_from
+            self.counts.expired += int((lost & dropped).sum())
+            lost &= ~dropped
         unmatched = present & ~known
 
         self.counts.compared += int((present & known).sum())

@@ -33,11 +33,12 @@ _COPIED = np.dtype(
 """A row of `verify_rows.sql` as binary COPY sends it."""
 
 
-def take_snapshot(connection: postgres.Connection) -> int:
+def take_snapshot(connection: postgres.Connection) -> tuple[int, int | None]:
     """Begin a transaction that shows the table as it is now, however long it lasts.
 
     Returns:
-        About how many rows the table has: as many as its size allows, by the planner's idea of a row's size.
+        About how many rows the table has: as many as its size allows, by the planner's idea of a row's size. And from which
+        published_at on nothing has been dropped, in microseconds since 2000; None when nothing ever was.
 
     Raises:
         ServiceError: there is no such table, or PostgreSQL broke off.
@@ -45,8 +46,8 @@ def take_snapshot(connection: postgres.Connection) -> int:
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     with reading("metrics"):
         connection.execute("SET LOCAL statement_timeout = 0")
-        (estimate,) = connection.execute(postgres.query("verify_size").encode()).fetchone() or (0,)
-    return int(estimate)
+        estimate, retained_from = connection.execute(postgres.query("verify_size").encode()).fetchone() or (0, None)
+    return int(estimate), retained_from
 
 
 @contextmanager

@@ -104,6 +104,7 @@ class VerifyReport:
             f"{self.unaccounted:,} records unaccounted for, {len(self.anomalies):,} anomalies in the ledger",
         ]
         notes = {
+            "records of a time that has been dropped from the table (expired)": counts.expired,
             "rows older than the records retained, which nothing can verify": counts.unverifiable,
             "rows that hold 0.0 where the record says -0.0": counts.signless_zero,
             "valid records among the dead letters and rejects": counts.rejected,
@@ -150,7 +151,7 @@ def verify(
 
     with ExitStack() as spills:
         with postgres.connect(settings, "metrics_reader") as connection:
-            estimate = take_snapshot(connection)
+            estimate, retained_from = take_snapshot(connection)
             # All that the snapshot shows is in the topic already.
             marks = kafka.watermarks(settings)
             low = {partition: first for partition, (first, _) in marks.items()}
@@ -174,7 +175,14 @@ def verify(
 
         dead = dead_letters(settings, noticed if others else None)
         end = {partition: ends.get(partition, 0) for partition in marks}
-        bounds = Bounds(reader.low, end, together(dead, refused.waiting), bool(others or former), counts_of_partitions)
+        bounds = Bounds(
+            reader.low,
+            end,
+            together(dead, refused.waiting),
+            bool(others or former),
+            counts_of_partitions,
+            retained_from,
+        )
         comparison = spills.enter_context(Comparison(bounds, folder, EXAMPLES))
         for bucket in range(buckets):
             comparison.bucket(records.bucket(bucket), rows.bucket(bucket))

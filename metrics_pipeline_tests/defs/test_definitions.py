@@ -16,6 +16,7 @@ from metrics_pipeline.settings import ROOT, ProducerSettings
 ASSETS = """
 metrics_schema          provisioning  postgres,sql
 metrics_partitions      provisioning  postgres,table  <- metrics_schema
+retained_readings       provisioning  postgres,table  <- metrics_partitions
 metrics_topic           provisioning  kafka           <- metrics_partitions
 metrics_sink_connector  provisioning  kafka,postgres  <- metrics_topic
 metrics                 readings      postgres,table  <- metrics_sink_connector
@@ -30,16 +31,17 @@ metrics:freshness
 metrics:rejects
 metrics:throughput
 metrics_partitions:partitions_ahead
+retained_readings:retention_on_time
 metrics_schema:schema_at_head                   blocking
 metrics_sink_connector:connector_as_configured  blocking
 metrics_topic:topic_as_configured               blocking
 """
 
 JOBS = """
-check_provisioning  metrics_partitions_partitions_ahead metrics_schema_schema_at_head metrics_sink_connector_connector_as_configured metrics_topic_topic_as_configured
+check_provisioning  metrics_partitions_partitions_ahead metrics_schema_schema_at_head metrics_sink_connector_connector_as_configured metrics_topic_topic_as_configured retained_readings_retention_on_time
 check_throughput    metrics_consumer_lag metrics_freshness metrics_rejects metrics_throughput
 housekeeping        purge_ledger purge_runs
-partitions          metrics_partitions metrics_partitions_partitions_ahead
+partitions          metrics_partitions metrics_partitions_partitions_ahead retained_readings retained_readings_retention_on_time
 produce_metrics     publish
 provision           metrics_partitions metrics_partitions_partitions_ahead metrics_schema metrics_schema_schema_at_head metrics_sink_connector metrics_sink_connector_connector_as_configured metrics_topic metrics_topic_topic_as_configured
 replay_files        replay

@@ -235,6 +235,32 @@ def test_rows_older_than_the_first_insertion_retained_cannot_be_verified(tmp_pat
     ]
 
 
+def test_what_was_dropped_from_the_table_is_expired_and_not_lost(tmp_path: Path) -> None:
+    """By the time of the reading: the same record a microsecond later is lost; one that was brought back is compared."""
+    edge = Key(0, 100).entry()[1]
+    records = [
+        Record(Key(0, 99), 1.0, 0, 1),
+        Record(Key(0, 99), 2.0, 0, 5),  # once more: still one key
+        Record(Key(0, 100), 1.0, 0, 2),
+        Record(Key(0, 98), 1.0, 0, 3),
+        Record(Key(0, 97), 1.0, 0, 4),
+        Record(Key(0, 96), 1.0, 0, 200),  # not read by the sink yet
+    ]
+    rows = [Row(Key(0, 98), 1.0), Row(Key(0, 97), 3.0)]
+    bounds = replace(whole(), retained_from=edge)
+    counts, findings = compare(tmp_path, records, rows, bounds)
+    assert counts == ComparisonCounts(compared=2, lost=1, expired=1, different=1)
+    assert {(it.kind, it.offset) for it in findings} == {("lost", 2), ("different", 4)}
+    assert compare(tmp_path, records, rows, whole())[0].expired == 0
+
+
+def test_what_expired_has_a_line_of_its_own() -> None:
+    report = VerifyReport(counts=ComparisonCounts(expired=1234))
+    assert report.clean
+    assert "1,234 records of a time that has been dropped from the table (expired)" in report.lines()
+    assert report.document()["expired"] == 1234
+
+
 def moved_key(before: int, after: int) -> Key:
     """One that has another home among more partitions."""
     return next(key for key in (Key(0, time) for time in range(1000)) if key.home(before) != key.home(after))

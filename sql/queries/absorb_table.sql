@@ -1,4 +1,4 @@
--- All readings there are, for summaries that begin again.
+-- All readings of a table: of metrics, for summaries that begin again, or of one that becomes a partition.
 INSERT INTO summary_delta
 SELECT
     device_id,
@@ -12,5 +12,5 @@ SELECT
     max(value),
     min(published_at),
     max(published_at)
-FROM metrics
+FROM {table}
 GROUP BY device_id, metric_name, slot, minute
