@@ -162,7 +162,7 @@ def _bring_back(connection: postgres.Connection, name: str, low: datetime, high:
     Nowhere, when readings came to their place meanwhile: then it has to be tried again.
     """
     first, *others = listed(connection)
-    taken = connection.execute("SELECT FROM pg_class WHERE oid = to_regclass(quote_ident(%s))", [name]).fetchone()
+    taken = connection.execute("SELECT to_regclass(quote_ident(%s)) IS NOT NULL", [name]).fetchone() == (True,)
     size = sql.SQL("SELECT pg_relation_size({})").format(sql.Literal(FIRST))
     if first.high is None or high > first.high or taken or connection.execute(size).fetchone() > (FEW_BYTES,):
         _merge(connection)

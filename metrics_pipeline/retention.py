@@ -291,7 +291,10 @@ def _watch(connection: postgres.Connection, name: str) -> None:
 def _count(connection: postgres.Connection, name: str) -> None:
     """Count a partition by minutes of created_at, unless that was done: it is read whole, and nobody waits."""
     same_file, _, _ = _counted(connection, name)
-    if same_file and connection.execute("SELECT FROM partition_minutes WHERE partition = %s", [name]).fetchone():
+    counted = connection.execute(
+        "SELECT EXISTS (SELECT FROM partition_minutes WHERE partition = %s)", [name]
+    ).fetchone()
+    if same_file and counted == (True,):
         return
     with connection.transaction():
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")

@@ -606,7 +606,7 @@ def test_what_went_comes_back(database: Settings, caplog: pytest.LogCaptureFixtu
         third, second = list(saved)[2], list(saved)[1]
         # Late readings lie there: one before, one within, one of the very same, one behind.
         low, high = bounds_of(bounds[third])
-        for at in (low - HOUR / 2, low + timedelta(seconds=1), high + HOUR / 2):
+        for at in (low - timedelta(seconds=7), low + timedelta(seconds=1), high + HOUR / 2):
             store(bench.writer, at, 1, value=9)
         bench.writer.execute(
             "INSERT INTO metrics (device_id, published_at, metric_name, value, tags) VALUES (%s, %s, %s, %s, %s)",
