@@ -344,7 +344,7 @@ def sql(
 def partitions_list(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
-    """The partitions, oldest first: bounds of published_at in UTC, readings (about), bytes with indexes, and which have expired."""
+    """The partitions, oldest first: bounds in UTC, readings (about), bytes with indexes, and which have expired."""
     from metrics_pipeline import partitions, retention
 
     settings = Settings.load()

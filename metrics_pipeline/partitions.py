@@ -163,52 +163,63 @@ def _bring_back(connection: postgres.Connection, name: str, low: datetime, high:
     """
     first, *others = listed(connection)
     taken = connection.execute("SELECT to_regclass(quote_ident(%s)) IS NOT NULL", [name]).fetchone() == (True,)
-    size = sql.SQL("SELECT pg_relation_size({})").format(sql.Literal(FIRST))
-    if first.high is None or high > first.high or taken or connection.execute(size).fetchone() > (FEW_BYTES,):
+    (size,) = connection.execute("SELECT pg_relation_size(%s::text::regclass)", [FIRST]).fetchone() or (0,)
+    if first.high is None or high > first.high or taken or size > FEW_BYTES:
         _merge(connection)
         return [
             one.name for one in (first, *others) if (not one.low or one.low < high) and (not one.high or low < one.high)
         ]
+    placed = False
     with connection.transaction():
-        connection.execute("LOCK TABLE summary_state IN EXCLUSIVE MODE")
-        known = summaries.known(connection)
-        _refuse_others(connection, FIRST)
-        same = sql.SQL("{} AS r JOIN {} AS m USING (device_id, published_at, metric_name)").format(
-            sql.Identifier(RESTORED), sql.Identifier(FIRST)
-        )
-        # A reading that is there already stays as it is.
-        connection.execute(
-            sql.SQL("DELETE FROM {} WHERE ctid IN (SELECT r.ctid FROM {})").format(sql.Identifier(RESTORED), same)
-        )
-        if known:
-            summaries.add(connection, RESTORED)
-        pieces = [(RESTORED, low, high)]
-        if high < first.high:
-            gap = f"metrics_gap_{high.astimezone(UTC):%Y%m%d%H%M%S}"
-            pieces.append((gap, high, first.high))
-            connection.execute(sql.SQL("CREATE TABLE {} (LIKE metrics INCLUDING ALL)").format(sql.Identifier(gap)))
-        connection.execute("LOCK TABLE metrics IN ACCESS SHARE MODE")
-        still(connection, FIRST)
-        take(connection, FIRST)
-        if known and not summaries.known(connection):
+        placed = _place(connection, name, low, high, first.high)
+        if not placed:
             raise psycopg.Rollback
-        # The few readings of this partition are looked up one by one among those restored.
-        connection.execute("SET LOCAL enable_hashjoin = off")
-        connection.execute("SET LOCAL enable_mergejoin = off")
-        if connection.execute(sql.SQL("SELECT EXISTS (SELECT FROM {})").format(same)).fetchone() == (True,):
-            raise psycopg.Rollback
-        connection.execute(sql.SQL("ALTER TABLE metrics DETACH PARTITION {}").format(sql.Identifier(FIRST)))
-        for table, begin, end in pieces:
-            _move(connection, FIRST, table, begin, end)
-            attach(connection, table, sql.Literal(begin), sql.Literal(end))
-        attach(connection, FIRST, sql.SQL("MINVALUE"), sql.Literal(low))
-        connection.execute(sql.SQL("ALTER TABLE {} DROP CONSTRAINT metrics_bound").format(sql.Identifier(RESTORED)))
-        rename = sql.SQL("ALTER TABLE {} RENAME TO {}")
-        connection.execute(rename.format(sql.Identifier(RESTORED), sql.Identifier(name)))
-        if known:
-            connection.execute("UPDATE summary_state SET source = metrics_source()")
-        return [name]
-    return []
+    return [name] if placed else []
+
+
+def _place(connection: postgres.Connection, name: str, low: datetime, high: datetime, end: datetime) -> bool:
+    """Make a partition of the restored readings out of the time of `metrics_before`, which ends at `end`.
+
+    False when something came in between: then all of it has to be undone.
+    """
+    connection.execute("LOCK TABLE summary_state IN EXCLUSIVE MODE")
+    known = summaries.known(connection)
+    _refuse_others(connection, FIRST)
+    same = sql.SQL("{} AS r JOIN {} AS m USING (device_id, published_at, metric_name)").format(
+        sql.Identifier(RESTORED), sql.Identifier(FIRST)
+    )
+    # A reading that is there already stays as it is.
+    connection.execute(
+        sql.SQL("DELETE FROM {} WHERE ctid IN (SELECT r.ctid FROM {})").format(sql.Identifier(RESTORED), same)
+    )
+    if known:
+        summaries.add(connection, RESTORED)
+    pieces = [(RESTORED, low, high)]
+    if high < end:
+        gap = f"metrics_gap_{high.astimezone(UTC):%Y%m%d%H%M%S}"
+        pieces.append((gap, high, end))
+        connection.execute(sql.SQL("CREATE TABLE {} (LIKE metrics INCLUDING ALL)").format(sql.Identifier(gap)))
+    connection.execute("LOCK TABLE metrics IN ACCESS SHARE MODE")
+    still(connection, FIRST)
+    take(connection, FIRST)
+    if known and not summaries.known(connection):
+        return False
+    # The few readings of this partition are looked up one by one among those restored.
+    connection.execute("SET LOCAL enable_hashjoin = off")
+    connection.execute("SET LOCAL enable_mergejoin = off")
+    if connection.execute(sql.SQL("SELECT EXISTS (SELECT FROM {})").format(same)).fetchone() == (True,):
+        return False
+    connection.execute(sql.SQL("ALTER TABLE metrics DETACH PARTITION {}").format(sql.Identifier(FIRST)))
+    for table, since, until in pieces:
+        _move(connection, FIRST, table, since, until)
+        attach(connection, table, sql.Literal(since), sql.Literal(until))
+    attach(connection, FIRST, sql.SQL("MINVALUE"), sql.Literal(low))
+    connection.execute(sql.SQL("ALTER TABLE {} DROP CONSTRAINT metrics_bound").format(sql.Identifier(RESTORED)))
+    rename = sql.SQL("ALTER TABLE {} RENAME TO {}")
+    connection.execute(rename.format(sql.Identifier(RESTORED), sql.Identifier(name)))
+    if known:
+        connection.execute("UPDATE summary_state SET source = metrics_source()")
+    return True
 
 
 def _merge(connection: postgres.Connection) -> None:
@@ -402,7 +413,7 @@ def _cut(connection: postgres.Connection, wanted: list[tuple[str, datetime, date
 
 def _move(connection: postgres.Connection, source: str, target: str, low: datetime, high: datetime) -> None:
     """Move readings between two tables, none of which is a partition now: they get another version, which the summaries have to know."""
-    places = {"source": sql.Identifier(source), "target": sql.Identifier(target)}
+    places: dict[str, sql.Composable] = {"source": sql.Identifier(source), "target": sql.Identifier(target)}
     places |= {"low": sql.Literal(low), "high": sql.Literal(high)}
     connection.execute(
         sql.SQL(

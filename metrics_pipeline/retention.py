@@ -216,8 +216,8 @@ def _try(
     _watch(connection, name)
     if whole:
         _count(connection, name)
-    if before and found[at].low:
-        _prove(connection, before, found[at].low)
+    if before and partition.low:
+        _prove(connection, before, partition.low)
     seen = _late(connection, name)
     if keep:
         keep(partition)

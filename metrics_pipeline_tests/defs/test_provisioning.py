@@ -9,11 +9,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from metrics_pipeline import kafka, partitions, postgres
+from metrics_pipeline import kafka, partitions, postgres, retention
 from metrics_pipeline.definitions import defs
 from metrics_pipeline.defs import provisioning
 from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.partitions import Partition
 from metrics_pipeline.postgres import MigrationStatus
+from metrics_pipeline.retention import Dropped
 from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
 from metrics_pipeline.sinks import connector
 from metrics_pipeline_tests import fake_registry
@@ -51,6 +53,7 @@ class FakePartitions:
 
     wanted: list[str] = field(default_factory=lambda: ["metrics_p20261126", "metrics_p20261127"])
     made: list[str] = field(default_factory=list)
+    old: list[str] = field(default_factory=list)
 
     def make(self, settings: Settings) -> list[str]:
         new = [name for name in self.wanted if name not in self.made]
@@ -59,6 +62,14 @@ class FakePartitions:
 
     def missing(self, settings: Settings) -> list[str]:
         return [f"{name} is missing" for name in self.wanted if name not in self.made]
+
+    def run(self, settings: Settings) -> list[tuple[Partition, Dropped]]:
+        gone = [(Partition(name, None, None, 300, 20), Dropped(20, 300)) for name in self.old]
+        self.old.clear()
+        return gone
+
+    def behind(self, settings: Settings) -> list[str]:
+        return [f"{name} should be gone" for name in self.old]
 
 
 @dataclass
@@ -92,6 +103,8 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
         parts = Parts(schema, broker, fake, instance, FakePartitions())
         monkeypatch.setattr(partitions, "make", parts.partitions.make)
         monkeypatch.setattr(partitions, "missing", parts.partitions.missing)
+        monkeypatch.setattr(retention, "run", parts.partitions.run)
+        monkeypatch.setattr(retention, "behind", parts.partitions.behind)
         monkeypatch.setattr(postgres, "connect", parts.tables.connect)
         yield parts
 
@@ -138,9 +151,25 @@ def test_partitions_are_missing_until_they_are_made(parts: Parts) -> None:
     parts.partitions.wanted.append("metrics_p20261128")
     assert red(parts.run("check_provisioning")) == {"partitions_ahead": "metrics_p20261128 is missing"}
     result = parts.run("partitions")
-    assert states(result) == [("metrics_partitions", "changed")]
+    assert states(result) == [("metrics_partitions", "changed"), ("retained_readings", "unchanged")]
     details = result.asset_materializations_for_node("metrics_partitions")[0].metadata["details"].value
     assert details == ["made metrics_p20261128"]
+    assert red(result) == {}
+
+
+def test_what_retention_should_have_dropped_is_red_until_it_is_gone(parts: Parts) -> None:
+    parts.run()
+    parts.partitions.old += ["metrics_p20260901", "metrics_p20260902"]
+    reason = "metrics_p20260901 should be gone; metrics_p20260902 should be gone"
+    assert red(parts.run("check_provisioning")) == {"retention_on_time": reason}
+    result = parts.run("partitions")
+    assert states(result) == [("metrics_partitions", "unchanged"), ("retained_readings", "changed")]
+    metadata = result.asset_materializations_for_node("retained_readings")[0].metadata
+    assert (metadata["dropped_rows"].value, metadata["dropped_bytes"].value) == (40, 600)
+    assert metadata["details"].value == [
+        "dropped metrics_p20260901: 20 readings, 300 bytes",
+        "dropped metrics_p20260902: 20 readings, 300 bytes",
+    ]
     assert red(result) == {}
 
 

@@ -22,7 +22,12 @@ from metrics_pipeline_tests.databases import own_database
 pytestmark = pytest.mark.integration
 
 DEVICE = UUID(int=7)
-MIGRATED = ["20261127000013_partitions", "20261127000012_partition_proof", "20261127000011_partition_cutover"]
+MIGRATED = [
+    "20261127000020_retention",
+    "20261127000013_partitions",
+    "20261127000012_partition_proof",
+    "20261127000011_partition_cutover",
+]
 
 
 @pytest.fixture

@@ -436,11 +436,11 @@ retention.drop(settings, partition, lambda _partition: None)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("which", "stride"), [(1, 1), (0, 3)], ids=["a partition", "metrics_before"])
+@pytest.mark.parametrize(("which", "stride"), [(1, 2), (0, 5)], ids=["a partition", "metrics_before"])
 def test_a_death_at_each_step(database: Settings, which: int, stride: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Before each of its statements: the readings are all there or all gone, and whoever comes next ends what was begun."""
+    """Before each second of its statements (of some of them in the other place): the readings are all there or all gone, and whoever comes next ends what was begun."""
     begin = today()
-    partitions.make(database, begin + 80 * HOUR)
+    partitions.make(database, begin + 100 * HOUR)
     step = 1
     with benches(database) as bench:
         bench.tick()
@@ -473,14 +473,9 @@ def test_a_death_at_each_step(database: Settings, which: int, stride: int, caplo
 def mortal(tmp_path: Path) -> Iterator[tuple[Server, Settings]]:
     """A server that may be killed, and a database of ours on it, in a schema of its own."""
     with own_server() as server:
-        settings = Settings(
-            _env_file=None,
-            pipeline_data_dir=tmp_path,
-            postgres_url=server.url("readings"),
-            postgres_schema="plant",
-            metrics_partition="hour",
-            **{f"{role}_password": f"secret of {role}" for role in (*postgres.ROLES, "dagster")},
-        )
+        values: dict[str, Any] = {f"{role}_password": f"secret of {role}" for role in (*postgres.ROLES, "dagster")}
+        values |= {"pipeline_data_dir": tmp_path, "postgres_url": server.url("readings"), "postgres_schema": "plant"}
+        settings = Settings(_env_file=None, metrics_partition="hour", **values)
         postgres.bootstrap(settings)
         postgres.migrate(settings)
         yield server, settings

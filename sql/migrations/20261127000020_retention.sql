@@ -12,6 +12,17 @@ SET LOCAL statement_timeout = '5min';
 ALTER TABLE summary_state ADD COLUMN snapshot pg_snapshot;
 COMMENT ON COLUMN summary_state.snapshot IS 'what the summaries are of: the transactions that they contain';
 
+-- A tick sees one state of the readings, and says at its end that it was one.
+CREATE FUNCTION note_snapshot() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    NEW.snapshot := pg_current_snapshot();
+    RETURN NEW;
+END
+$$;
+CREATE TRIGGER summary_state_note_snapshot BEFORE UPDATE OF absorbed_at ON summary_state
+FOR EACH ROW EXECUTE FUNCTION note_snapshot();
+
 CREATE TABLE partition_minutes (
     partition text NOT NULL,
     -- The storage that was counted, and by whom: the summaries have to be of a later snapshot.
@@ -99,5 +110,7 @@ DROP TABLE detached_partitions;
 DROP FUNCTION note_late_change();
 DROP TABLE late_changes;
 DROP TABLE partition_minutes;
+DROP TRIGGER summary_state_note_snapshot ON summary_state;
+DROP FUNCTION note_snapshot();
 -- squawk-ignore ban-drop-column
 ALTER TABLE summary_state DROP COLUMN snapshot;

@@ -8,7 +8,6 @@ changes AS (
 UPDATE summary_state
 SET
     source = metrics_source(),
-    snapshot = pg_current_snapshot(),
     rows = rows + (SELECT coalesce(sum(d.rows), 0) FROM summary_minutes AS d),
     absorbed_at = statement_timestamp()
 RETURNING rows

@@ -1,5 +1,4 @@
--- About how many rows metrics has, from its size on disk, since exact counting would read it all; and from when on (in microseconds
--- since 2000) nothing has been dropped.
+-- About how many rows has metrics (from its size, exact counting would read it all), and from when on has nothing been dropped (us since 2000)?
 SELECT
     coalesce(sum(
         pg_relation_size(c.oid) / CASE WHEN c.reltuples > 0 AND c.relpages > 0 THEN 8192::bigint * c.relpages / c.reltuples ELSE 100 END
