@@ -225,6 +225,7 @@ def _try(
     summaries.ingestion_rate(settings)
     with connection.transaction():
         connection.execute("LOCK TABLE summary_state IN EXCLUSIVE MODE")
+        connection.execute(f"SET LOCAL lock_timeout = '{partitions.STILL_SECONDS}s'")
         if keep and _late(connection, name) != seen:
             raise _AgainError("readings came while it was put by")
         known = summaries.known(connection)

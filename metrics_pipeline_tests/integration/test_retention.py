@@ -10,13 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from pydantic import SecretStr
 from typer.testing import CliRunner
 
@@ -26,7 +29,7 @@ from metrics_pipeline.partitions import FIRST, Partition
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.databases import own_database
-from metrics_pipeline_tests.integration.test_summaries import Bench
+from metrics_pipeline_tests.integration.test_summaries import Bench, Writers
 from metrics_pipeline_tests.servers import Server, own_server
 
 pytestmark = pytest.mark.integration
@@ -707,6 +710,8 @@ def test_the_migration_goes_and_comes_back(database: Settings) -> None:
         for name in (FIRST, names(database)[1]):
             retention.drop(database, named(database, name))
 
+        store(bench.writer, begin - HOUR, 10)
+
         def refuse(_partition: Partition) -> None:
             raise PipelineError("no")
 
@@ -719,3 +724,67 @@ def test_the_migration_goes_and_comes_back(database: Settings) -> None:
         postgres.migrate(database)
         assert rows(database) == stored
         bench.tick()
+
+
+class WritersWhilePartitionsGo(Writers):
+    """As the others, while partitions go and come back."""
+
+    def go(self, partition: Partition) -> None:
+        kept: list[list[tuple[Any, ...]]] = []
+
+        def keep(one: Partition) -> None:
+            kept.append(self.bench.reader.execute(f"SELECT {COLUMNS} FROM {one.name}".encode()).fetchall())
+
+        self.bench.reader.execute("SET lock_timeout = '100ms'")
+        with suppress(ServiceError):  # a writer has the table
+            dropped = retention.drop(self.database, partition, keep)
+            assert dropped.rows == len(kept[-1])
+            if partition.low is not None:
+                self.gone.append((partition, kept[-1]))
+
+    @property
+    def gone(self) -> list[tuple[Partition, list[tuple[Any, ...]]]]:
+        """What went, and was not brought back."""
+        found: list[tuple[Partition, list[tuple[Any, ...]]]] = self.__dict__.setdefault("_gone", [])
+        return found
+
+    @rule(back=st.integers(1, 4))
+    def drop(self, back: int) -> None:
+        self.go([one for one in partitions.every(self.database) if one.high is not None][-back:][0])
+
+    @rule()
+    def drop_the_first(self) -> None:
+        self.go(partitions.every(self.database)[0])
+
+    @precondition(lambda self: self.gone)
+    @rule()
+    def restore(self) -> None:
+        partition, saved = self.gone.pop()
+        with suppress(ServiceError):  # a writer has the table, or wrote another value
+            partitions.restore(self.database, partition.name, *bounds_of(partition), copied(saved))
+
+
+@pytest.mark.timeout(600)
+def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LOCK_MS": 20, "PATIENCE_SECONDS": 0.0, "STILL_SECONDS": 0.1}.items():
+        monkeypatch.setattr(partitions, name, value)
+    monkeypatch.setattr(summaries, "MOST_PENDING", 3_000_000)
+    monkeypatch.setattr(summaries, "SETTLED_AFTER", timedelta(hours=6))
+    monkeypatch.setitem(postgres._ROLE_SETTINGS, "metrics_owner", {"lock_timeout": "100ms"})
+    monkeypatch.setitem(postgres._ROLE_SETTINGS, "metrics_summarizer", {"lock_timeout": "100ms"})
+    partitions.make(database)
+    machine = type("WritersHere", (WritersWhilePartitionsGo,), {"database": database})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=20,
+            stateful_step_count=50,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    with postgres.connect(database, "metrics_reader") as connection:
+        found = connection.execute("SELECT count(*) FROM detached_partitions").fetchone()
+    assert found is not None
+    assert found[0] > 20
