@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from metrics_pipeline.bench.cli import bench
@@ -58,6 +58,8 @@ refused = typer.Typer(help="The records that were rejected.", no_args_is_help=Tr
 app.add_typer(refused, name="rejects")
 parted = typer.Typer(help="The partitions of the table of the readings.", no_args_is_help=True)
 app.add_typer(parted, name="partitions")
+archived = typer.Typer(help="Partitions that are kept as Parquet in METRICS_ARCHIVE.", no_args_is_help=True)
+app.add_typer(archived, name="archive")
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -380,8 +382,9 @@ def partitions_drop(
     ],
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
-    """Drop all partitions that end by a time, oldest first, whatever METRICS_RETENTION says."""
+    """Drop all partitions that end by a time, oldest first, whatever METRICS_RETENTION says; each is archived before, if METRICS_ARCHIVE is set."""
     from metrics_pipeline import partitions, retention
+    from metrics_pipeline.archive import keeping
 
     settings = Settings.load()
     edge = before.replace(tzinfo=UTC)
@@ -392,7 +395,7 @@ def partitions_drop(
     if not yes and not typer.confirm("Drop them with their readings?"):
         raise typer.Exit(1)
     for one in wanted:
-        dropped = retention.drop(settings, one)
+        dropped = retention.drop(settings, one, keeping.keeper(settings))
         _say(f"dropped {one.name}: {dropped.rows:,} readings")
 
 
@@ -506,6 +509,111 @@ def rejects_purge(
     _say(f"{deleted:,} deleted" + (f", {kept:,} kept: the topic still holds their records" if kept else ""))
 
 
+@archived.command("list")
+def archive_list(as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False) -> None:
+    """The archives there are, and of which partitions; exit code 1 when the manifest of one is damaged."""
+    from metrics_pipeline.archive import listing
+
+    found = listing.listed(Settings.load())
+    if as_json:
+        sys.stdout.write(json.dumps({"archives": [one.document() for one in found]}) + "\n")
+    elif not found:
+        _say("there is no archive yet: `metrics-pipeline archive make` makes those of the closed partitions")
+    else:
+        grid = Table(Column("archive", no_wrap=True), "from (UTC)", "to", "rows", "bytes", "made", "in the table")
+        for one in found:
+            grid.add_row(*(Text(cell) for cell in one.cells()))
+        out.print(grid)
+    raise typer.Exit(1 if any(one.damage for one in found) else 0)
+
+
+@archived.command("verify")
+def archive_verify(
+    names: Annotated[list[str] | None, typer.Argument(help="of archives; default: all")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Read archives and compare them with their manifests; exit code 0 only when no byte has changed and no file is missing."""
+    from metrics_pipeline.archive import checking
+    from metrics_pipeline.archive.folder import ArchiveFolder
+
+    folder = ArchiveFolder.of(Settings.load())
+    with _bar() as show:
+        damages = checking.verify(folder, names or [], show)
+    count = len(names or folder.names())
+    if as_json:
+        document = {"archives": count, "damages": [one.document() for one in damages]}
+        sys.stdout.write(json.dumps(document) + "\n")
+    else:
+        for one in damages:
+            _say(str(one))
+        bad = len({one.archive for one in damages})
+        _say(
+            f"{count:,} archives read, {bad:,} of them damaged" if bad else f"{count:,} archives are as they were made"
+        )
+    raise typer.Exit(1 if damages else 0)
+
+
+@archived.command("make")
+def archive_make(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="of partitions; default: those that are closed and have no archive")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Archive partitions; those that are named also when they have an archive already."""
+    from metrics_pipeline.archive import keeping
+
+    settings = Settings.load()
+    with _bar() as show:
+        chosen = keeping.named(settings, names) if names else keeping.due(settings)
+        keep = keeping.make if names else keeping.keep
+        kept = [keep(settings, partition, show) for partition in chosen]
+    if as_json:
+        sys.stdout.write(json.dumps({"archives": [one.archive.document() for one in kept]}) + "\n")
+        return
+    for one in kept:
+        _say(f"{one.archive.name}: {one.archive.sums.rows:,} rows in {one.archive.bytes:,} bytes")
+    if not kept:
+        _say("nothing to do: each closed partition has its archive")
+
+
+@archived.command("restore")
+def archive_restore(
+    begin: Annotated[str, typer.Argument(metavar="FROM|NAME", help="a day or time (UTC), or the name of an archive")],
+    end: Annotated[
+        str | None, typer.Argument(metavar="TO", help="the day or time before which it ends; default: one day")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Bring readings back into the table, with the same bits: all of each archive that has some of this stretch of time."""
+    from metrics_pipeline.archive import restoring
+
+    settings = Settings.load()
+    if end is None and (named := restoring.named(settings, begin)):
+        chosen = [named]
+    else:
+        low = _moment("FROM", begin)
+        chosen = restoring.between(settings, low, _moment("TO", end) if end else low + timedelta(days=1))
+    with _bar() as show:
+        for archive in chosen:
+            restoring.restore(settings, archive, show)
+    if as_json:
+        sys.stdout.write(json.dumps({"archives": [archive.document() for archive in chosen]}) + "\n")
+        return
+    for archive in chosen:
+        _say(f"{archive.name}: {archive.sums.rows:,} rows are in the table again")
+
+
+def _moment(what: str, text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise SettingError(
+            f"{what} {text!r}: neither an archive nor a time such as 2026-11-27 or 2026-11-27T08:00"
+        ) from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
 @app.command()
 def verify(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
@@ -517,19 +625,7 @@ def verify(
     """Compare topic and table, key by key and value by value; exit code 0 only when nothing is lost, added or changed."""
     from metrics_pipeline.verification.verify import verify as compare
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("looking")
-
-        def show(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total or None)
-
+    with _bar() as show:
         report = compare(Settings.load(), timeout=timeout, strict=strict, progress=show)
     if as_json:
         sys.stdout.write(json.dumps(report.document()) + "\n")
@@ -813,6 +909,25 @@ def _stop_on_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows what is done and how far it is, of a total that may not be known yet."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("looking")
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total or None)
+
+        yield show
 
 
 @contextmanager

@@ -67,6 +67,19 @@ def _is_schema(name: str) -> str:
     return name
 
 
+def _is_archive(folder: Path | None) -> Path | None:
+    # DuckDB and polars take these in a path for a pattern, and readers are told to use one.
+    if set(str(folder or "")) & set("*?[]{}"):
+        raise ValueError("must not hold any of *?[]{}, which readers of Parquet take for a pattern")
+    if folder is None:
+        return None
+    path = workplace() / folder
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError("is no folder" if there == path else f"cannot be made: {there} is no folder")
+    return folder
+
+
 def _is_http_url(url: str) -> str:
     if url and urlsplit(url).scheme not in ("http", "https"):
         raise ValueError("must begin with http:// or https://")
@@ -269,6 +282,11 @@ class Settings(ProducerSettings):
         "into memory and old partitions go",
         "table",
     )
+    metrics_archive: Annotated[Path | None, AfterValidator(_is_archive)] = _setting(
+        None,
+        "a folder in which each partition that is closed is kept as Parquet, and before it is dropped; off while empty",
+        "table",
+    )
     metrics_retention: Annotated[str, AfterValidator(_is_age)] = _setting(
         "",
         "an age such as `90d` or `36h`: partitions whose readings were all taken before that are dropped; off while empty",
@@ -463,6 +481,11 @@ class Settings(ProducerSettings):
     def retention_bytes(self) -> int | None:
         """How large the table may become, with its indexes; None: as large as it likes."""
         return _amount(self.metrics_retention_size, _UNITS_OF_SIZE) if self.metrics_retention_size else None
+
+    @property
+    def archive_path(self) -> Path | None:
+        """The folder of the archive, absolute; a relative setting counts from the workplace."""
+        return None if self.metrics_archive is None else (workplace() / self.metrics_archive).resolve()
 
     @property
     def bootstrap_servers(self) -> str:

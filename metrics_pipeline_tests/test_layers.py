@@ -51,9 +51,10 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "summaries": {"errors", "settings", "postgres"},
     "partitions": {"errors", "settings", "postgres", "summaries"},
     "retention": {"errors", "settings", "postgres", "summaries", "partitions"},
+    "archive": {"errors", "settings", "postgres", "copy_sink", "partitions"},
     "exporter": GROUND | {"sinks", "summaries", "watcher"},
     # running it
-    "local": GROUND | {"sinks", "summaries", "watcher", "replay"},
+    "local": GROUND | {"sinks", "summaries", "watcher", "replay", "archive"},
     "compose": GROUND | {"sinks", "local"},
     "bench": GROUND | {"sinks", "producer", "copy_sink", "verification", "summaries", "partitions", "local"},
     # people's entry points
@@ -68,6 +69,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
         "rejects",
         "partitions",
         "retention",
+        "archive",
         "exporter",
         "local",
         "compose",
@@ -76,7 +78,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "reference": {"settings", "cli"},
     "__main__": {"cli", "surroundings"},
     # Dagster
-    "defs": GROUND | {"sinks", "producer", "replay", "rejects", "summaries", "partitions", "retention"},
+    "defs": GROUND | {"sinks", "producer", "replay", "rejects", "summaries", "partitions", "retention", "archive"},
     "definitions": {"defs"},
 }
 """Each package and each module beside them, and what it may import besides itself."""

@@ -10,6 +10,7 @@ from typing import Final
 
 import psutil
 
+from metrics_pipeline.archive.folder import ArchiveFolder
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.local import jars, ports
 from metrics_pipeline.local.account import postgres_home, unprivileged
@@ -70,6 +71,7 @@ def examine(settings: Settings) -> list[Finding]:
         Finding("sink", _sink(settings)),
         *_replay_folder(settings),
         Finding("partitions", _partitions(settings, budget)),
+        *_archive(settings),
         Finding(
             "JVM heaps",
             f"{settings.kafka_brokers} x broker {budget.broker_heap // MIB} MiB, "
@@ -105,6 +107,18 @@ def _replay_folder(settings: Settings) -> list[Finding]:
         return [Finding("replay folder", str(error), ok=False)]
     said = "; ".join([f"{settings.replay_path}: {found.waiting} files in it", *found.problems])
     return [Finding("replay folder", said, ok=not found.problems)]
+
+
+def _archive(settings: Settings) -> list[Finding]:
+    if settings.archive_path is None:
+        return []
+    folder = ArchiveFolder(settings.archive_path)
+    try:
+        if problem := folder.problem():
+            return [Finding("archive", problem, ok=False)]
+        return [Finding("archive", f"{folder.path}: {len(folder.names()):,} partitions in it", ok=True)]
+    except PipelineError as error:
+        return [Finding("archive", str(error), ok=False)]
 
 
 def _partitions(settings: Settings, budget: Budget) -> str:

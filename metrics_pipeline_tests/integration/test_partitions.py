@@ -23,6 +23,7 @@ pytestmark = pytest.mark.integration
 
 DEVICE = UUID(int=7)
 MIGRATED = [
+    "20261127000030_archive",
     "20261127000020_retention",
     "20261127000013_partitions",
     "20261127000012_partition_proof",
