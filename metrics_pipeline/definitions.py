@@ -2,12 +2,13 @@
 
 import dagster as dg
 
-from metrics_pipeline.defs import files, monitoring, production, provisioning, resources
+from metrics_pipeline.defs import archive, files, monitoring, production, provisioning, resources
 
 defs = dg.Definitions.merge(
     resources.DEFINITIONS,
     provisioning.DEFINITIONS,
     production.DEFINITIONS,
     files.DEFINITIONS,
+    archive.DEFINITIONS,
     monitoring.DEFINITIONS,
 )

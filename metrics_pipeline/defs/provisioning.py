@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from metrics_pipeline import kafka, partitions, postgres, registry, retention
+from metrics_pipeline.archive import keeping
 from metrics_pipeline.change import Change
 from metrics_pipeline.defs.resources import OWNERS, Pipeline, active_runs, plain_errors
 from metrics_pipeline.errors import PipelineError, ServiceError
@@ -100,7 +101,7 @@ def retained_readings(pipeline: Pipeline) -> dg.MaterializeResult[None]:
     """Partitions that METRICS_RETENTION and METRICS_RETENTION_SIZE have no room for go, oldest first; without these settings none does."""
     with plain_errors():
         settings = pipeline.load()
-        gone = retention.run(settings)
+        gone = retention.run(settings, keep=keeping.keeper(settings))
         details = [f"dropped {one.name}: {dropped.rows:,} readings, {dropped.bytes:,} bytes" for one, dropped in gone]
         return dg.MaterializeResult(
             metadata={

@@ -20,6 +20,7 @@ retained_readings       provisioning  postgres,table  <- metrics_partitions
 metrics_topic           provisioning  kafka           <- metrics_partitions
 metrics_sink_connector  provisioning  kafka,postgres  <- metrics_topic
 metrics                 readings      postgres,table  <- metrics_sink_connector
+metrics_archive         readings      file,parquet    <- metrics
 replayed_files          readings      file,kafka      <- metrics_topic
 device_summary          monitoring    postgres,sql    <- metrics
 ingestion_rate          monitoring    postgres,sql    <- metrics
@@ -38,6 +39,7 @@ metrics_topic:topic_as_configured               blocking
 """
 
 JOBS = """
+archive             metrics_archive
 check_provisioning  metrics_partitions_partitions_ahead metrics_schema_schema_at_head metrics_sink_connector_connector_as_configured metrics_topic_topic_as_configured retained_readings_retention_on_time
 check_throughput    metrics_consumer_lag metrics_freshness metrics_rejects metrics_throughput
 housekeeping        purge_ledger purge_runs
@@ -49,6 +51,7 @@ summaries           device_summary ingestion_rate
 """
 
 SCHEDULES = """
+archive_schedule             5-59/10 * * * *  UTC  RUNNING  archive
 check_provisioning_schedule  * * * * *    UTC  RUNNING  check_provisioning
 check_throughput_schedule    */5 * * * *  UTC  RUNNING  check_throughput
 device_summary_schedule      */5 * * * *  UTC  RUNNING  summaries
