@@ -111,6 +111,10 @@ CALLS = [
     ["produce"],
     ["sql", "SELECT 1"],
     ["verify"],
+    ["archive", "list"],
+    ["archive", "verify"],
+    ["archive", "make"],
+    ["archive", "restore", "2026-11-27"],
 ]
 
 
@@ -278,6 +282,19 @@ def test_doctor_says_what_a_day_costs(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert "a day is 320.3 GiB, METRICS_RETENTION=36h keeps 480 GiB" in run("doctor").out
     monkeypatch.setenv("PRODUCER_PUBLISH_INTERVAL", "0")
     assert "METRICS_PARTITION=hour; the producer's rate is what the broker takes" in run("doctor").out
+
+
+def test_doctor_looks_at_the_archive(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert not re.search(r"(ok|no) +archive ", run("doctor").out)
+    monkeypatch.setenv("METRICS_ARCHIVE", str(tmp_path / "archive"))
+    assert re.search(rf"ok +archive +{tmp_path / 'archive'}: 0 partitions in it", run("doctor").out)
+    (tmp_path / "archive" / "metrics_p20261127").mkdir(parents=True)
+    assert re.search(rf"ok +archive +{tmp_path / 'archive'}: 1 partitions in it", run("doctor").out)
+    monkeypatch.setenv("METRICS_ARCHIVE", "/proc/archive")
+    monkeypatch.setattr("os.access", lambda place, _mode: str(place) != "/proc")
+    assert re.search(
+        r"no +archive +METRICS_ARCHIVE=/proc/archive: /proc cannot be written by this user", run("doctor").out
+    )
 
 
 def test_doctor_counts_further_brokers_and_workers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

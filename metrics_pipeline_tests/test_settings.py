@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,7 +14,15 @@ from psycopg.conninfo import conninfo_to_dict
 
 import metrics_pipeline.settings
 from metrics_pipeline.errors import SettingError
-from metrics_pipeline.settings import ROOT, SERVICE_URLS, Settings, env_file, external_services, producer_overrides
+from metrics_pipeline.settings import (
+    ROOT,
+    SERVICE_URLS,
+    Settings,
+    env_file,
+    external_services,
+    producer_overrides,
+    workplace,
+)
 
 AWKWARD = "p@ss/w:rd?#%&+ ä'\"\\"
 
@@ -345,3 +354,27 @@ def test_addresses_of_the_embedded_services_are_loopback(monkeypatch: pytest.Mon
         assert urlsplit(url).hostname == "127.0.0.1"
     assert settings.bootstrap_servers == f"127.0.0.1:{settings.kafka_port}"
     assert settings.connect_rest.endswith(f":{settings.connect_port}")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("file", "is no folder"),
+        ("file/below", "cannot be made: .*file is no folder"),
+        ("some*", "must not hold any of"),
+        ("a[1]", "must not hold any of"),
+    ],
+)
+def test_a_bad_archive_is_named(value: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("METRICS_ARCHIVE", str(tmp_path / value))
+    with pytest.raises(SettingError, match=rf"^METRICS_ARCHIVE=.*{re.escape(value)}: {said}"):
+        Settings.load()
+
+
+def test_the_archive_may_be_a_folder_that_is_still_to_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.load().archive_path is None
+    monkeypatch.setenv("METRICS_ARCHIVE", str(tmp_path / "some" / "where"))
+    assert Settings.load().archive_path == tmp_path / "some" / "where"
+    monkeypatch.setenv("METRICS_ARCHIVE", "archive")
+    assert Settings.load().archive_path == workplace() / "archive"
