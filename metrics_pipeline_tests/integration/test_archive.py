@@ -294,6 +294,55 @@ def test_two_late_writers_do_not_wait_for_each_other(place: Place) -> None:
         require_whole(place, partition)
 
 
+def test_what_is_called_whole_is_all_there_is_while_late_readings_keep_coming(place: Place) -> None:
+    store(place, readings.simple(300, BEGIN))
+    partition = place.partition()
+    keeping.keep(place.settings, partition)
+    stop, stored = threading.Event(), threading.Event()
+
+    def write(writer: int) -> None:
+        with postgres.connect(place.settings, "metrics_writer") as connection:
+            number = 0
+            while not stop.is_set():
+                number += 1
+                for part in range(3):
+                    connection.execute(
+                        "INSERT INTO metrics (device_id, published_at, metric_name, value) VALUES (%s, %s, 0, %s) "
+                        "ON CONFLICT (device_id, published_at, metric_name) DO UPDATE SET value = excluded.value",
+                        [UUID(int=1000 * writer + number % 50), BEGIN + timedelta(seconds=part), number],
+                    )
+                (connection.rollback if number % 4 == 0 else connection.commit)()
+                stored.set()
+
+    def whole() -> bool:
+        with postgres.connect(place.settings, "metrics_owner") as connection:
+            connection.execute(f"LOCK TABLE {partition.name} IN SHARE MODE".encode())
+            archive = place.root.manifests()[0]
+            try:
+                keeping.require_whole(connection, partition)
+            except ServiceError:
+                return False
+            assert table.sums(connection, partition.name) == archive.sums
+            return True
+
+    assert whole()
+    writers = [threading.Thread(target=write, args=[writer]) for writer in (1, 2)]
+    for thread in writers:
+        thread.start()
+    try:
+        assert stored.wait(30)
+        for _ in range(5):
+            keeping.keep(place.settings, partition)
+            whole()
+    finally:
+        stop.set()
+        for thread in writers:
+            thread.join()
+    keeping.keep(place.settings, partition)
+    assert whole()
+    assert archived_rows(place, partition.name) == stored_rows(place)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95])
 def test_a_flipped_byte_is_found_and_nothing_is_dropped_for_it(
     place: Place, share: float, caplog: pytest.LogCaptureFixture
