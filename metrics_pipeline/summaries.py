@@ -196,8 +196,11 @@ def take_off(conn: Connection, partition: str, low: datetime | None, high: datet
     if pending:
         folded = _fold(conn, pending, fresh=False, pending=True)
         conn.execute("UPDATE summary_state SET pending = 0, folded = greatest(%s, 1)", [folded])
+    # How many slots that are, the planner seldom knows.
+    conn.execute("SET LOCAL enable_nestloop = off")
     (rows,) = _run(conn, "retire_slots", low=low, high=high).fetchone() or (0,)
     _run(conn, "mend_device_metric_totals")
+    conn.execute("SET LOCAL enable_nestloop = on")
     (stored,) = _run(conn, "retire_minutes", partition=partition).fetchone() or (0,)
     conn.execute("UPDATE summary_state SET rows = rows - %s", [rows])
     return rows, stored
