@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
@@ -370,15 +370,23 @@ def still(connection: postgres.Connection, *partitions: str) -> None:
 
 @contextmanager
 def alone(connection: postgres.Connection) -> Iterator[None]:
-    """One at a time drops or restores partitions; this ends with the connection.
+    """One at a time drops or restores partitions; this ends with the connection at the latest.
 
     Raises:
-        BusyError: somebody else does.
+        BusyError: somebody else does, and not only for a moment.
     """
-    statement = "SELECT pg_try_advisory_lock(hashtext('metrics-pipeline retention'), hashtext(current_schema()))"
-    if connection.execute(statement).fetchone() != (True,):
-        raise BusyError("partitions are being dropped or restored at this moment: try again when that is done")
-    yield
+    lock = "(hashtext('metrics-pipeline retention'), hashtext(current_schema()))"
+    deadline = time.monotonic() + STILL_SECONDS
+    # The session of a process that died may be there for a moment yet.
+    while connection.execute(f"SELECT pg_try_advisory_lock{lock}").fetchone() != (True,):
+        if time.monotonic() > deadline:
+            raise BusyError("partitions are being dropped or restored at this moment: try again when that is done")
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        with suppress(psycopg.Error):
+            connection.execute(f"SELECT pg_advisory_unlock{lock}")
 
 
 def _last(connection: postgres.Connection) -> datetime:
