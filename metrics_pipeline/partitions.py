@@ -6,6 +6,7 @@ off `metrics_after`. So a reading of any time has its place, and no partition ha
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -56,6 +57,10 @@ _NAMES: Final[dict[PartitionWidth, str]] = {
     "day": "metrics_p%Y%m%d",
     "month": "metrics_p%Y%m",
 }
+_SIZES: Final = {"minute": timedelta(minutes=1), "hour": timedelta(hours=1), "day": timedelta(days=1)}
+_NAMED: Final = re.compile(r"metrics_p([0-9]+)(?![^.])")
+_FORMS: Final = {12: "%Y%m%d%H%M", 10: "%Y%m%d%H", 8: "%Y%m%d", 6: "%Y%m"}
+"""By the number of digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,15 +251,31 @@ def _refuse_others(connection: postgres.Connection, table: str) -> None:
         )
 
 
-def bound_after(width: PartitionWidth, at: datetime) -> datetime:
-    """The first bound between partitions after an instant, in UTC."""
+def bound_before(width: PartitionWidth, at: datetime) -> datetime:
+    """The last bound between partitions up to an instant, in UTC."""
     at = at.astimezone(UTC)
     if width == "month":
-        month = at.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-        return (month + timedelta(days=31)).replace(day=1)
-    size = {"minute": timedelta(minutes=1), "hour": timedelta(hours=1), "day": timedelta(days=1)}[width]
+        return at.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    size = _SIZES[width]
     zero = datetime(2000, 1, 1, tzinfo=UTC)
-    return zero + ((at - zero) // size + 1) * size
+    return zero + (at - zero) // size * size
+
+
+def bound_after(width: PartitionWidth, at: datetime) -> datetime:
+    """The first bound between partitions after an instant, in UTC."""
+    before = bound_before(width, at)
+    return (before + timedelta(days=31)).replace(day=1) if width == "month" else before + _SIZES[width]
+
+
+def low_of(name: str) -> datetime | None:
+    """What the name of a partition, or of its archive, says of when it begins, in UTC; None when it says nothing."""
+    found = _NAMED.match(name)
+    if not found or len(found[1]) not in _FORMS:
+        return None
+    try:
+        return datetime.strptime(f"{found[1]}Z", f"{_FORMS[len(found[1])]}%z")
+    except ValueError:
+        return None
 
 
 def due(settings: Settings, last: datetime, now: datetime) -> list[tuple[str, datetime, datetime]]:

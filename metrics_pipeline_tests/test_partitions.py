@@ -29,6 +29,10 @@ def test_a_bound_is_the_next_full_one_in_utc(width: PartitionWidth, bound: datet
     assert partitions.bound_after(width, NOW) == bound
     assert partitions.bound_after(width, NOW.astimezone(timezone(timedelta(hours=5, minutes=30)))) == bound
     assert partitions.bound_after(width, bound) > bound, "a bound is not after itself"
+    before = partitions.bound_before(width, NOW)
+    assert before <= NOW
+    assert partitions.bound_after(width, before) == bound
+    assert partitions.bound_before(width, bound) == bound
 
 
 def test_months_have_their_own_lengths() -> None:
@@ -62,3 +66,22 @@ def test_they_reach_ahead_without_a_gap(width: PartitionWidth, first: str, count
 def test_a_wider_one_begins_where_the_last_one_ends() -> None:
     last = datetime(2026, 11, 26, 13, tzinfo=UTC)
     assert partitions.due(of("day"), last, NOW)[0] == ("metrics_p20261126", last, datetime(2026, 11, 27, tzinfo=UTC))
+
+
+@pytest.mark.parametrize(
+    ("name", "low"),
+    [
+        ("metrics_p202611", datetime(2026, 11, 1, tzinfo=UTC)),
+        ("metrics_p20261127", datetime(2026, 11, 27, tzinfo=UTC)),
+        ("metrics_p20261127.2", datetime(2026, 11, 27, tzinfo=UTC)),
+        ("metrics_p2026112707", datetime(2026, 11, 27, 7, tzinfo=UTC)),
+        ("metrics_p202611270731", datetime(2026, 11, 27, 7, 31, tzinfo=UTC)),
+        ("metrics_p20261327", None),
+        ("metrics_p2026112", None),
+        ("metrics_p20261127x", None),
+        ("metrics_before", None),
+        ("notes", None),
+    ],
+)
+def test_a_name_says_when_it_begins(name: str, low: datetime | None) -> None:
+    assert partitions.low_of(name) == low
