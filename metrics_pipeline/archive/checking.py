@@ -70,8 +70,25 @@ def problems(path: Path) -> list[str]:
     return list(file_problems(path, archive)) or list(_content_problems(path, archive))
 
 
-def file_problems(path: Path, archive: Manifest) -> Iterator[str]:
-    """What is wrong with its files as such."""
+def glance(folder: ArchiveFolder) -> list[Damage]:
+    """What is wrong with the archives as far as it shows without reading them: manifests, and sizes of files.
+
+    Raises:
+        SettingError: the folder cannot be read.
+    """
+    return [Damage(name, problem) for name in folder.names() for problem in _seen(folder.path / name)]
+
+
+def _seen(path: Path) -> list[str]:
+    try:
+        archive = manifest.read(path)
+    except ServiceError as error:
+        return [str(error)]
+    return list(file_problems(path, archive, read=False))
+
+
+def file_problems(path: Path, archive: Manifest, *, read: bool = True) -> Iterator[str]:
+    """What is wrong with its files as such; `read` says whether each byte is looked at."""
     named = {file.name for file in archive.files}
     for file in archive.files:
         place = path / file.name
@@ -79,7 +96,7 @@ def file_problems(path: Path, archive: Manifest) -> Iterator[str]:
             size = place.stat().st_size
             if size != file.bytes:
                 yield f"{place}: it has {size:,} bytes instead of {file.bytes:,}"
-            elif checksum(place) != file.sha256:
+            elif read and checksum(place) != file.sha256:
                 yield f"{place}: its bytes have changed: the SHA-256 is not that of the manifest"
         except OSError as error:
             yield f"{place}: it cannot be read: {error.strerror}"

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
+
+import psycopg
 
 from metrics_pipeline import partitions, postgres
 from metrics_pipeline.archive import checking, manifest, parquet, table
@@ -18,7 +20,7 @@ from metrics_pipeline.archive.manifest import ArchivedFile, Manifest
 from metrics_pipeline.copy_sink.failpoint import Failpoints
 from metrics_pipeline.errors import ServiceError, SettingError
 from metrics_pipeline.partitions import Partition
-from metrics_pipeline.settings import Settings
+from metrics_pipeline.settings import PartitionWidth, Settings
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,15 @@ FAILPOINTS: Final = "METRICS_ARCHIVE_FAILPOINTS"
 """As those of the COPY sink."""
 PLACES: Final = ("watched", "writing", "written", "proved", "described", "moved", "published", "noted")
 """In the order in which an archive passes them."""
+
+
+LATE: Final[dict[PartitionWidth, timedelta]] = {
+    "minute": timedelta(minutes=2),
+    "hour": timedelta(hours=1),
+    "day": timedelta(hours=6),
+    "month": timedelta(days=2),
+}
+"""How long after a partition was closed its archive may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +141,41 @@ def due(settings: Settings, now: datetime | None = None) -> list[Partition]:
                 and found.folder == str(folder.path)
             )
         ]
+
+
+def first(settings: Settings, now: datetime | None = None) -> datetime:
+    """The bound that all partitions lie behind, those of the table and those of which there is an archive, except `metrics_before`.
+
+    Raises:
+        SettingError: METRICS_ARCHIVE is not set, or cannot be read.
+        ServiceError: PostgreSQL is not reachable.
+    """
+    lows = [low for name in ArchiveFolder.of(settings).names() if (low := partitions.low_of(name))]
+    try:
+        lows += [one.low for one in partitions.every(settings) if one.low is not None]
+    except ServiceError as error:
+        if not isinstance(error.__cause__, psycopg.errors.UndefinedTable):
+            raise
+    # Where there is none yet, the first one will be that of now.
+    return partitions.bound_before(settings.metrics_partition, min([*lows, now or datetime.now(UTC)]))
+
+
+def behind(settings: Settings, now: datetime | None = None) -> list[str]:
+    """What is wrong with the archive, one line each: partitions that should have one by now, and what shows without reading them.
+
+    Raises:
+        SettingError: METRICS_ARCHIVE cannot be read.
+        ServiceError: PostgreSQL is not reachable.
+    """
+    if settings.archive_path is None:
+        return []
+    folder = ArchiveFolder.of(settings)
+    differences = [problem] if (problem := folder.problem()) else []
+    if late := due(settings, (now or datetime.now(UTC)) - LATE[settings.metrics_partition]):
+        differences.append(
+            f"{len(late)} closed partitions have no archive yet, {late[0].name} first: see what the runs of the job `archive` say"
+        )
+    return differences + [str(damage) for damage in checking.glance(folder)]
 
 
 def archived(settings: Settings, low: datetime, high: datetime) -> list[Manifest]:

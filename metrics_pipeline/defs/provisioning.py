@@ -1,6 +1,6 @@
 """Schema, then partitions, then topic, then sink: each brought to its configured state, each checked by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -9,8 +9,8 @@ import dagster as dg
 from metrics_pipeline import kafka, partitions, postgres, registry, retention
 from metrics_pipeline.archive import keeping
 from metrics_pipeline.change import Change
-from metrics_pipeline.defs.resources import OWNERS, Pipeline, active_runs, plain_errors
-from metrics_pipeline.errors import PipelineError, ServiceError
+from metrics_pipeline.defs.resources import OWNERS, Pipeline, active_runs, plain_errors, verdict
+from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sinks import active, moves
 
@@ -43,19 +43,6 @@ def _result(change: Change) -> dg.MaterializeResult[None]:
     return dg.MaterializeResult(metadata={"state": change.state, "details": dg.MetadataValue.json(change.details)})
 
 
-def _verdict(pipeline: Pipeline, drift: Callable[[Settings], list[str]]) -> dg.AssetCheckResult:
-    """Red with each difference named; a service that does not answer is red, too, with its reason."""
-    try:
-        differences = drift(pipeline.load())
-    except PipelineError as error:
-        differences = [str(error)]
-    return dg.AssetCheckResult(
-        passed=not differences,
-        description="; ".join(differences) or "as configured",
-        metadata={"differences": len(differences), "drift": dg.MetadataValue.json(differences)},
-    )
-
-
 @dg.asset(group_name=GROUP, kinds={"postgres", "sql"}, owners=OWNERS)
 def metrics_schema(pipeline: Pipeline) -> dg.MaterializeResult[None]:
     """Tables, constraints and grants in PostgreSQL at the newest migration of `sql/migrations`."""
@@ -78,7 +65,7 @@ def schema_at_head(pipeline: Pipeline) -> dg.AssetCheckResult:
             f"migration {version} is applied, but not among the files" for version in status.missing
         ]
 
-    return _verdict(pipeline, drift)
+    return verdict(pipeline, drift)
 
 
 @dg.asset(group_name=GROUP, kinds={"postgres", "table"}, owners=OWNERS, deps=[metrics_schema])
@@ -93,7 +80,7 @@ def metrics_partitions(pipeline: Pipeline) -> dg.MaterializeResult[None]:
 @dg.asset_check(asset=metrics_partitions)
 def partitions_ahead(pipeline: Pipeline) -> dg.AssetCheckResult:
     """The partitions that the next readings need are there, and no reading of the present lies behind the last one."""
-    return _verdict(pipeline, partitions.missing)
+    return verdict(pipeline, partitions.missing)
 
 
 @dg.asset(group_name=GROUP, kinds={"postgres", "table"}, owners=OWNERS, deps=[metrics_partitions])
@@ -116,7 +103,7 @@ def retained_readings(pipeline: Pipeline) -> dg.MaterializeResult[None]:
 @dg.asset_check(asset=retained_readings)
 def retention_on_time(pipeline: Pipeline) -> dg.AssetCheckResult:
     """What retention has no room for is gone, and nothing that was detached waits to be dropped."""
-    return _verdict(pipeline, retention.behind)
+    return verdict(pipeline, retention.behind)
 
 
 @dg.asset(group_name=GROUP, kinds={"kafka"}, owners=OWNERS, deps=[metrics_partitions])
@@ -139,7 +126,7 @@ def metrics_topic(config: TopicConfig, pipeline: Pipeline) -> dg.MaterializeResu
 @dg.asset_check(asset=metrics_topic, blocking=True)
 def topic_as_configured(pipeline: Pipeline) -> dg.AssetCheckResult:
     """Partitions, replicas and settings of the topic are those of the configuration, and so are its schemas at a registry."""
-    return _verdict(pipeline, lambda settings: kafka.topic_drift(settings) + registry.registry_drift(settings))
+    return verdict(pipeline, lambda settings: kafka.topic_drift(settings) + registry.registry_drift(settings))
 
 
 @dg.asset(group_name=GROUP, kinds={"kafka", "postgres"}, owners=OWNERS, deps=[metrics_topic])
@@ -156,7 +143,7 @@ def metrics_sink_connector(pipeline: Pipeline) -> dg.MaterializeResult[None]:
 @dg.asset_check(asset=metrics_sink_connector, blocking=True)
 def connector_as_configured(pipeline: Pipeline) -> dg.AssetCheckResult:
     """The sink that SINK names is the one that stores the readings, and it runs; a connector is as its file says."""
-    return _verdict(pipeline, active.sink_drift)
+    return verdict(pipeline, active.sink_drift)
 
 
 metrics = dg.AssetSpec(
@@ -188,9 +175,10 @@ check_provisioning = dg.define_asset_job(
 
 partitions_job = dg.define_asset_job(
     "partitions",
-    selection=dg.AssetSelection.assets(metrics_partitions, retained_readings),
+    selection=dg.AssetSelection.assets(metrics_partitions, retained_readings)
+    | dg.AssetSelection.checks(dg.AssetCheckKey(dg.AssetKey("metrics_archive"), "archive_complete")),
     executor_def=dg.in_process_executor,
-    description="Make the partitions of the time to come, and drop those that are too old.",
+    description="Make the partitions of the time to come, drop those that are too old, and see what is late, archives included.",
 )
 
 

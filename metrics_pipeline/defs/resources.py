@@ -1,6 +1,6 @@
 """What the definitions share: the settings, and errors and states that read well in the UI."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,19 @@ def plain_errors() -> Iterator[None]:
         yield
     except PipelineError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
+
+
+def verdict(pipeline: Pipeline, drift: Callable[[Settings], list[str]]) -> dg.AssetCheckResult:
+    """Red with each difference named; a service that does not answer is red, too, with its reason."""
+    try:
+        differences = drift(pipeline.load())
+    except PipelineError as error:
+        differences = [str(error)]
+    return dg.AssetCheckResult(
+        passed=not differences,
+        description="; ".join(differences) or "as configured",
+        metadata={"differences": len(differences), "drift": dg.MetadataValue.json(differences)},
+    )
 
 
 def active_runs(instance: dg.DagsterInstance, job: str) -> Sequence[dg.RunRecord]:

@@ -565,6 +565,12 @@ def instance() -> Iterator[dg.DagsterInstance]:
         yield found
 
 
+def shown(instance: dg.DagsterInstance) -> list[dg.AssetMaterialization]:
+    """What the UI shows of the archive, newest first."""
+    records = instance.fetch_materializations(dagster_archive.metrics_archive.key, limit=100).records
+    return [event for record in records if (event := record.asset_materialization)]
+
+
 def test_the_asset_of_dagster(place: Place, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in place.environment.items():
         monkeypatch.setenv(name, value)
@@ -583,10 +589,13 @@ def test_the_asset_of_dagster(place: Place, instance: dg.DagsterInstance, monkey
     assert "not provisioned yet" in launched().skip_message
     monkeypatch.setattr(dagster_archive, "not_provisioned", lambda _instance: None)
     assert [request.partition_key for request in launched()] == [key]
-    for _ in range(2):  # a backfill archives again
-        (event,) = archived().asset_materializations_for_node("metrics_archive")
+    for count in (1, 2):  # a backfill archives again
+        assert archived().success
+        event, *others = shown(instance)
+        assert (event.partition, len(others)) == (key, count - 1)
         assert event.metadata["dagster/row_count"].value == 40
         assert event.metadata["checksum"].value == keeping.keep(place.settings, partition).archive.sha256
+        assert event.metadata["folder"].value == str(place.root.path / partition.name)
     assert "each closed partition has its archive" in launched().skip_message
     # When the partition has gone, its archive is read.
     with place.owner() as connection:
@@ -596,6 +605,67 @@ def test_the_asset_of_dagster(place: Place, instance: dg.DagsterInstance, monkey
     assert not archived().success
     monkeypatch.setenv("METRICS_ARCHIVE", "")
     assert launched().skip_message == "METRICS_ARCHIVE is not set"
+
+
+def test_dagster_is_told_of_archives_that_it_did_not_make(place: Place, instance: dg.DagsterInstance) -> None:
+    partition = earlier(place, 3)
+    key = f"{partition.low:%Y-%m-%d}"
+    kept = keeping.make(place.settings, partition).archive
+    for told in ([key], []):
+        assert dagster_archive.report(instance, place.settings) == told
+        assert [event.metadata["checksum"].value for event in shown(instance)] == [kept.sha256]
+    # As retention does it when readings came late; then it has gone, and stays.
+    store(place, [Stored(UUID(int=9), partition.low or BEGIN, 0, -0.0, ("late",), BEGIN)])
+    retention.drop(place.settings, partition, keeping.keeper(place.settings))
+    for told in ([key], []):
+        assert dagster_archive.report(instance, place.settings) == told
+        assert [event.metadata["dagster/row_count"].value for event in shown(instance)] == [41, 40]
+    (place.root.path / partition.name / "manifest.json").write_text("{}")
+    assert dagster_archive.report(instance, place.settings) == []
+
+
+def test_the_partitions_of_the_asset_begin_with_those_there_are(place: Place, stack: RunningStack) -> None:
+    assert keeping.first(place.settings) == BEGIN
+    partition = earlier(place, 3)
+    assert keeping.first(place.settings) == partition.low
+    retention.drop(place.settings, partition, keeping.keeper(place.settings))
+    assert keeping.first(place.settings) == partition.low, "its archive is there"
+    monthly = place.settings.model_copy(update={"metrics_partition": "month"})
+    assert keeping.first(monthly) == (BEGIN - timedelta(days=3)).replace(day=1)
+    with own_database(stack.settings, migrated=False) as own:
+        empty = own.model_copy(update={"metrics_archive": place.root.path.parent / "other"})
+        assert keeping.first(empty) == BEGIN, "the first partition will be that of today"
+    with pytest.raises(ServiceError):
+        keeping.first(place.settings.model_copy(update={"postgres_db": "test_that_is_not_there"}))
+
+
+def test_the_check_names_what_is_late_or_not_as_it_was(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in place.environment.items():
+        monkeypatch.setenv(name, value)
+    partition = earlier(place, 3)
+
+    def said() -> tuple[bool, str]:
+        result: Any = dagster_archive.archive_complete(Pipeline())
+        return result.passed, str(result.description)
+
+    closed = (partition.high or BEGIN) + partitions.GRACE["day"]
+    assert keeping.behind(place.settings, closed + keeping.LATE["day"] - timedelta(seconds=1)) == []
+    assert len(keeping.behind(place.settings, closed + keeping.LATE["day"])) == 1
+    passed, text = said()
+    assert not passed
+    assert text.startswith(f"1 closed partitions have no archive yet, {partition.name} first")
+    keeping.make(place.settings, partition)
+    assert said() == (True, "as configured")
+    path = place.root.path / partition.name / "part-00000.parquet"
+    path.write_bytes(path.read_bytes() + b"x")
+    passed, text = said()
+    assert not passed
+    assert str(path) in text
+    assert f"archive make {partition.name}" in text
+    (path.parent / "manifest.json").unlink()
+    assert "manifest.json: it cannot be read" in said()[1]
+    monkeypatch.setenv("METRICS_ARCHIVE", "")
+    assert said()[0]
 
 
 def summaries_agree(place: Place) -> None:
