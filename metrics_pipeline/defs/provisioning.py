@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from datetime import UTC
+from typing import Any, Final
 
 import dagster as dg
 
@@ -11,6 +12,7 @@ from metrics_pipeline.archive import keeping
 from metrics_pipeline.change import Change
 from metrics_pipeline.defs.resources import OWNERS, Pipeline, active_runs, plain_errors, verdict
 from metrics_pipeline.errors import ServiceError
+from metrics_pipeline.partitions import Partition
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sinks import active, moves
 
@@ -30,6 +32,17 @@ COLUMNS = dg.TableSchema(
         ),
     ],
     constraints=dg.TableConstraints(other=["PRIMARY KEY (device_id, published_at, metric_name)"]),
+)
+
+PARTITIONS_SHOWN: Final = 50
+_PARTITION_COLUMNS = dg.TableSchema(
+    columns=[
+        dg.TableColumn("partition", "string"),
+        dg.TableColumn("from", "string", "least published_at, UTC; empty: there is no bound"),
+        dg.TableColumn("to", "string", "what every published_at is less than, UTC; empty: there is no bound"),
+        dg.TableColumn("rows", "int", "about; 0 before the first analyze"),
+        dg.TableColumn("bytes", "int", "with indexes"),
+    ]
 )
 
 
@@ -74,7 +87,24 @@ def metrics_partitions(pipeline: Pipeline) -> dg.MaterializeResult[None]:
     with plain_errors():
         settings = pipeline.load()
         made = partitions.make(settings)
-        return _result(Change("changed" if made else "unchanged", [f"made {name}" for name in made]))
+        found = partitions.every(settings)
+    result = _result(Change("changed" if made else "unchanged", [f"made {name}" for name in made]))
+    newest = [_row(partition) for partition in reversed(found[-PARTITIONS_SHOWN:])]
+    return dg.MaterializeResult(
+        metadata={
+            **(result.metadata or {}),
+            "partitions": len(found),
+            "bytes": sum(partition.bytes for partition in found),
+            **({"newest": dg.MetadataValue.table(newest, schema=_PARTITION_COLUMNS)} if newest else {}),
+        }
+    )
+
+
+def _row(partition: Partition) -> dg.TableRecord:
+    low, high = (f"{at.astimezone(UTC):%Y-%m-%d %H:%M}" if at else "" for at in (partition.low, partition.high))
+    return dg.TableRecord(
+        {"partition": partition.name, "from": low, "to": high, "rows": partition.rows, "bytes": partition.bytes}
+    )
 
 
 @dg.asset_check(asset=metrics_partitions)

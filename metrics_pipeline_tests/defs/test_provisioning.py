@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
@@ -60,10 +61,14 @@ class FakePartitions:
         self.made += new
         return new
 
+    def every(self, settings: Settings) -> list[Partition]:
+        low = datetime(2026, 11, 26, tzinfo=UTC)
+        return [Partition(name, None if at == 0 else low, low, 8192, at) for at, name in enumerate(self.made)]
+
     def missing(self, settings: Settings) -> list[str]:
         return [f"{name} is missing" for name in self.wanted if name not in self.made]
 
-    def run(self, settings: Settings) -> list[tuple[Partition, Dropped]]:
+    def run(self, settings: Settings, *, keep: object) -> list[tuple[Partition, Dropped]]:
         gone = [(Partition(name, None, None, 300, 20), Dropped(20, 300)) for name in self.old]
         self.old.clear()
         return gone
@@ -102,6 +107,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
         monkeypatch.setenv("CONNECT_URL", fake.url)
         parts = Parts(schema, broker, fake, instance, FakePartitions())
         monkeypatch.setattr(partitions, "make", parts.partitions.make)
+        monkeypatch.setattr(partitions, "every", parts.partitions.every)
         monkeypatch.setattr(partitions, "missing", parts.partitions.missing)
         monkeypatch.setattr(retention, "run", parts.partitions.run)
         monkeypatch.setattr(retention, "behind", parts.partitions.behind)
@@ -155,6 +161,26 @@ def test_partitions_are_missing_until_they_are_made(parts: Parts) -> None:
     details = result.asset_materializations_for_node("metrics_partitions")[0].metadata["details"].value
     assert details == ["made metrics_p20261128"]
     assert red(result) == {}
+
+
+def test_the_partitions_that_there_are_are_shown_newest_first(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts.partitions.wanted.append("metrics_p20261128")
+    for shown in (3, 2):
+        monkeypatch.setattr(provisioning, "PARTITIONS_SHOWN", shown)
+        metadata = parts.run("partitions").asset_materializations_for_node("metrics_partitions")[0].metadata
+        assert (metadata["partitions"].value, metadata["bytes"].value) == (3, 3 * 8192)
+        newest = metadata["newest"]
+        assert isinstance(newest, dg.TableMetadataValue)
+        rows = [record.data for record in newest.records]
+        assert [row["partition"][-2:] for row in rows] == ["28", "27", "26"][:shown]
+        assert rows[0] == {
+            "partition": "metrics_p20261128",
+            "from": "2026-11-26 00:00",
+            "to": "2026-11-26 00:00",
+            "rows": 2,
+            "bytes": 8192,
+        }
+    assert rows[-1]["from"] == "2026-11-26 00:00"
 
 
 def test_what_retention_should_have_dropped_is_red_until_it_is_gone(parts: Parts) -> None:
