@@ -206,7 +206,7 @@ check_provisioning = dg.define_asset_job(
 partitions_job = dg.define_asset_job(
     "partitions",
     selection=dg.AssetSelection.assets(metrics_partitions, retained_readings)
-    | dg.AssetSelection.checks(dg.AssetCheckKey(dg.AssetKey("metrics_archive"), "archive_complete")),
+    | dg.AssetSelection.checks(dg.AssetCheckKey(metrics.key, "archive_complete")),
     executor_def=dg.in_process_executor,
     description="Make the partitions of the time to come, drop those that are too old, and see what is late, archives included.",
 )

@@ -31,7 +31,7 @@ metrics:consumer_lag
 metrics:freshness
 metrics:rejects
 metrics:throughput
-metrics_archive:archive_complete
+metrics:archive_complete
 metrics_partitions:partitions_ahead
 retained_readings:retention_on_time
 metrics_schema:schema_at_head                   blocking
@@ -44,7 +44,7 @@ archive             metrics_archive
 check_provisioning  metrics_partitions_partitions_ahead metrics_schema_schema_at_head metrics_sink_connector_connector_as_configured metrics_topic_topic_as_configured retained_readings_retention_on_time
 check_throughput    metrics_consumer_lag metrics_freshness metrics_rejects metrics_throughput
 housekeeping        purge_ledger purge_runs
-partitions          metrics_archive_archive_complete metrics_partitions metrics_partitions_partitions_ahead retained_readings retained_readings_retention_on_time
+partitions          metrics_archive_complete metrics_partitions metrics_partitions_partitions_ahead retained_readings retained_readings_retention_on_time
 produce_metrics     publish
 provision           metrics_partitions metrics_partitions_partitions_ahead metrics_schema metrics_schema_schema_at_head metrics_sink_connector metrics_sink_connector_connector_as_configured metrics_topic metrics_topic_topic_as_configured
 replay_files        replay
