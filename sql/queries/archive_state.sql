@@ -1,5 +1,5 @@
--- Whether the archive that is noted of a partition is still whole: its name, folder and manifest; whether the table has the same file, a
--- trigger that notes each change, and how many transactions have changed it since.
+-- Whether the archive that is noted of a partition is still whole: its name, folder and manifest; whether the table has the same file;
+-- whether a trigger notes each change, and how many transactions have changed it since.
 SELECT
     a.name,
     a.folder,
