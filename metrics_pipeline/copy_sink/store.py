@@ -358,6 +358,8 @@ class RowWriter:
         failpoints: for tests.
     """
 
+    statement = COPY
+
     def __init__(self, failpoints: Failpoints | None = None) -> None:
         self._failpoints = failpoints or Failpoints("")
 
@@ -375,7 +377,7 @@ class RowWriter:
         """
         rejects, path = batch.rejects, self._path(batch, upsert=upsert)
         if path == "copy":
-            self._copy(session, COPY, batch.columns, batch.tags)
+            self._copy(session, self.statement, batch.columns, batch.tags)
         elif path == "upsert":
             refused = self._upsert(session, batch)
             if refused is not None:

@@ -11,13 +11,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -33,6 +33,9 @@ from metrics_pipeline.copy_sink.sessions import SessionWatch
 from metrics_pipeline.data_folder import folder_id
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.web import WebServer
+
+if TYPE_CHECKING:  # numpy comes with it, which a worker prepares for
+    from metrics_pipeline.copy_sink.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +100,12 @@ class Supervisor:
     Args:
         settings: where everything is; the workers read the same environment themselves.
         workers: how many.
+        new_store: makes what a worker stores with, instead of a `Store`.
     """
 
-    def __init__(self, settings: Settings, workers: int) -> None:
+    def __init__(self, settings: Settings, workers: int, new_store: Callable[..., Store] | None = None) -> None:
         self._settings = settings
+        self._new_store = new_store
         # One heap for all threads of a worker: with glibc's default each keeps what it once needed. Read when a process begins.
         os.environ.setdefault("MALLOC_ARENA_MAX", "2")
         # Spawned, not forked: librdkafka and libpq do not survive a fork.
@@ -233,7 +238,7 @@ class Supervisor:
     def _begin(self, slot: Slot) -> None:
         ours, theirs = self._context.Pipe()
         slot.process = self._context.Process(
-            target=work, args=(slot.name, theirs), name=f"sink {slot.name}", daemon=True
+            target=work, args=(slot.name, theirs, self._new_store), name=f"sink {slot.name}", daemon=True
         )
         slot.process.start()
         theirs.close()
@@ -393,7 +398,7 @@ def _counters(total: WorkerCounts, restarts: int, stalls: Counter[str]) -> Itera
     )
 
 
-def work(name: str, pipe: Connection) -> None:
+def work(name: str, pipe: Connection, new_store: Callable[..., Store] | None = None) -> None:
     """The body of a worker process: ends when told to, on SIGTERM, or when the supervisor is gone."""
     # The supervisor decides what a Ctrl-C means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -409,7 +414,7 @@ def work(name: str, pipe: Connection) -> None:
 
     # What is loaded by now stays; messages by the thousand would have the collector look at it again and again.
     gc.freeze()
-    worker = CopyWorker(Settings.load(), name)
+    worker = CopyWorker(Settings.load(), name, new_store) if new_store else CopyWorker(Settings.load(), name)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     ended = threading.Event()
 

@@ -420,16 +420,18 @@ class CopyWorker:
     Args:
         settings: where everything is.
         name: of the worker, as `pg_stat_activity` and logs show it.
+        new_store: makes what stores; a benchmark has one of its own.
     """
 
-    def __init__(self, settings: Settings, name: str) -> None:
+    def __init__(self, settings: Settings, name: str, new_store: Callable[..., Store] = Store) -> None:
         self._settings = settings
+        self._new_store = new_store
         self._progress = Progress(time.monotonic)
         # Those of the reader and of the writer: who passes a place is who notes it.
         self._failpoints = Failpoints(at=self._at)
         self.report = WorkerReport()
         self._name = name
-        self._store = Store(settings, name, self._failpoints)
+        self._store = new_store(settings, name, self._failpoints)
         # The reader's own session: it must not wait for a transaction of the writer.
         self._places_store = Store(settings, f"{name} places")
         self._log = LogWatch(settings, self._places_store)
@@ -513,7 +515,7 @@ class CopyWorker:
             writer.join(DRAIN_SECONDS)
             if writer.is_alive():
                 # PostgreSQL does not answer it. It keeps what it has; two on one connection would mix up their transactions.
-                self._store = Store(self._settings, self._name, self._failpoints)
+                self._store = self._new_store(self._settings, self._name, self._failpoints)
                 self._writer = self._new_writer()
                 self._queue = Queue(maxsize=1)
             self._leave(consumer)
