@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Final
@@ -12,7 +13,8 @@ from metrics_pipeline.errors import PipelineError
 
 WIDTH: Final = 760
 _LEFT, _RIGHT, _BAR, _GAP = 130, 90, 26, 14
-_COLOURS: Final = ("#4f43dd", "#0a8f62", "#c2410c", "#7c3aed")
+_AXIS, _PANEL = 70, 320
+_COLOURS: Final = ("#4f43dd", "#0a8f62", "#c2410c", "#7c3aed", "#0369a1", "#a16207")
 _INK: Final = "#444"
 
 
@@ -44,6 +46,21 @@ def bars(title: str, spreads: Mapping[str, Spread], unit: str, note: str = "") -
     return "".join([*parts, "</svg>\n"])
 
 
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Lines over an axis of their own; both axes begin at zero.
+
+    Attributes:
+        series: points by label.
+        x_unit: of the horizontal axis.
+        y_unit: of the vertical axis.
+    """
+
+    series: Mapping[str, Sequence[tuple[float, float]]]
+    x_unit: str
+    y_unit: str
+
+
 def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_unit: str, y_unit: str) -> str:
     """Lines over a common axis; both axes begin at zero.
 
@@ -53,33 +70,40 @@ def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_uni
         x_unit: of the horizontal axis.
         y_unit: of the vertical axis.
     """
-    points = [point for line in series.values() for point in line]
+    return panels(title, [Panel(series, x_unit, y_unit)])
+
+
+def panels(title: str, below_each_other: Sequence[Panel]) -> str:
+    """Panels below each other, with one title above."""
+    height = len(below_each_other) * _PANEL
+    parts = [_head(height), f'<text x="{_AXIS}" y="20" font-size="15">{escape(title)}</text>']
+    for number, panel in enumerate(below_each_other):
+        parts += _panel(panel, number * _PANEL)
+    return "".join([*parts, "</svg>\n"])
+
+
+def _panel(panel: Panel, above: int) -> Iterator[str]:
+    points = [point for line in panel.series.values() for point in line]
     most_x = max((x for x, _ in points), default=0) or 1
     most_y = max((y for _, y in points), default=0) or 1
-    left, top, height = 70, 44, 320
-    width, bottom = WIDTH - left - 30, height - 46
-    parts = [
-        _head(height),
-        f'<text x="{left}" y="24" font-size="15">{escape(title)}</text>',
-        f'<path d="M{left} {top}V{bottom}H{left + width}" stroke="{_INK}" fill="none"/>',
-    ]
+    left, top, end = _AXIS, above + 48, above + _PANEL
+    width, bottom = WIDTH - left - 30, end - 46
+    yield f'<path d="M{left} {top}V{bottom}H{left + width}" stroke="{_INK}" fill="none"/>'
     for quarter in range(5):
         share = quarter / 4
         y, x = bottom - (bottom - top) * share, left + width * share
-        parts += [
-            f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/>' if quarter else "",
-            f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" font-size="11">{short(most_y * share)}</text>',
-            f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle" font-size="11">{short(most_x * share)}</text>',
-        ]
-    for number, (label, line) in enumerate(series.items()):
+        if quarter:
+            yield f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/>'
+        yield f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" font-size="11">{short(most_y * share)}</text>'
+        yield f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle" font-size="11">{short(most_x * share)}</text>'
+    apart = min(170.0, width / max(1, len(panel.series)))
+    for number, (label, line) in enumerate(panel.series.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         drawn = " ".join(f"{left + width * x / most_x:.1f},{bottom - (bottom - top) * y / most_y:.1f}" for x, y in line)
-        parts += [
-            f'<polyline points="{drawn}" stroke="{colour}" stroke-width="2" fill="none"/>',
-            f'<text x="{left + 8 + number * 170}" y="{top - 4}" fill="{colour}">{escape(label)}</text>',
-        ]
-    parts.append(f'<text x="{left}" y="{height - 10}" font-size="11">{escape(f"{y_unit} by {x_unit}")}</text>')
-    return "".join([*parts, "</svg>\n"])
+        yield f'<polyline points="{drawn}" stroke="{colour}" stroke-width="2" fill="none"/>'
+        size = ' font-size="11"' if apart < 170 else ""
+        yield f'<text x="{left + 8 + number * apart:.0f}" y="{top - 6}" fill="{colour}"{size}>{escape(label)}</text>'
+    yield f'<text x="{left}" y="{end - 10}" font-size="11">{escape(f"{panel.y_unit} by {panel.x_unit}")}</text>'
 
 
 def _head(height: float) -> str:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from metrics_pipeline.bench.layout import Layout, TableLayout
 from metrics_pipeline.errors import SettingError
 from metrics_pipeline.settings import Settings, SinkKind, producer_overrides
 
@@ -43,6 +44,10 @@ Changed = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="another producer setting for this run; repeatable"),
 ]
+LaidOut = Annotated[
+    TableLayout,
+    typer.Option("--layout", help="of the table: one heap, or partitions by time; with --here as it is"),
+]
 Stored = Annotated[SinkKind | None, typer.Option("--sink", help="default: SINK")]
 
 
@@ -55,6 +60,7 @@ def drain(
         int,
         typer.Option("--bad-every", metavar="N", min=0, help="let the COPY sink drain one bad record in N, too; 0: no"),
     ] = 0,
+    layout: LaidOut = "partitioned",
     changed: Changed = None,
     chart: Chart = None,
     as_json: Json = False,
@@ -68,7 +74,7 @@ def drain(
     names = chosen(paths.split(","))
     settings = Settings.load(**producer_overrides(changed))
     connect = any(name.startswith("connect") for name in names)
-    with _place(settings, here=here, yes=yes, connect=connect) as place, _progress() as progress:
+    with _place(settings, here=here, yes=yes, connect=connect, layout=layout) as place, _progress() as progress:
         document = measure(place, records, rounds, names, progress, _say, bad_every=bad_every).document()
     _finish(document, chart, as_json=as_json)
 
@@ -122,6 +128,13 @@ def produce(
 def growth(
     rows: Annotated[int, typer.Option("--rows", min=10_000, help="rows in the table at the end")] = 10_000_000,
     steps: Annotated[int, typer.Option("--steps", min=1, help="sizes at which it is measured")] = 10,
+    layout: Annotated[
+        Layout,
+        typer.Option("--layout", help="of the table: one heap, partitions by time, or these by way of a staging table"),
+    ] = "partitioned",
+    partition_rows: Annotated[
+        int, typer.Option("--partition-rows", metavar="N", min=1000, help="about how many readings a partition gets")
+    ] = 10_000_000,
     sink: Stored = None,
     changed: Changed = None,
     chart: Chart = None,
@@ -130,21 +143,30 @@ def growth(
     yes: Yes = False,
 ) -> None:
     """Stored rows/s, latency and the summaries' time while the table grows."""
+    from metrics_pipeline.bench.growth import Plan, check_disk
     from metrics_pipeline.bench.growth import growth as measure
 
     overrides = producer_overrides(changed)
     settings = Settings.load(**overrides)
-    stored_by = sink or settings.sink
-    with _place(settings, here=here, yes=yes, connect=stored_by == "connect") as place, _progress() as progress:
-        document = measure(place, stored_by, rows, steps, overrides, progress, _say)
+    plan = Plan(sink or settings.sink, rows, steps, layout, partition_rows)
+    plan.check(settings)
+    if not here:
+        check_disk(plan, settings)
+    connect = plan.sink == "connect"
+    with _place(settings, here=here, yes=yes, connect=connect, layout=layout) as place, _progress() as progress:
+        document = measure(place, plan, overrides, progress, _say)
     _finish(document, chart, as_json=as_json)
 
 
-def _place(settings: Settings, *, here: bool, yes: bool, connect: bool = False) -> AbstractContextManager[Any]:
+def _place(
+    settings: Settings, *, here: bool, yes: bool, connect: bool = False, layout: Layout = "partitioned"
+) -> AbstractContextManager[Any]:
     from metrics_pipeline.bench import place
 
     if not here:
-        return place.temporary(settings, _say)
+        return place.temporary(settings, _say, layout)
+    if layout != "partitioned":
+        raise SettingError(f"--layout {layout}: the table of --here stays as it is: leave one of the two out")
     target = f"{settings.postgres_host}:{settings.postgres_host_port} and {settings.bootstrap_servers}"
     if not yes and not typer.confirm(
         f"Empty the tables metrics and rejected_metrics, and the topic metrics, at {target}?", err=True

@@ -15,7 +15,9 @@ from typing import Final
 
 import psutil
 
-from metrics_pipeline import kafka, partitions, postgres
+from metrics_pipeline import kafka, postgres
+from metrics_pipeline.bench import layout as layouts
+from metrics_pipeline.bench.layout import Layout
 from metrics_pipeline.bench.readings import empty_topic
 from metrics_pipeline.bench.table import activate, empty, start_sink_at
 from metrics_pipeline.errors import BusyError, ServiceError
@@ -46,6 +48,7 @@ class Place:
         processes: of the services that run on this machine and that we know of, by name.
         temporary: whether all of it goes away afterwards.
         load_before: the machine's load of the last minute before anything was started.
+        layout: how the table is laid out.
     """
 
     settings: Settings
@@ -53,10 +56,11 @@ class Place:
     processes: Mapping[str, psutil.Process]
     temporary: bool
     load_before: float = 0.0
+    layout: Layout = "partitioned"
 
 
 @contextmanager
-def temporary(user: Settings, say: Say) -> Iterator[Place]:
+def temporary(user: Settings, say: Say, layout: Layout = "partitioned") -> Iterator[Place]:
     """PostgreSQL, broker and Connect on free ports in a temporary folder: migrated, with the topic, without Dagster.
 
     Producer, topic and sink are set as in the user's settings; ports, folders, passwords and services are the stack's
@@ -66,6 +70,7 @@ def temporary(user: Settings, say: Say) -> Iterator[Place]:
     Args:
         user: the user's own settings.
         say: told what is being started.
+        layout: of the table.
 
     Raises:
         PipelineError: a part does not start.
@@ -87,10 +92,17 @@ def temporary(user: Settings, say: Say) -> Iterator[Place]:
             embedded.service("postgres").command += ["-c", "track_commit_timestamp=on"]
             embedded.start(say, provision=False)
             postgres.migrate(settings)
-            partitions.make(settings)
+            layouts.prepare(settings, layout)
             kafka.ensure_topic(settings)
             processes = {service.name: service.process for service in embedded.services if service.process}
-            yield Place(settings, environment.for_python(settings), processes, temporary=True, load_before=load)
+            yield Place(
+                settings,
+                environment.for_python(settings),
+                processes,
+                temporary=True,
+                load_before=load,
+                layout=layout,
+            )
         finally:
             with _undisturbed():
                 if embedded is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from math import isqrt
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -54,6 +56,44 @@ def simulated(settings: Settings, count: int, end: datetime) -> Iterator[list[Pa
         count -= len(readings)
         if readings:
             yield readings
+
+
+class Stream:
+    """The readings of a simulated fleet, so many at a time: the next ones follow where the last ones ended.
+
+    Args:
+        settings: of the fleet.
+        begin: every reading is taken after it.
+        round_: how far the simulated clock moves from round to round.
+    """
+
+    def __init__(self, settings: Settings, begin: datetime, round_: timedelta) -> None:
+        self._generator = Generator(settings, begin)
+        self._now = begin
+        self._round = round_
+        self._left: list[Pair] = []
+
+    def take(self, count: int) -> Iterator[list[Pair]]:
+        """Exactly `count` readings, oldest first."""
+        while count > 0:
+            if not self._left:
+                self._now += self._round
+                self._left = self._generator.round(self._now)
+            taken, self._left = self._left[:count], self._left[count:]
+            count -= len(taken)
+            if taken:
+                yield taken
+
+
+def rounds_of(settings: Settings, count: int) -> int:
+    """In how many rounds `count` readings are there at the latest, whatever the sizes of the rounds turn out to be."""
+    likely = int(count / mean_round(settings)) + 1
+    return likely + 3 * isqrt(likely) + 10
+
+
+def mean_round(settings: Settings) -> float:
+    """Readings of a round."""
+    return (settings.producer_min_metrics + settings.producer_max_metrics) / 2
 
 
 def spoilt(rounds: Iterable[list[Pair]], every: int) -> Iterator[list[Pair]]:
@@ -175,14 +215,23 @@ def empty_topic(settings: Settings) -> dict[int, int]:
         ServiceError: the broker refused.
     """
     ends = {partition: high for partition, (_, high) in kafka.watermarks(settings).items()}
+    delete_before(settings, ends)
+    return ends
+
+
+def delete_before(settings: Settings, offsets: Mapping[int, int]) -> None:
+    """Delete the records of the topic before these offsets; the broker gives their disk back within two minutes.
+
+    Raises:
+        ServiceError: the broker refused.
+    """
     admin = AdminClient(kafka.client_config(settings))
     try:
-        places = [TopicPartition(TOPIC, partition, end) for partition, end in ends.items()]
+        places = [TopicPartition(TOPIC, partition, offset) for partition, offset in offsets.items()]
         for future in admin.delete_records(places).values():
             future.result()
     except KafkaException as problem:
         raise ServiceError(f"topic {TOPIC} cannot be emptied: {problem.args[0].str()}") from problem
-    return ends
 
 
 # --- What the table must hold ------------------------------------------------------------------------------------
@@ -312,6 +361,50 @@ def read_reference(
         if left:
             reference.keep(partition, left)
     return reference
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """How many readings, and the checksum of all of them; sums of parts add up.
+
+    Attributes:
+        count: of the readings.
+        checksum: as `checksum` has it.
+    """
+
+    count: int = 0
+    checksum: int = 0
+
+    def __add__(self, other: Sum) -> Sum:
+        return Sum(self.count + other.count, (self.checksum + other.checksum) % 2**64)
+
+
+def sum_of(settings: Settings, start: Mapping[int, int], stop: Mapping[int, int]) -> Sum:
+    """The sum of the topic's readings between offsets, by the COPY sink's decoder, which is faster than `read_reference`.
+
+    Raises:
+        ServiceError: the broker sends no more.
+        RecordError: a record is not of the wire format.
+    """
+    decoder, found = sinking.BatchDecoder(), Sum()
+    read: Iterator[Sequence[Any]] = TopicReader(settings, TOPIC).read(start, stop)
+    for messages in read:
+        found += _sum_of(decoder.decode(messages, {}))
+    return found
+
+
+def _sum_of(batch: sinking.Batch) -> Sum:
+    for reject in batch.rejects:
+        raise RecordError(reject.reason, reject.detail)
+    columns = batch.columns
+    entries = np.zeros(len(columns), RECORD)
+    entries["key"]["device_id"] = columns.device_id.view("V16")[:, 0]
+    entries["key"]["published_at"] = columns.published_at
+    entries["key"]["metric_name"] = columns.metric_name
+    entries["value"] = columns.value.astype(np.float64).view(np.uint64)
+    digests = b"".join(hashlib.md5(tags, usedforsecurity=False).digest() for tags in batch.tags)
+    entries["tags"] = np.frombuffer(digests, "V16")[columns.tags]
+    return Sum(len(columns), checksum(entries))
 
 
 def encoded(messages: Sequence[Any]) -> bytes:

@@ -1,13 +1,14 @@
 """A benchmark's result for people: tables, and the surroundings that it holds for.
 
-`python -m metrics_pipeline.bench.report FILE.json` prints a drain's result as a Markdown table.
+`python -m metrics_pipeline.bench.report FILE.json` prints the result of a drain or of a growth as a Markdown table. With several results
+of growths it prints one table each; `--chart FILE.svg` before them draws all of them into one chart.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,9 +43,68 @@ def chart(document: Document) -> str:
     if document["bench"] == "produce":
         points = [(point["seconds"], point["messages_per_second"]) for point in document["points"]]
         return charts.lines("One producer", {"messages/s": points}, "seconds", "messages acknowledged a second")
-    steps = document["steps"]
-    rates = [(float(step["rows"]), step["rows_per_second"]) for step in steps]
-    return charts.lines(f"The sink {document['sink']}", {"rows/s": rates}, "rows in the table", "rows stored a second")
+    return growths([document])
+
+
+def growths(documents: Sequence[Document]) -> str:
+    """Results of growths in one chart: speed, latency, the summaries' tick and sizes by the rows in the table."""
+    names = [_kind(document) for document in documents]
+    if len(set(names)) < len(names):
+        names = [f"{name} {number}" for number, name in enumerate(names, 1)]
+    results = dict(zip(names, documents, strict=True))
+
+    def each(value: Callable[[Any], float | None], label: str = "") -> dict[str, list[tuple[float, float]]]:
+        return {
+            f"{name}{label}": [
+                (float(step["rows"]), float(found)) for step in document["steps"] if (found := value(step)) is not None
+            ]
+            for name, document in results.items()
+        }
+
+    table_bytes = each(lambda step: step["heap_bytes"], ": table")
+    sizes = {**table_bytes, **each(lambda step: step["index_bytes"], ": indexes")}
+    if len(documents) == 1:
+        sizes |= each(lambda step: step["summary_bytes"], ": summaries")
+    else:
+        sizes = each(lambda step: step["heap_bytes"] + step["index_bytes"], ": with indexes")
+        sizes |= each(lambda step: step["summary_bytes"], ": summaries")
+    rows = "rows in the table"
+    fewest = min((step["tick"]["rows"] for document in documents for step in document["steps"]), default=0)
+    return charts.panels(
+        f"A growing table, {_fleet(documents[0])}",
+        [
+            charts.Panel(each(lambda step: step["rows_per_second"]), rows, "rows stored a second"),
+            charts.Panel(each(lambda step: step["latency"].get("p99")), rows, "p99 until visible, seconds"),
+            charts.Panel(
+                each(lambda step: step["tick"]["seconds"]),
+                rows,
+                f"the summaries' tick for {fewest:,} new rows, seconds",
+            ),
+            charts.Panel(sizes, rows, "bytes"),
+        ],
+    )
+
+
+def _kind(document: Document) -> str:
+    """What a growth is one of."""
+    layout: str = document["layout"]["name"]
+    return layout if document["sink"] == "copy" else f"{layout}, {document['sink']}"
+
+
+def _fleet(document: Document) -> str:
+    settings = document["settings"]
+    low, high = settings["PRODUCER_MIN_DEVICES"], settings["PRODUCER_MAX_DEVICES"]
+    return f"a fleet of {settings['PRODUCER_FLEET_SIZE']:,} devices, {low:,} to {high:,} of them in a round"
+
+
+def _table(document: Document) -> str:
+    layout = document["layout"]
+    kinds = {
+        "plain": "one heap",
+        "partitioned": f"{layout['partitions']} partitions by {layout['width']}",
+        "staging": f"{layout['partitions']} partitions by {layout['width']}, by way of a staging table",
+    }
+    return f"{layout['name']} table ({kinds[layout['name']]})"
 
 
 def _drain(document: Document) -> Iterable[RenderableType]:
@@ -134,26 +194,38 @@ def _growth(document: Document) -> Iterable[RenderableType]:
         "p99",
         "tick",
         "new rows",
-        "small tick",
-        "new rows",
+        "all ticks, µs a row",
         "heap MiB",
         "indexes MiB",
         "summaries MiB",
+        "CPU µs a row, by process",
     )
     for step in document["steps"]:
+        tick = step["tick"]
         grid.add_row(
             f"{step['rows']:,}",
             f"{step['rows_per_second']:,.0f}",
             *(_seconds(step["latency"].get(name)) for name in ("p50", "p99")),
-            _seconds(step["tick_seconds"]),
-            f"{step['tick_rows']:,}",
-            _seconds(step["small_tick_seconds"]),
-            f"{step['small_tick_rows']:,}",
+            _seconds(tick["seconds"]) + (" with a fold" if tick["folded"] else ""),
+            f"{tick['rows']:,}",
+            f"{step['tick_us_per_row']:.1f}",
             f"{step['heap_bytes'] / MIB:,.0f}",
             f"{step['index_bytes'] / MIB:,.0f}",
             f"{step['summary_bytes'] / MIB:,.0f}",
+            _parts(step["cpu"]),
         )
     yield grid
+    if staged := max((step["staging_bytes"] for step in document["steps"]), default=0):
+        yield Text(f"The largest staging table that was moved: {staged / MIB:,.0f} MiB.")
+    if parts := document["partitions"]:
+        sizes = [part["rows"] for part in parts]
+        yield Text(
+            f"{len(parts)} of {document['layout']['partitions']} partitions hold readings, about {min(sizes):,} to {max(sizes):,} each."
+        )
+    if document["correct"]:
+        yield Text(
+            "At the end the table held exactly the topic's keys, values and tags, and the summaries knew of all."
+        )
     yield from (Text(f"NOT EQUAL: {problem}", "bold red") for problem in document["problems"])
 
 
@@ -163,6 +235,7 @@ def _surroundings(document: Document) -> RenderableType:
     sizes = ", ".join(f"{name} {server[name]}" for name in ("shared_buffers", "max_wal_size", "wal_buffers"))
     settings = " ".join(f"{name}={value}" for name, value in document["settings"].items())
     lines = [
+        f"{_fleet(document)}; {_table(document)}",
         f"{machine['cores']} cores, {machine['cpu']}, {machine['memory_gib']:g} GiB, {machine['os']}, {machine['filesystem']}",
         ", ".join(f"{name} {number}" for name, number in document["versions"].items()),
         f"PostgreSQL: {durable}; {sizes}",
@@ -184,23 +257,65 @@ def _seconds(value: float | None) -> str:
 
 
 def markdown(document: Document) -> str:
-    """A drain's result as a Markdown table."""
+    """The result of a drain or of a growth as a Markdown table, with fleet and layout above."""
+    heads, rows = _growth_cells(document) if document["bench"] == "growth" else _drain_cells(document)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, ["---" for _ in heads], *rows)]
+    return f"{_table(document)}, {_fleet(document)}\n\n" + "\n".join(lines) + "\n"
+
+
+def _drain_cells(document: Document) -> tuple[list[str], list[list[str]]]:
     bases = [base for base in ("limit-2", "connect") if base in document["ratios"]]
     heads = ["path", "rows/s", "least to greatest", *(f"× `{base}`" for base in bases), "CPU µs a row"]
-    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
+    rows = []
     for path, own in document["paths"].items():
         rate = own["rows_per_second"]
         ratios = [document["ratios"][base].get(path) for base in bases]
-        cells = [
-            f"`{path}`",
-            f"{rate['median']:,.0f}",
-            f"{rate['low']:,.0f} to {rate['high']:,.0f}",
-            *("1" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-            _parts(own["cpu_us_per_row"]),
+        rows.append(
+            [
+                f"`{path}`",
+                f"{rate['median']:,.0f}",
+                f"{rate['low']:,.0f} to {rate['high']:,.0f}",
+                *("1" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                _parts(own["cpu_us_per_row"]),
+            ]
+        )
+    return heads, rows
+
+
+def _growth_cells(document: Document) -> tuple[list[str], list[list[str]]]:
+    tick_rows = document["steps"][0]["tick"]["rows"] if document["steps"] else 0
+    heads = [
+        "rows",
+        "rows/s",
+        "p99",
+        f"tick, {tick_rows:,} new rows",
+        "all ticks, µs a row",
+        "table",
+        "indexes",
+        "summaries",
+    ]
+    rows = [
+        [
+            f"{step['rows']:,}",
+            f"{step['rows_per_second']:,.0f}",
+            _seconds(step["latency"].get("p99")),
+            _seconds(step["tick"]["seconds"]) + (" with a fold" if step["tick"]["folded"] else ""),
+            f"{step['tick_us_per_row']:.1f}",
+            *(f"{step[name] / MIB:,.0f} MiB" for name in ("heap_bytes", "index_bytes", "summary_bytes")),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        for step in document["steps"]
+    ]
+    return heads, rows
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print results as Markdown; after `--chart FILE.svg`, draw those of growths together, too."""
+    drawn, files = (Path(arguments[1]), arguments[2:]) if arguments[:1] == ["--chart"] else (None, arguments)
+    documents = [json.loads(Path(file).read_text("utf-8")) for file in files]
+    sys.stdout.write("\n".join(markdown(document) for document in documents))
+    if drawn is not None:
+        charts.write(drawn, growths([document for document in documents if document["bench"] == "growth"]))
 
 
 if __name__ == "__main__":
-    sys.stdout.write(markdown(json.loads(Path(sys.argv[1]).read_text("utf-8"))))
+    main(sys.argv[1:])

@@ -18,6 +18,7 @@ import psycopg
 import requests
 
 from metrics_pipeline import loopback, postgres
+from metrics_pipeline.bench.layout import described
 from metrics_pipeline.bench.place import Place
 from metrics_pipeline.local.account import postgres_home, unprivileged
 from metrics_pipeline.settings import CHECKOUT, ROOT, Settings, external_services
@@ -35,6 +36,7 @@ def describe(place: Place) -> dict[str, Any]:
         "versions": versions(place),
         "postgres": postgres_settings(place.settings),
         "settings": pipeline_settings(place.settings),
+        "layout": layout(place),
         "commit": commit(),
         "stack": "temporary" if place.temporary else "of the settings",
     }
@@ -114,6 +116,12 @@ def pipeline_settings(settings: Settings) -> dict[str, Any]:
     """Of the producer (its fleet among them), the topic, the sink and the table."""
     names = [name for group in ("producer", "topic", "sink", "table") for name in Settings.group(group)]
     return {name.upper(): getattr(settings, name) for name in names}
+
+
+def layout(place: Place) -> dict[str, Any]:
+    """How the table is laid out."""
+    with postgres.connect(place.settings, "metrics_reader", autocommit=True) as connection:
+        return described(connection, place.layout, place.settings.metrics_partition)
 
 
 def commit() -> str:

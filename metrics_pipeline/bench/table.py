@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metrics_pipeline import postgres
-from metrics_pipeline.bench.readings import Reference, checksum
+from metrics_pipeline.bench.readings import Reference, Sum, checksum
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.settings import TOPIC, Settings, SinkKind
 from metrics_pipeline.verification.comparison import Bounds, Comparison
@@ -101,9 +101,7 @@ def activate(connection: postgres.Connection, sink: SinkKind) -> None:
 
 def pages(connection: postgres.Connection) -> int:
     """Bytes of the table's pages, all partitions together: cheap enough to be asked many times a second."""
-    row: Any = connection.execute(
-        "SELECT sum(pg_relation_size(relid))::bigint FROM pg_partition_tree('metrics') WHERE isleaf"
-    ).fetchone()
+    row: Any = connection.execute(postgres.query("bench_pages")).fetchone()
     return int(row[0])
 
 
@@ -151,29 +149,46 @@ def check(settings: Settings, reference: Reference, *, full: bool) -> Checked:
 
     Each bad record of the topic must have become a reject.
     """
-    rows, table_checksum = 0, 0
+    found = Sum()
     with ExitStack() as spills:
         kept = spills.enter_context(Spill(_folder(settings), ROW, reference.records.buckets)) if full else None
         with postgres.connect(settings, "metrics_reader") as connection:
             take_snapshot(connection)
             (rejects,) = connection.execute("SELECT count(*) FROM rejected_metrics").fetchone() or (0,)
             for entries in read_rows(connection):
-                rows += len(entries)
-                table_checksum = (table_checksum + checksum(entries)) % 2**64
+                found += Sum(len(entries), checksum(entries))
                 if kept is not None:
                     kept.append(entries)
         if rejects != reference.bad:
             wrong = f"{rejects:,} rejects, expected {reference.bad:,}"
-            return Checked(rows, False, compared=False, findings=(wrong,))
-        equal = (rows, table_checksum) == (reference.count, reference.checksum)
+            return Checked(found.count, False, compared=False, findings=(wrong,))
+        expected = Sum(reference.count, reference.checksum)
         if kept is None:
-            return Checked(rows, True, compared=False) if equal else check(settings, reference, full=True)
+            equal = found == expected
+            return Checked(found.count, True, compared=False) if equal else check(settings, reference, full=True)
         findings = _findings(reference, kept, _folder(settings))
-    if not equal and not findings:
-        findings = (
-            f"{rows:,} rows with checksum {table_checksum:x}, expected {reference.count:,} with {reference.checksum:x}",
-        )
-    return Checked(rows, not findings, compared=True, findings=findings)
+    if not findings:
+        findings = differences(found, expected)
+    return Checked(found.count, not findings, compared=True, findings=findings)
+
+
+def sum_of(settings: Settings, progress: Callable[[int], None] = lambda _: None) -> Sum:
+    """The sum of all rows of the table."""
+    found = Sum()
+    with postgres.connect(settings, "metrics_reader") as connection:
+        take_snapshot(connection)
+        for entries in read_rows(connection):
+            found += Sum(len(entries), checksum(entries))
+            progress(found.count)
+    return found
+
+
+def differences(found: Sum, expected: Sum) -> tuple[str, ...]:
+    """What of the table's sum is not as that of the topic: nothing when they are equal."""
+    if found == expected:
+        return ()
+    rows = f"{found.count:,} rows with checksum {found.checksum:x}"
+    return (f"{rows}, expected {expected.count:,} with {expected.checksum:x}",)
 
 
 def _folder(settings: Settings) -> Path:

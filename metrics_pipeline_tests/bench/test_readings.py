@@ -6,7 +6,7 @@ import json
 import os
 import struct
 from collections import Counter
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -15,16 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metrics_pipeline.bench import growth, paths, readings
+from metrics_pipeline.bench import paths, readings
 from metrics_pipeline.bench.place import _environment
-from metrics_pipeline.bench.readings import checksum, encoded, simulated, with_schema
+from metrics_pipeline.bench.readings import Stream, Sum, _sum_of, checksum, encoded, rounds_of, simulated, with_schema
 from metrics_pipeline.copy_sink import copy_format
+from metrics_pipeline.copy_sink.batch import BatchDecoder
 from metrics_pipeline.errors import RecordError
 from metrics_pipeline.metric import Reading, connect_schema_value, decode, encode
 from metrics_pipeline.settings import Settings
 from metrics_pipeline.sinks.connector import connector_config
 from metrics_pipeline.verification.spill import RECORD
-from metrics_pipeline.verification.topic_entries import tags_digest
+from metrics_pipeline.verification.topic_entries import TopicDecoder, tags_digest
 from metrics_pipeline_tests.fake_sink import FakeMessage
 
 NOW = datetime(2026, 11, 22, 20, 0, tzinfo=UTC)
@@ -41,11 +42,36 @@ def test_simulated_readings_are_as_many_as_asked_for_unique_valid_and_past() -> 
     assert max(decode(*pair).published_at for pair in pairs) < NOW
 
 
-def test_steps_of_growth_share_no_key() -> None:
-    ends = growth.ends(Settings(), 8_000, 3, NOW)
-    keys = [key for end in ends for key, _ in all_of(8_000, end)]
-    assert len(keys) == len(set(keys)) == 24_000
-    assert ends[-1] == NOW
+def test_a_stream_goes_on_where_it_was_without_a_key_twice() -> None:
+    stream = Stream(Settings(), NOW, timedelta(minutes=20))
+    taken = [[pair for round_ in stream.take(count) for pair in round_] for count in (7_000, 1, 12_999)]
+    assert [len(pairs) for pairs in taken] == [7_000, 1, 12_999]
+    keys = [key for pairs in taken for key, _ in pairs]
+    assert len(set(keys)) == 20_000
+    times = [decode(*pair).published_at for pairs in taken for pair in pairs]
+    assert min(times) > NOW
+    # Rounds of 2,500 to 7,500.
+    assert NOW + timedelta(minutes=20) * 2 < max(times) < NOW + timedelta(minutes=20) * 9
+
+
+@pytest.mark.parametrize(("low", "high"), [(2_500, 7_500), (100, 300), (5_000, 5_000), (1, 40_000)])
+@pytest.mark.parametrize("count", [10_000, 2_000_000])
+def test_so_many_rounds_hold_so_many_readings(low: int, high: int, count: int) -> None:
+    rounds = rounds_of(Settings(producer_min_metrics=low, producer_max_metrics=high), count)
+    sizes = np.random.default_rng(7).integers(low, high, (200, rounds), endpoint=True)
+    assert sizes.sum(axis=1).min() >= count
+    if count > 1_000_000:
+        assert rounds < 1.5 * count / ((low + high) / 2)
+
+
+def test_both_decoders_have_the_same_sum() -> None:
+    messages = [FakeMessage(number % 6, number, *pair) for number, pair in enumerate(all_of(5_000))]
+    slowly = TopicDecoder().entries(messages)  # type: ignore[arg-type]  # a message of a test
+    found = _sum_of(BatchDecoder().decode(messages, {}))
+    assert found == Sum(5_000, checksum(slowly))
+    half = [_sum_of(BatchDecoder().decode(part, {})) for part in (messages[:2_000], messages[2_000:])]
+    assert half[0] + half[1] == found
+    assert half[0] + half[0] != found
 
 
 @pytest.mark.parametrize("every", [1, 7, 100])

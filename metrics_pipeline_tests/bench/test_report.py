@@ -30,7 +30,13 @@ SURROUNDINGS: dict[str, Any] = {
     "versions": {"postgresql": "17.11", "connect": "4.3.1"},
     "postgres": dict.fromkeys(("fsync", "full_page_writes", "synchronous_commit"), "on")
     | {"shared_buffers": "6GB", "max_wal_size": "3GB", "wal_buffers": "48MB"},
-    "settings": {"SINK_WORKERS": 2},
+    "settings": {
+        "SINK_WORKERS": 2,
+        "PRODUCER_FLEET_SIZE": 100_000,
+        "PRODUCER_MIN_DEVICES": 2_000,
+        "PRODUCER_MAX_DEVICES": 4_000,
+    },
+    "layout": {"name": "partitioned", "partitions": 12, "width": "hour"},
     "commit": "0123abc",
     "stack": "temporary",
 }
@@ -100,7 +106,8 @@ def test_what_bad_records_cost_is_told_by_path(drained: Drain) -> None:
 
 
 def test_a_drain_as_markdown(drained: Drain) -> None:
-    lines = report.markdown(drained.document()).splitlines()
+    above, _, *lines = report.markdown(drained.document()).splitlines()
+    assert above.startswith("partitioned table (12 partitions by hour), a fleet of 100,000 devices")
     assert len({line.count("|") for line in lines}) == 1
     assert lines[3].startswith("| `copy-2` | 245 | 240 to 250 | 0.50 | 5.44 | 8.5 = ")
     assert lines[4].startswith("| `limit-2` | 490 | 480 to 500 | 1 | 10.89 | ")
@@ -209,23 +216,108 @@ def test_a_live_run_for_people_and_as_a_chart() -> None:
     assert "100,000 messages/s" in report.chart(document)
 
 
-def test_growth_and_produce_for_people_and_as_charts() -> None:
-    step = {
-        "rows": 1_000_000,
-        "rows_per_second": 150_000.0,
-        "latency": {"p50": 0.2, "p99": None},
-        "tick_seconds": 0.8,
-        "tick_rows": 900_000,
-        "small_tick_seconds": 0.1,
-        "small_tick_rows": 100_000,
-        "heap_bytes": 2**20,
-        "index_bytes": 2**20,
-        "summary_bytes": 7 * 2**20,
+def grown(layout: str = "partitioned", factor: float = 1.0, **more: Any) -> dict[str, Any]:
+    steps = [
+        {
+            "rows": number * 1_000_000,
+            "rows_per_second": 150_000.0 * factor,
+            "cpu": {"postgres": 3.0, "sink": 1.5, "total": 4.5},
+            "latency": {"p50": 0.2, "p99": None if number == 1 else 0.75},
+            "tick": {"rows": 100_000, "seconds": 0.8, "folded": number == 2},
+            "ticks": [],
+            "tick_us_per_row": 1.25,
+            "heap_bytes": 130 * 2**20,
+            "index_bytes": 70 * 2**20,
+            "summary_bytes": 7 * 2**20,
+            "staging_bytes": 31 * 2**20 if layout == "staging" else 0,
+        }
+        for number in (1, 2)
+    ]
+    parts = (
+        [] if layout == "plain" else [{"name": "metrics_p2026112220", "rows": rows} for rows in (700_000, 1_300_000)]
+    )
+    return SURROUNDINGS | {
+        "bench": "growth",
+        "sink": "copy",
+        "steps": steps,
+        "partitions": parts,
+        "problems": [],
+        "correct": True,
+        "layout": {
+            "name": layout,
+            "partitions": 0 if layout == "plain" else 12,
+            "width": None if layout == "plain" else "hour",
+        },
+        **more,
     }
-    grown = SURROUNDINGS | {"bench": "growth", "sink": "copy", "steps": [step], "problems": ["step 1: wrong"]}
-    assert "150,000" in shown(grown)
-    assert "NOT EQUAL: step 1: wrong" in shown(grown)
-    assert "polyline" in report.chart(grown)
+
+
+def test_a_growth_for_people() -> None:
+    text = shown(grown())
+    assert "150,000" in text
+    assert "0.80 s with a fold" in text
+    assert "2 of 12 partitions hold readings, about 700,000 to 1,300,000 each" in text
+    assert "exactly the topic's keys" in text
+    assert "staging" not in text
+    assert "The largest staging table that was moved: 31 MiB" in shown(grown("staging"))
+    assert "partitions hold" not in shown(grown("plain"))
+    wrong = shown(grown(correct=False, problems=["step 1: wrong"]))
+    assert "NOT EQUAL: step 1: wrong" in wrong
+    assert "exactly the topic's keys" not in wrong
+
+
+def test_every_result_says_the_fleet_and_the_layout(drained: Drain) -> None:
+    for document in (grown(), drained.document()):
+        text = shown(document)
+        assert "a fleet of 100,000 devices, 2,000 to 4,000 of them in a round" in text
+        assert "partitioned table (12 partitions by hour)" in text
+    assert "plain table (one heap)" in shown(grown("plain"))
+    assert "by way of a staging table" in shown(grown("staging"))
+
+
+def polylines(svg: str) -> list[list[tuple[float, float]]]:
+    space = {"s": "http://www.w3.org/2000/svg"}
+    return [
+        [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]  # type: ignore[misc]
+        for line in ElementTree.fromstring(svg).findall("s:polyline", space)
+    ]
+
+
+def test_a_growth_has_panels_of_speed_latency_ticks_and_sizes() -> None:
+    svg = report.chart(grown())
+    rates, latencies, ticks, table, indexes, summaries = polylines(svg)
+    assert [len(line) for line in (rates, latencies, ticks, table)] == [2, 1, 2, 2]
+    assert rates[0][1] < latencies[0][1] < ticks[0][1] < table[0][1], "one below the other"
+    assert table[0][1] < indexes[0][1] < summaries[0][1], "more is higher"
+    assert "the summaries' tick for 100,000 new rows" in "".join(ElementTree.fromstring(svg).itertext())
+
+
+def test_growths_of_several_layouts_share_a_chart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for layout, factor in (("plain", 0.5), ("partitioned", 1.0), ("staging", 0.75)):
+        files.append(tmp_path / f"{layout}.json")
+        files[-1].write_text(json.dumps(grown(layout, factor)))
+    report.main(["--chart", str(tmp_path / "all.svg"), *map(str, files)])
+    tables = capsys.readouterr().out
+    assert tables.count("| 2,000,000 | ") == 3
+    assert "plain table (one heap), a fleet of 100,000 devices" in tables
+    assert {line.count("|") for line in tables.splitlines() if line.startswith("|")} == {9}
+    svg = (tmp_path / "all.svg").read_text()
+    lines = polylines(svg)
+    assert len(lines) == 3 * 3 + 2 * 3
+    plain, partitioned, staging = (line[0][1] for line in lines[:3])
+    assert partitioned < staging < plain
+    text = "".join(ElementTree.fromstring(svg).itertext())
+    assert all(name in text for name in ("plain", "partitioned: with indexes", "staging: summaries"))
+
+
+def test_growths_of_the_same_layout_are_told_apart() -> None:
+    text = "".join(ElementTree.fromstring(report.growths([grown(), grown()])).itertext())
+    assert "partitioned 1" in text
+    assert "partitioned 2" in text
+
+
+def test_produce_for_people_and_as_a_chart() -> None:
     produced = SURROUNDINGS | {
         "bench": "produce",
         "messages_per_second": 300_000.0,

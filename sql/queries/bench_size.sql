@@ -1,4 +1,7 @@
--- Bytes of the table metrics with all its partitions: rows, and their indexes.
+-- Bytes of the table metrics with all its partitions, if it has any: rows, and their indexes.
 SELECT sum(pg_table_size(relid))::bigint, sum(pg_indexes_size(relid))::bigint
-FROM pg_partition_tree('metrics')
-WHERE isleaf
+FROM (
+    SELECT relid FROM pg_partition_tree('metrics') WHERE isleaf
+    UNION
+    SELECT oid FROM pg_class WHERE oid = 'metrics'::regclass AND relkind = 'r'
+) AS leaves
