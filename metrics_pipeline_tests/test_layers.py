@@ -56,7 +56,8 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     # running it
     "local": GROUND | {"sinks", "summaries", "watcher", "replay", "archive"},
     "compose": GROUND | {"sinks", "local"},
-    "bench": GROUND | {"sinks", "producer", "copy_sink", "verification", "summaries", "partitions", "local"},
+    "bench": GROUND
+    | {"sinks", "producer", "copy_sink", "verification", "summaries", "partitions", "retention", "local"},
     # people's entry points
     "cli": GROUND
     | {

@@ -96,13 +96,14 @@ def _panel(panel: Panel, above: int) -> Iterator[str]:
             yield f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/>'
         yield f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" font-size="11">{short(most_y * share)}</text>'
         yield f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle" font-size="11">{short(most_x * share)}</text>'
-    apart = min(170.0, width / max(1, len(panel.series)))
+    many = len(panel.series) > 4
+    place, size = left + 8.0, ' font-size="11"' if many else ""
     for number, (label, line) in enumerate(panel.series.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         drawn = " ".join(f"{left + width * x / most_x:.1f},{bottom - (bottom - top) * y / most_y:.1f}" for x, y in line)
         yield f'<polyline points="{drawn}" stroke="{colour}" stroke-width="2" fill="none"/>'
-        size = ' font-size="11"' if apart < 170 else ""
-        yield f'<text x="{left + 8 + number * apart:.0f}" y="{top - 6}" fill="{colour}"{size}>{escape(label)}</text>'
+        yield f'<text x="{place:.0f}" y="{top - 6}" fill="{colour}"{size}>{escape(label)}</text>'
+        place += 5.8 * len(label) + 12 if many else 170
     yield f'<text x="{left}" y="{end - 10}" font-size="11">{escape(f"{panel.y_unit} by {panel.x_unit}")}</text>'
 
 

@@ -135,6 +135,15 @@ def growth(
     partition_rows: Annotated[
         int, typer.Option("--partition-rows", metavar="N", min=1000, help="about how many readings a partition gets")
     ] = 10_000_000,
+    keep_rows: Annotated[
+        int,
+        typer.Option(
+            "--keep-rows",
+            metavar="N",
+            min=0,
+            help="drop the oldest partitions after each step so that N rows stay; 0: all",
+        ),
+    ] = 0,
     sink: Stored = None,
     changed: Changed = None,
     chart: Chart = None,
@@ -148,8 +157,10 @@ def growth(
 
     overrides = producer_overrides(changed)
     settings = Settings.load(**overrides)
-    plan = Plan(sink or settings.sink, rows, steps, layout, partition_rows)
+    plan = Plan(sink or settings.sink, rows, steps, layout, partition_rows, keep_rows)
     plan.check(settings)
+    if here and keep_rows:
+        raise SettingError("--keep-rows: the partitions of --here stay as they are: leave one of the two out")
     if not here:
         check_disk(plan, settings)
     connect = plan.sink == "connect"

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
-from metrics_pipeline import kafka, postgres, summaries
+from metrics_pipeline import kafka, partitions, postgres, retention, summaries
 from metrics_pipeline.bench import layout as layouts
 from metrics_pipeline.bench import live, readings, staging, surroundings, table
 from metrics_pipeline.bench.layout import Layout
@@ -29,6 +29,7 @@ from metrics_pipeline.bench.readings import Stream, Sum
 from metrics_pipeline.bench.stopwatch import time_path
 from metrics_pipeline.errors import InstallError, SettingError
 from metrics_pipeline.local.budget import Budget
+from metrics_pipeline.partitions import Partition
 from metrics_pipeline.settings import Settings, SinkKind
 from metrics_pipeline.verification.verify import ShowProgress
 
@@ -61,6 +62,7 @@ class Plan:
         steps: how many.
         layout: of the table.
         partition_rows: about how many readings an hour has, which is a partition.
+        keep_rows: so many stay at least when the oldest partitions are dropped after each step; 0: all stay.
     """
 
     sink: SinkKind
@@ -68,6 +70,7 @@ class Plan:
     steps: int
     layout: Layout = "partitioned"
     partition_rows: int = 10_000_000
+    keep_rows: int = 0
 
     @property
     def chunk(self) -> int:
@@ -87,6 +90,8 @@ class Plan:
         """
         if self.layout == "staging" and self.sink != "copy":
             raise SettingError("--layout staging is of the COPY sink: give --sink copy, too")
+        if self.layout == "plain" and self.keep_rows:
+            raise SettingError("--keep-rows: a plain table has no partitions that could be dropped: leave it out")
         if self.rows > MOST_PARTITIONS * self.partition_rows:
             raise SettingError(
                 f"--partition-rows {self.partition_rows}: makes more than {MOST_PARTITIONS} partitions: give a greater number"
@@ -110,7 +115,10 @@ class Plan:
         watched = self.steps * RATE[self.sink] * (WATCH_SECONDS + 5)
         wal = int(Budget.of(settings).postgres["max_wal_size"].removesuffix("MB")) * MIB
         # The records of a step are deleted while those of the next one are there.
-        table = (self.rows + watched) * ROW_BYTES + 2 * self.chunk * RECORD_BYTES
+        most = self.rows
+        if self.keep_rows:
+            most = min(most, self.keep_rows + self.partition_rows + self.chunk)
+        table = (most + watched) * ROW_BYTES + 2 * self.chunk * RECORD_BYTES
         staged = self.chunk * STAGED_BYTES if self.layout == "staging" else 0
         return table + staged + wal + SPARE_BYTES + int(settings.disk_free_limit_gb * 2**30)
 
@@ -138,7 +146,7 @@ def check_disk(plan: Plan, settings: Settings, free: int | None = None) -> None:
     if needed > free:
         raise InstallError(
             f"{plan.rows:,} rows in {plan.steps} steps need about {needed / 2**30:.0f} GiB of disk, and {folder} has {free / 2**30:.0f} GiB: "
-            f"give --rows {max(10_000, plan.largest(settings, free) // 100_000 * 100_000)}, more --steps, a TMPDIR on another disk, or a lower "
+            f"give --rows {max(10_000, plan.largest(settings, free) // 100_000 * 100_000)}, --keep-rows, a TMPDIR on another disk, or a lower "
             f"DISK_FREE_LIMIT_GB ({settings.disk_free_limit_gb:g})"
         )
 
@@ -163,7 +171,8 @@ class Step:
     """What was measured while the table grew to one size.
 
     Attributes:
-        rows: in the table at the end of the step.
+        stored: rows so far at the end of the step.
+        rows: of these, those in the table while it was measured.
         rows_per_second: while the greater part of the step was drained.
         cpu: microseconds of CPU a row by part meanwhile.
         latency: seconds from acknowledged to visible, at `rate` messages a second.
@@ -175,8 +184,11 @@ class Step:
         index_bytes: of its indexes.
         summary_bytes: of the tables that the summaries are kept in.
         staging_bytes: of the largest staging table that was moved so far; 0 without.
+        dropped_rows: of the partitions that were dropped afterwards.
+        drop_seconds: that this took, without the comparison.
     """
 
+    stored: int
     rows: int
     rows_per_second: float
     cpu: dict[str, float]
@@ -189,6 +201,8 @@ class Step:
     index_bytes: int
     summary_bytes: int
     staging_bytes: int
+    dropped_rows: int = 0
+    drop_seconds: float = 0.0
 
 
 class Growth:
@@ -231,6 +245,7 @@ class Growth:
         self._stream = Stream(settings, begin, plan.round(settings))
         self._expected = summaries.ingestion_rate(settings).rows
         self._counted = Sum()
+        self._dropped = Sum()
         self._counting: tuple[Mapping[int, int], Future[Sum]] | None = None
         self.problems: list[str] = []
 
@@ -274,7 +289,8 @@ class Growth:
         if trial.rows != trial.acknowledged:
             self.problems.append(f"{name}: {trial.rows:,} rows of {trial.acknowledged:,} acknowledged messages")
         self._begin_to_count()
-        return Step(
+        step = Step(
+            stored=self._expected + self._dropped.count,
             rows=self._expected,
             rows_per_second=timed.rows_per_second,
             cpu=timed.cpu,
@@ -287,15 +303,47 @@ class Growth:
             summary_bytes=table.summary_size(connection),
             staging_bytes=staging.most_bytes(connection) if plan.layout == "staging" else 0,
         )
+        return self._drop(step) if plan.keep_rows else step
 
     def compare(self) -> None:
-        """Compare the whole table with all records that were in the topic, by their checksums."""
+        """Compare the table, and what was dropped of it, with all records that were in the topic, by their checksums."""
         self._settle_count()
         expected = self._counted
-        found = table.sum_of(
+        found = self._dropped + table.sum_of(
             self._place.settings, lambda rows: self._progress("comparing with the topic", rows, expected.count)
         )
         self.problems += table.differences(found, expected)
+
+    def _drop(self, step: Step) -> Step:
+        """Drop the oldest partitions that are more than is to stay; what is in them is summed up before."""
+        settings, gone, seconds = self._place.settings, Sum(), 0.0
+        over = self._stream.now - self._plan.round(settings)
+        for partition in partitions.listed(self._connection)[1:]:
+            if (
+                partition.high is None
+                or partition.high > over
+                or self._expected - partition.rows < self._plan.keep_rows
+            ):
+                break
+            sums: list[Sum] = []
+
+            def keep(partition: Partition, sums: list[Sum] = sums) -> None:
+                self._progress(f"comparing {partition.name} before it goes", 0, 0)
+                begun = time.monotonic()
+                # The only one that is left of that time.
+                sums.append(table.sum_of(settings, before=partition.high))
+                nonlocal seconds
+                seconds -= time.monotonic() - begun
+
+            begun = time.monotonic()
+            dropped = retention.drop(settings, partition, keep)
+            seconds += time.monotonic() - begun
+            if dropped.rows != sums[-1].count:
+                self.problems.append(f"{partition.name}: {dropped.rows:,} rows were dropped of {sums[-1].count:,}")
+            gone += sums[-1]
+            self._expected -= dropped.rows
+        self._dropped += gone
+        return replace(step, dropped_rows=gone.count, drop_seconds=seconds)
 
     def _path(self) -> DrainPath:
         workers = self._place.settings.sink_workers
@@ -373,7 +421,7 @@ def growth(
             steps.append(grown.step(number))
             say(line(steps[-1]))
         grown.compare()
-        partitions = layouts.filled(connection, place.layout)
+        held = layouts.filled(connection, place.layout)
         if place.temporary:
             document["layout"] = layouts.described(connection, place.layout, layouts.WIDTH)
     return {
@@ -383,9 +431,10 @@ def growth(
         "sink": plan.sink,
         "rows": plan.rows,
         "partition_rows": plan.partition_rows,
+        "keep_rows": plan.keep_rows,
         **document,
         "seconds": time.monotonic() - begun,
-        "partitions": partitions,
+        "partitions": held,
         "steps": [asdict(step) for step in steps],
     }
 
@@ -398,8 +447,9 @@ def line(step: Step) -> str:
     """One step for people."""
     p99 = step.latency.get("p99")
     return (
-        f"{step.rows:,} rows: {step.rows_per_second:,.0f} rows/s, "
+        f"{step.stored:,} rows: {step.rows_per_second:,.0f} rows/s, "
         f"p99 {'not measured' if p99 is None else f'{p99:.2f} s'} at {step.rate:,} messages/s, "
         f"tick {step.tick.seconds:.2f} s for {step.tick.rows:,} new rows{' with a fold' if step.tick.folded else ''}, "
         f"{step.tick_us_per_row:.1f} µs a row of all ticks"
+        + (f"; dropped {step.dropped_rows:,} rows in {step.drop_seconds:.2f} s" if step.dropped_rows else "")
     )

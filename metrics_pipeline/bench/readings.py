@@ -69,7 +69,8 @@ class Stream:
 
     def __init__(self, settings: Settings, begin: datetime, round_: timedelta) -> None:
         self._generator = Generator(settings, begin)
-        self._now = begin
+        self.now = begin
+        """The simulated time. What has not been taken yet is not older than one round."""
         self._round = round_
         self._left: list[Pair] = []
 
@@ -77,8 +78,8 @@ class Stream:
         """Exactly `count` readings, oldest first."""
         while count > 0:
             if not self._left:
-                self._now += self._round
-                self._left = self._generator.round(self._now)
+                self.now += self._round
+                self._left = self._generator.round(self.now)
             taken, self._left = self._left[:count], self._left[count:]
             count -= len(taken)
             if taken:

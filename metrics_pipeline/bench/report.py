@@ -56,19 +56,19 @@ def growths(documents: Sequence[Document]) -> str:
     def each(value: Callable[[Any], float | None], label: str = "") -> dict[str, list[tuple[float, float]]]:
         return {
             f"{name}{label}": [
-                (float(step["rows"]), float(found)) for step in document["steps"] if (found := value(step)) is not None
+                (float(step["stored"]), float(found))
+                for step in document["steps"]
+                if (found := value(step)) is not None
             ]
             for name, document in results.items()
         }
 
-    table_bytes = each(lambda step: step["heap_bytes"], ": table")
-    sizes = {**table_bytes, **each(lambda step: step["index_bytes"], ": indexes")}
     if len(documents) == 1:
-        sizes |= each(lambda step: step["summary_bytes"], ": summaries")
+        sizes = each(lambda step: step["heap_bytes"], ": table") | each(lambda step: step["index_bytes"], ": indexes")
     else:
-        sizes = each(lambda step: step["heap_bytes"] + step["index_bytes"], ": with indexes")
-        sizes |= each(lambda step: step["summary_bytes"], ": summaries")
-    rows = "rows in the table"
+        sizes = each(lambda step: step["heap_bytes"] + step["index_bytes"])
+    sizes |= each(lambda step: step["summary_bytes"], ": summaries")
+    rows = "rows stored"
     fewest = min((step["tick"]["rows"] for document in documents for step in document["steps"]), default=0)
     return charts.panels(
         f"A growing table, {_fleet(documents[0])}",
@@ -80,7 +80,7 @@ def growths(documents: Sequence[Document]) -> str:
                 rows,
                 f"the summaries' tick for {fewest:,} new rows, seconds",
             ),
-            charts.Panel(sizes, rows, "bytes"),
+            charts.Panel(sizes, rows, "bytes" if len(documents) == 1 else "bytes of the table with its indexes"),
         ],
     )
 
@@ -189,6 +189,7 @@ def _produce(document: Document) -> Iterable[RenderableType]:
 def _growth(document: Document) -> Iterable[RenderableType]:
     grid = Table(
         "rows",
+        "in the table",
         "rows/s",
         "p50",
         "p99",
@@ -203,6 +204,7 @@ def _growth(document: Document) -> Iterable[RenderableType]:
     for step in document["steps"]:
         tick = step["tick"]
         grid.add_row(
+            f"{step['stored']:,}",
             f"{step['rows']:,}",
             f"{step['rows_per_second']:,.0f}",
             *(_seconds(step["latency"].get(name)) for name in ("p50", "p99")),
@@ -222,10 +224,11 @@ def _growth(document: Document) -> Iterable[RenderableType]:
         yield Text(
             f"{len(parts)} of {document['layout']['partitions']} partitions hold readings, about {min(sizes):,} to {max(sizes):,} each."
         )
+    if gone := sum(step["dropped_rows"] for step in document["steps"]):
+        longest = max(step["drop_seconds"] for step in document["steps"])
+        yield Text(f"{gone:,} rows were dropped with their partitions, in at most {longest:.2f} s after a step.")
     if document["correct"]:
-        yield Text(
-            "At the end the table held exactly the topic's keys, values and tags, and the summaries knew of all."
-        )
+        yield Text("The table held exactly the topic's keys, values and tags, and the summaries knew of all.")
     yield from (Text(f"NOT EQUAL: {problem}", "bold red") for problem in document["problems"])
 
 
@@ -286,6 +289,7 @@ def _growth_cells(document: Document) -> tuple[list[str], list[list[str]]]:
     tick_rows = document["steps"][0]["tick"]["rows"] if document["steps"] else 0
     heads = [
         "rows",
+        "in the table",
         "rows/s",
         "p99",
         f"tick, {tick_rows:,} new rows",
@@ -296,6 +300,7 @@ def _growth_cells(document: Document) -> tuple[list[str], list[list[str]]]:
     ]
     rows = [
         [
+            f"{step['stored']:,}",
             f"{step['rows']:,}",
             f"{step['rows_per_second']:,.0f}",
             _seconds(step["latency"].get("p99")),

@@ -172,12 +172,14 @@ def check(settings: Settings, reference: Reference, *, full: bool) -> Checked:
     return Checked(found.count, not findings, compared=True, findings=findings)
 
 
-def sum_of(settings: Settings, progress: Callable[[int], None] = lambda _: None) -> Sum:
-    """The sum of all rows of the table."""
+def sum_of(
+    settings: Settings, progress: Callable[[int], None] = lambda _: None, *, before: datetime | None = None
+) -> Sum:
+    """The sum of all rows of the table, or of those that were published before."""
     found = Sum()
     with postgres.connect(settings, "metrics_reader") as connection:
         take_snapshot(connection)
-        for entries in read_rows(connection):
+        for entries in read_rows(connection, before):
             found += Sum(len(entries), checksum(entries))
             progress(found.count)
     return found

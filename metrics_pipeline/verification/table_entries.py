@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import numpy as np
 import psycopg
@@ -66,13 +67,14 @@ def reading(table: str) -> Iterator[None]:
         ) from error
 
 
-def read_rows(connection: postgres.Connection) -> Iterator[Rows]:
-    """The whole table as `spill.ROW` entries, some thousands at a time, in the connection's transaction.
+def read_rows(connection: postgres.Connection, before: datetime | None = None) -> Iterator[Rows]:
+    """The table as `spill.ROW` entries, some thousands at a time, in the connection's transaction: all of it, or what was published before.
 
     Raises:
         ServiceError: PostgreSQL broke off, or the table is not of the shape that the migrations give it.
     """
-    statement = f"COPY (\n{postgres.query('verify_rows')}\n) TO STDOUT (FORMAT binary)"
+    some = f"WHERE published_at < '{before.astimezone(UTC).isoformat()}'" if before else ""
+    statement = f"COPY (\n{postgres.query('verify_rows')}\n{some}\n) TO STDOUT (FORMAT binary)"
     with reading("metrics"), connection.cursor() as cursor, cursor.copy(statement.encode()) as copy:
         waiting, size, skip = [], 0, _HEADER_BYTES
         for data in copy:

@@ -47,6 +47,7 @@ def test_the_tick_is_for_the_same_number_of_rows_at_each_size() -> None:
         (Plan("connect", 1_000_000, 10, "staging"), "--sink copy"),
         (Plan("copy", 100_000_000, 10, partition_rows=100_000), "more than 500 partitions"),
         (Plan("copy", 10_000, 1, partition_rows=150), "less than one round"),
+        (Plan("copy", 10_000, 1, "plain", keep_rows=5_000), "no partitions"),
     ],
 )
 def test_what_cannot_be_is_refused(plan: Plan, reason: str, settings: Settings) -> None:
@@ -71,6 +72,8 @@ def test_what_is_needed_grows_with_what_is_kept(settings: Settings) -> None:
     plan = Plan("copy", 20_000_000, 10)
     assert replace(plan, layout="staging").needed(settings) > plan.needed(settings)
     assert replace(plan, steps=2).needed(settings) > plan.needed(settings)
+    assert replace(plan, keep_rows=5_000_000, partition_rows=1_000_000).needed(settings) < plan.needed(settings)
+    assert replace(plan, keep_rows=20_000_000).needed(settings) == plan.needed(settings)
     low = settings.model_copy(update={"disk_free_limit_gb": 1.0})
     assert plan.needed(settings) - plan.needed(low) == 4 * GIB
 
