@@ -28,6 +28,7 @@ from metrics_pipeline.bench.place import Place
 from metrics_pipeline.bench.readings import Stream, Sum
 from metrics_pipeline.bench.stopwatch import time_path
 from metrics_pipeline.errors import InstallError, SettingError
+from metrics_pipeline.local import account
 from metrics_pipeline.local.budget import Budget
 from metrics_pipeline.partitions import Partition
 from metrics_pipeline.settings import Settings, SinkKind
@@ -135,13 +136,17 @@ def check_disk(plan: Plan, settings: Settings, free: int | None = None) -> None:
     Args:
         plan: what is to be stored.
         settings: of the sizes.
-        free: bytes there are; default: where temporary files go.
+        free: bytes there are; default: where temporary files go, and PostgreSQL's data when that is another place.
 
     Raises:
         InstallError: it has not enough.
     """
     folder = Path(tempfile.gettempdir())
-    free = shutil.disk_usage(folder).free if free is None else free
+    if free is None:
+        # Another account's PostgreSQL cannot reach a temporary folder of ours.
+        shared = next(place for place in (account.SHARED_STATE, *account.SHARED_STATE.parents) if place.exists())
+        places = [folder, shared] if account.unprivileged() else [folder]
+        free, folder = min((shutil.disk_usage(place).free, place) for place in places)
     needed = plan.needed(settings)
     if needed > free:
         raise InstallError(
