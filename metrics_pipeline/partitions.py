@@ -2,17 +2,22 @@
 
 `metrics_before` takes what lies before the first partition, `metrics_after` what lies behind the last one; the partitions in between are cut
 off `metrics_after`. So a reading of any time has its place, and no partition has to be proved against a default one.
+
+Clocks that are far ahead fill `metrics_after`. A large one is not cut, since all of it would have to be looked at under a lock. It is split:
+copied into partitions where its readings lie, with wide ones for the time in between, while it is read and written; they take its place.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, TypeVar
+from functools import partial
+from typing import Any, Final, TypeAlias, TypeVar
 
 import psycopg
 from psycopg import sql
@@ -20,6 +25,8 @@ from psycopg import sql
 from metrics_pipeline import postgres, summaries
 from metrics_pipeline.errors import BusyError, ServiceError
 from metrics_pipeline.settings import PartitionWidth, Settings
+
+log = logging.getLogger(__name__)
 
 AHEAD: Final[dict[PartitionWidth, timedelta]] = {
     "minute": timedelta(minutes=5),
@@ -46,10 +53,26 @@ LAST: Final = "metrics_after"
 RESTORED: Final = "metrics_restored"
 """Where readings stand that are being restored."""
 FEW_BYTES: Final = 64 * 2**20
-"""So large may `metrics_before` be for a look at all of it while the table is locked."""
+"""So large may a partition be for a look at all of it while the table is locked."""
+FEW_ROWS: Final = 10_000
+"""So many readings are moved while the table is locked."""
+PIECES_AHEAD: Final = 6
+"""So many partitions are made where readings come in that are far ahead."""
+MOST_PIECES: Final = 24
+"""Into more partitions than so many none is split: one is made for a longer time instead."""
+SPLIT: Final = "metrics_split"
+"""Where a partition's readings are copied to that is being split."""
+
+LAST_BOUND: Final = datetime(9999, 12, 1, tzinfo=UTC)
+"""What is later stays in `metrics_after`: the year 10000 has no name."""
+SPLIT_TRIES: Final = 3
+SPLIT_ROUNDS: Final = 40
+"""How often what was changed meanwhile is copied after it."""
 RESTORE_TRIES: Final = 5
 
 Result = TypeVar("Result")
+Piece: TypeAlias = tuple[str, datetime, datetime | None]
+"""Name and bounds of a partition to be made."""
 
 _NAMES: Final[dict[PartitionWidth, str]] = {
     "minute": "metrics_p%Y%m%d%H%M",
@@ -61,6 +84,19 @@ _SIZES: Final = {"minute": timedelta(minutes=1), "hour": timedelta(hours=1), "da
 _NAMED: Final = re.compile(r"metrics_p([0-9]+)(?![^.])")
 _FORMS: Final = {12: "%Y%m%d%H%M", 10: "%Y%m%d%H", 8: "%Y%m%d", 6: "%Y%m"}
 """By the number of digits."""
+_GAP: Final = "metrics_gap_"
+_WIDE: Final = "metrics_wide_"
+_MOMENT: Final = "%Y%m%d%H%M%S"
+_SPLIT_TRIGGER: Final = "metrics_8_note_split_change"
+_SPLIT_LAST: Final = "metrics_split_after"
+
+
+class _LargeError(Exception):
+    """There is too much in a partition to be moved under a lock; nothing was changed."""
+
+
+class _ChangedError(Exception):
+    """What is being split was changed in between; nothing was changed here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,18 +314,78 @@ def low_of(name: str) -> datetime | None:
         return None
 
 
-def due(settings: Settings, last: datetime, now: datetime) -> list[tuple[str, datetime, datetime]]:
-    """Name and bounds of the partitions to be made when the last one ends at `last`, in order.
+def due(
+    settings: Settings, last: datetime, now: datetime, end: datetime | None = None
+) -> list[tuple[str, datetime, datetime]]:
+    """Name and bounds of the partitions to be made when the last one ends at `last`, in order; none goes beyond `end`.
 
     A partition after a change of width may be shorter than the others, since it begins where the last one ends.
     """
     width = settings.metrics_partition
     wanted: list[tuple[str, datetime, datetime]] = []
-    while last < now + AHEAD[width]:
-        high = bound_after(width, last)
+    while last < now + AHEAD[width] and (end is None or last < end):
+        high = bound_after(width, last) if end is None else min(bound_after(width, last), end)
         wanted.append((last.astimezone(UTC).strftime(_NAMES[width]), last, high))
         last = high
     return wanted
+
+
+def pieces(
+    width: PartitionWidth,
+    partition: Partition,
+    wanted: list[tuple[str, datetime, datetime]],
+    dense: list[datetime],
+    span: tuple[datetime, datetime] | None,
+) -> list[Piece]:
+    """Into what a partition is split: name and bounds, in order and without a gap; the last one of `metrics_after` has no end.
+
+    Args:
+        width: how much time a partition is for.
+        partition: which one is split.
+        wanted: what begins at its low bound, as `due` tells.
+        dense: begins of the stretches of that width that hold many readings, in order.
+        span: where the readings are when no stretch holds many: begin of the first one's stretch, and the last one, outliers left out.
+    """
+    found: list[Piece] = list(wanted)
+    at, end = (wanted[-1][2] if wanted else partition.low), partition.high
+    if at is None:
+        return []
+    rest = [(low, bound_after(width, low)) for low in dense]
+    if rest and end is None:
+        # Who stores there goes on.
+        for _ in range(PIECES_AHEAD):
+            if rest[-1][1] < LAST_BOUND:
+                rest.append((rest[-1][1], bound_after(width, rest[-1][1])))
+    elif not rest and span:
+        rest = [(span[0], bound_after(width, span[1]))]
+    rest = [(max(low, at), high if end is None else min(high, end)) for low, high in rest]
+    rest = [(low, high) for low, high in rest if low < high]
+    if len(rest) > MOST_PIECES:
+        rest = _joined(rest)
+    if len(rest) > MOST_PIECES:
+        rest = [(rest[0][0], rest[-1][1])]
+    for low, high in rest:
+        if at < low:
+            found.append((f"{_GAP}{at.astimezone(UTC):{_MOMENT}}", at, low))
+        form = _NAMES[width] if bound_after(width, low) >= high else f"{_WIDE}{_MOMENT}"
+        found.append((low.astimezone(UTC).strftime(form), low, high))
+        at = high
+    if end is None:
+        found.append((LAST, at, None))
+    elif at < end:
+        found.append((f"{_GAP}{at.astimezone(UTC):{_MOMENT}}", at, end))
+    return found
+
+
+def _joined(stretches: list[tuple[datetime, datetime]]) -> list[tuple[datetime, datetime]]:
+    """Stretches of time of which those that touch are one."""
+    joined = stretches[:1]
+    for low, high in stretches[1:]:
+        if joined[-1][1] == low:
+            joined[-1] = (joined[-1][0], high)
+        else:
+            joined.append((low, high))
+    return joined
 
 
 def missing(settings: Settings, now: datetime | None = None) -> list[str]:
@@ -300,18 +396,17 @@ def missing(settings: Settings, now: datetime | None = None) -> list[str]:
     """
     now = now or datetime.now(UTC)
     with postgres.connect(settings, "metrics_reader", autocommit=True) as connection, errors():
-        partitions = listed(connection)
-        statement = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE published_at < %s)").format(sql.Identifier(LAST))
+        open_ones = _open(listed(connection), now)
+        if not open_ones or (end := open_ones[0].low) is None:
+            return ["the table metrics has no partitions: run `metrics-pipeline migrate up`"]
+        name = open_ones[0].name
+        statement = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE published_at < %s)").format(sql.Identifier(name))
         (waiting,) = connection.execute(statement, [now]).fetchone() or (False,)
     differences = []
-    if not partitions or partitions[-1].low is None:
-        return ["the table metrics has no partitions: run `metrics-pipeline migrate up`"]
-    if partitions[-1].low < now + AHEAD[settings.metrics_partition] / 2:
-        differences.append(
-            f"the last partition ends at {partitions[-1].low:%Y-%m-%d %H:%M} UTC: run the job `partitions`"
-        )
+    if end < now + AHEAD[settings.metrics_partition] / 2:
+        differences.append(f"the last partition ends at {end:%Y-%m-%d %H:%M} UTC: run the job `partitions`")
     if waiting:
-        differences.append(f"readings of the present are stored in {LAST}, which is for those of the future")
+        differences.append(f"readings of the present are stored in {name}, which is for those of the future")
     return differences
 
 
@@ -320,7 +415,8 @@ def make(
 ) -> list[str]:
     """Make the partitions that the next readings will need, and return their names; those that are there stay as they are.
 
-    Nobody waits for more than half a second: when the table is in use by somebody for longer, it is tried again.
+    Nobody waits for more than half a second: when the table is in use by somebody for longer, it is tried again. What is to become
+    partitions and holds many readings already is copied beforehand, while it is read and written.
 
     Args:
         settings: which width.
@@ -333,14 +429,52 @@ def make(
     now = now or datetime.now(UTC)
     made: list[str] = []
     with postgres.connect(settings, "metrics_owner", autocommit=True) as connection, errors():
-        last = _last(connection)
-        wanted = due(settings, last, now)
-        if not wanted:
-            return []
-        made = patiently(connection, lambda: _cut(connection, wanted))
+        _require_last(connection)
+        if _watched(connection) or _is_table(connection, SPLIT):
+            _give_up_splits(connection)
+        for partition in _open(listed(connection), now):
+            made += _provide(settings, connection, partition, now)
     for name in made:
         report(name)
     return made
+
+
+def _open(found: list[Partition], now: datetime) -> list[Partition]:
+    """What partitions are cut off, in order of time: what is behind the last one, and what lies before readings that are far ahead."""
+    return [
+        one
+        for one in found
+        if one.low and (one.high is None or one.high > now) and one.name.startswith((LAST, _GAP, _WIDE))
+    ]
+
+
+def _provide(settings: Settings, connection: postgres.Connection, partition: Partition, now: datetime) -> list[str]:
+    if partition.low is None:
+        return []
+    wanted = due(settings, partition.low, now, partition.high)
+    # One that was made for a longer time stays, however large, until partitions of its time are wanted.
+    small = partition.name.startswith(_WIDE) or _bytes(connection, partition.name) <= FEW_BYTES
+    if not wanted and small:
+        return []
+    if small and _few(connection, partition.name, wanted[-1][2]):
+        with suppress(_LargeError):
+            return patiently(connection, lambda: _cut(settings, connection, partition.name, now))
+    return _split(settings, connection, partition.name, now)
+
+
+def _bytes(connection: postgres.Connection, name: str) -> int:
+    (size,) = connection.execute("SELECT pg_relation_size(quote_ident(%s)::regclass)", [name]).fetchone() or (0,)
+    return int(size)
+
+
+def _few(connection: postgres.Connection, name: str, end: datetime) -> bool:
+    """Whether a partition is small, and has only few readings before an instant."""
+    if _bytes(connection, name) > FEW_BYTES:
+        return False
+    few = sql.SQL("SELECT count(*) FROM (SELECT FROM {} WHERE published_at < %s LIMIT {})")
+    statement = few.format(sql.Identifier(name), sql.Literal(FEW_ROWS + 1))
+    (rows,) = connection.execute(statement, [end]).fetchone() or (0,)
+    return bool(rows <= FEW_ROWS)
 
 
 def patiently(connection: postgres.Connection, change: Callable[[], Result]) -> Result:
@@ -390,13 +524,13 @@ def still(connection: postgres.Connection, *partitions: str) -> None:
 
 
 @contextmanager
-def alone(connection: postgres.Connection) -> Iterator[None]:
-    """One at a time drops or restores partitions; this ends with the connection at the latest.
+def alone(connection: postgres.Connection, what: str = "retention") -> Iterator[None]:
+    """One at a time drops or restores partitions, or does something else; this ends with the connection at the latest.
 
     Raises:
         BusyError: somebody else does, and not only for a moment.
     """
-    lock = "(hashtext('metrics-pipeline retention'), hashtext(current_schema()))"
+    lock = f"(hashtext('metrics-pipeline {what}'), hashtext(current_schema()))"
     deadline = time.monotonic() + STILL_SECONDS
     # The session of a process that died may be there for a moment yet.
     while connection.execute(f"SELECT pg_try_advisory_lock{lock}").fetchone() != (True,):
@@ -410,34 +544,304 @@ def alone(connection: postgres.Connection) -> Iterator[None]:
             connection.execute(f"SELECT pg_advisory_unlock{lock}")
 
 
-def _last(connection: postgres.Connection) -> datetime:
+def _require_last(connection: postgres.Connection) -> None:
     partitions = listed(connection)
     if not partitions or partitions[-1].name != LAST or partitions[-1].low is None:
         raise ServiceError("the table metrics has no partitions: run `metrics-pipeline migrate up`")
-    return partitions[-1].low
 
 
-def _cut(connection: postgres.Connection, wanted: list[tuple[str, datetime, datetime]]) -> list[str]:
-    """Cut partitions off the last one, in a transaction that holds the table only for changes of the catalogue."""
+def _is_table(connection: postgres.Connection, name: str) -> bool:
+    return connection.execute("SELECT to_regclass(quote_ident(%s)) IS NOT NULL", [name]).fetchone() == (True,)
+
+
+def _wanted(
+    settings: Settings, connection: postgres.Connection, name: str, now: datetime
+) -> tuple[Partition, list[tuple[str, datetime, datetime]]] | None:
+    """A partition as it is now, and what is to be cut off it; None: it is not there any more."""
+    for one in listed(connection):
+        if one.name == name and one.low:
+            return one, due(settings, one.low, now, one.high)
+    return None
+
+
+def _create(connection: postgres.Connection, name: str, low: datetime) -> str:
+    """Make a table that is to be a partition; its name, which is another one when that is taken."""
+    others = [f"{name}_{number}" for number in range(2, 100)]
+    if not name.startswith((_GAP, _WIDE)):
+        others.insert(0, f"{low.astimezone(UTC):{_NAMES['minute']}}")
+    for free in (name, *others):
+        if not _is_table(connection, free):
+            connection.execute(sql.SQL("CREATE TABLE {} (LIKE metrics INCLUDING ALL)").format(sql.Identifier(free)))
+            return free
+    raise ServiceError(f"partitions: there are tables named {name} that are no partitions: rename them")
+
+
+def _cut(settings: Settings, connection: postgres.Connection, name: str, now: datetime) -> list[str]:
+    """Cut partitions off a small one, in a transaction that holds the table for changes of the catalogue and for few readings.
+
+    Raises:
+        _LargeError: there is much in it by now.
+    """
     connection.execute("SET LOCAL statement_timeout = '5min'")
     # As a tick does, in this order.
     connection.execute("LOCK TABLE summary_state IN EXCLUSIVE MODE")
-    wanted = [one for one in wanted if one[1] >= _last(connection)]
-    for name, _, _ in wanted:
-        connection.execute(sql.SQL("CREATE TABLE {} (LIKE metrics INCLUDING ALL)").format(sql.Identifier(name)))
-    if not wanted:
+    found = _wanted(settings, connection, name, now)
+    if not found or not found[1]:
         return []
-    connection.execute("LOCK TABLE metrics IN ACCESS EXCLUSIVE MODE")
+    source, wanted = found
+    made = [(_create(connection, one, low), low, high) for one, low, high in wanted]
+    end = wanted[-1][2]
+    # Nobody truncates a partition from here on, which would not be noticed.
+    connection.execute("LOCK TABLE metrics IN ACCESS SHARE MODE")
+    still(connection, name)
+    take(connection, name)
+    if not _few(connection, name, end):
+        raise _LargeError
     known = summaries.known(connection)
-    connection.execute(f"ALTER TABLE metrics DETACH PARTITION {LAST}")
-    for name, low, high in wanted:
+    connection.execute(sql.SQL("ALTER TABLE metrics DETACH PARTITION {}").format(sql.Identifier(name)))
+    for one, low, high in made:
         # Readings that were stored ahead of their time.
-        _move(connection, LAST, name, low, high)
-        attach(connection, name, sql.Literal(low), sql.Literal(high))
-    attach(connection, LAST, sql.Literal(wanted[-1][2]), sql.SQL("MAXVALUE"))
+        _move(connection, name, one, low, high)
+        attach(connection, one, sql.Literal(low), sql.Literal(high))
+    if source.high == end:
+        connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(name)))
+    else:
+        attach(connection, name, sql.Literal(end), _end(source.high))
     if known:
         connection.execute("UPDATE summary_state SET source = metrics_source()")
-    return [name for name, _, _ in wanted]
+    return [one for one, _, _ in made]
+
+
+def _end(high: datetime | None) -> sql.Composable:
+    return sql.SQL("MAXVALUE") if high is None else sql.Literal(high)
+
+
+def _split(settings: Settings, connection: postgres.Connection, name: str, now: datetime) -> list[str]:
+    """Put partitions in the place of a large one; the names of the new ones, none when somebody else is doing so."""
+    try:
+        with alone(connection, "split"):
+            try:
+                for _ in range(SPLIT_TRIES):
+                    _clear(connection)
+                    with suppress(_ChangedError):
+                        return _Splitting(settings, connection, name).done(now)
+            finally:
+                with suppress(psycopg.Error):
+                    _clear(connection)
+    except BusyError:
+        log.info("%s is being split by somebody else", name)
+        return []
+    raise ServiceError(f"partitions: {name} was changed while it was split: nothing was done, and it is tried again")
+
+
+def _give_up_splits(connection: postgres.Connection) -> None:
+    """Clear away what an interrupted split left."""
+    with suppress(BusyError), alone(connection, "split"):
+        _clear(connection)
+
+
+def _watched(connection: postgres.Connection) -> list[str]:
+    """Tables whose changes are noted for a split."""
+    statement = (
+        "SELECT c.relname FROM pg_trigger AS t INNER JOIN pg_class AS c ON c.oid = t.tgrelid "
+        "INNER JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE t.tgname = %s AND n.nspname = current_schema()"
+    )
+    return [name for (name,) in connection.execute(statement, [_SPLIT_TRIGGER])]
+
+
+def _clear(connection: postgres.Connection) -> None:
+    def drop(table: str) -> None:
+        still(connection, table)
+        statement = sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(_SPLIT_TRIGGER), sql.Identifier(table))
+        connection.execute(statement)
+
+    for table in _watched(connection):
+        patiently(connection, partial(drop, table))
+    # With its partitions.
+    connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(SPLIT)))
+    connection.execute("DELETE FROM split_changes")
+
+
+class _Splitting:
+    """A large partition is copied into several ones while it is read and written, and they take its place.
+
+    What is changed in it meanwhile is noted by a trigger that only this partition has then, and copied afterwards; the last of it, which is
+    little, while the table is locked.
+    """
+
+    def __init__(self, settings: Settings, connection: postgres.Connection, name: str) -> None:
+        self._settings = settings
+        self._connection = connection
+        self._name = name
+        self._file: tuple[Any, ...] | None = None
+        self._pieces: list[Piece] = []
+
+    def done(self, now: datetime) -> list[str]:
+        """Split it; the names of the new partitions.
+
+        Raises:
+            _ChangedError: it was truncated, written anew, or is not a partition any more.
+        """
+        found = _wanted(self._settings, self._connection, self._name, now)
+        if found is None:
+            return []
+        source, wanted = found
+        self._file = self._identity()
+        patiently(self._connection, self._watch)
+        if not self._copy(source, wanted):
+            return []
+        for _ in range(SPLIT_ROUNDS):
+            while self._follow() > FEW_ROWS // 4:
+                pass
+            # So that few of its readings are not in the summaries yet.
+            summaries.ingestion_rate(self._settings)
+            with suppress(_LargeError):
+                patiently(self._connection, self._exchange)
+                return [name for name, _, _ in self._pieces if name not in (LAST, _SPLIT_LAST)]
+        raise _ChangedError
+
+    def _identity(self) -> tuple[Any, ...] | None:
+        """Which table it is, with which file and bounds."""
+        return self._connection.execute(
+            "SELECT oid, pg_relation_filenode(oid), pg_get_expr(relpartbound, oid) FROM pg_class "
+            "WHERE oid = to_regclass(quote_ident(%s)) AND relispartition",
+            [self._name],
+        ).fetchone()
+
+    def _watch(self) -> None:
+        still(self._connection, self._name)
+        names = [sql.Identifier(name) for name in (_SPLIT_TRIGGER, self._name)]
+        trigger = (
+            "CREATE OR REPLACE TRIGGER {} AFTER INSERT OR UPDATE OR DELETE ON {} "
+            "FOR EACH ROW EXECUTE FUNCTION note_split_change()"
+        )
+        self._connection.execute(sql.SQL(trigger).format(*names))
+        self._connection.execute(sql.SQL("ALTER TABLE {1} ENABLE ALWAYS TRIGGER {0}").format(*names))
+
+    def _copy(self, source: Partition, wanted: list[tuple[str, datetime, datetime]]) -> bool:
+        """Copy what there is into tables that are no partitions of `metrics` yet; False: it would be the same again."""
+        connection, width = self._connection, self._settings.metrics_partition
+        with connection.transaction():
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            connection.execute("SET LOCAL statement_timeout = 0")
+            connection.execute("SET LOCAL jit = off")
+            values = {"width": width, "few": FEW_ROWS, "end": LAST_BOUND}
+            table = sql.Identifier(self._name)
+            dense = [low for (low,) in connection.execute(_of("split_dense", table), values)]
+            span = connection.execute(_of("split_span", table), values).fetchone() or (None, None)
+            wished = pieces(width, source, wanted, dense, None if None in span else span)
+            if not wanted and len(wished) == 1:
+                return False
+            copy = sql.Identifier(SPLIT)
+            connection.execute(
+                sql.SQL("CREATE TABLE {} (LIKE metrics INCLUDING ALL) PARTITION BY RANGE (published_at)").format(copy)
+            )
+            self._pieces = []
+            for wish, low, high in wished:
+                name = _create(connection, _SPLIT_LAST if wish == LAST else wish, low)
+                self._pieces.append((name, low, high))
+                piece = sql.Identifier(name)
+                # Nobody has to look at it when it becomes a partition.
+                bound = sql.SQL("published_at >= {}").format(sql.Literal(low))
+                if high is not None:
+                    bound += sql.SQL(" AND published_at < {}").format(sql.Literal(high))
+                connection.execute(
+                    sql.SQL("ALTER TABLE {} ADD CONSTRAINT metrics_bound CHECK ({})").format(piece, bound)
+                )
+                connection.execute(
+                    sql.SQL("ALTER TABLE {} ATTACH PARTITION {} FOR VALUES FROM ({}) TO ({})").format(
+                        copy, piece, sql.Literal(low), _end(high)
+                    )
+                )
+                if wish.startswith((_GAP, _WIDE)):
+                    connection.execute(sql.SQL("CREATE INDEX ON {} (published_at)").format(piece))
+            connection.execute(sql.SQL("INSERT INTO {} SELECT * FROM {}").format(copy, table))
+        for name, _, _ in self._pieces:
+            connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(name)))
+        return True
+
+    def _follow(self, *, known: bool = False) -> int:
+        """Copy what was changed since; how many keys are that?
+
+        Args:
+            known: the summaries have to look at all of them, by key. Their log and the copies have to be of the same transaction, so that
+                it can be told later which versions were never counted.
+        """
+        connection, copy = self._connection, sql.Identifier(SPLIT)
+        with connection.transaction():
+            connection.execute("CREATE TEMPORARY TABLE IF NOT EXISTS split_noted (LIKE split_changes) ON COMMIT DROP")
+            connection.execute("DELETE FROM split_noted")
+            rows = connection.execute(
+                "WITH gone AS (DELETE FROM split_changes RETURNING *) INSERT INTO split_noted SELECT DISTINCT * FROM gone"
+            ).rowcount
+            # Each is looked up by its key, in the partition of its time.
+            for way in ("enable_hashjoin", "enable_mergejoin", "enable_seqscan"):
+                connection.execute(f"SET LOCAL {way} = off")
+            for query in ("split_forget", "split_follow"):
+                statement = sql.SQL(postgres.query(query)).format(copy=copy, table=sql.Identifier(self._name))
+                connection.execute(statement)
+            for way in ("enable_hashjoin", "enable_mergejoin", "enable_seqscan"):
+                connection.execute(f"SET LOCAL {way} = on")
+            if known:
+                connection.execute(
+                    "INSERT INTO summary_changes (device_id, published_at, metric_name) SELECT * FROM split_noted"
+                )
+        return rows
+
+    def _exchange(self) -> None:
+        """Put the new partitions in the place of the old one, in a transaction.
+
+        Raises:
+            _LargeError: much was changed since.
+            _ChangedError: the old one is not what was copied.
+        """
+        connection, old = self._connection, sql.Identifier(self._name)
+        connection.execute("LOCK TABLE summary_state IN EXCLUSIVE MODE")
+        known = summaries.known(connection)
+        self._follow()
+        # Nobody truncates a partition from here on, which would not be noticed.
+        connection.execute("LOCK TABLE metrics IN ACCESS SHARE MODE")
+        still(connection, self._name)
+        take(connection, self._name)
+        if self._identity() != self._file or (known and not summaries.known(connection)):
+            raise _ChangedError
+        low, high = self._pieces[0][1], self._pieces[-1][2]
+        self._refuse_many()
+        if known:
+            summaries.note_pending(connection, self._name, low, high)
+            self._refuse_many()
+        self._follow(known=known)
+        connection.execute(sql.SQL("ALTER TABLE metrics DETACH PARTITION {}").format(old))
+        connection.execute(sql.SQL("DROP TABLE {}").format(old))
+        for name, low, high in self._pieces:
+            piece = sql.Identifier(name)
+            connection.execute(sql.SQL("ALTER TABLE {} DETACH PARTITION {}").format(sql.Identifier(SPLIT), piece))
+            attach(connection, name, sql.Literal(low), _end(high))
+            connection.execute(sql.SQL("ALTER TABLE {} DROP CONSTRAINT metrics_bound").format(piece))
+            if name == _SPLIT_LAST:
+                self._name_last()
+        connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(SPLIT)))
+        if known:
+            connection.execute("UPDATE summary_state SET source = metrics_source()")
+
+    def _refuse_many(self) -> None:
+        statement = "SELECT FROM split_changes OFFSET %s LIMIT 1"
+        if self._connection.execute(statement, [FEW_ROWS]).fetchone() is not None:
+            raise _LargeError
+
+    def _name_last(self) -> None:
+        connection = self._connection
+        connection.execute(f"ALTER TABLE {_SPLIT_LAST} RENAME TO {LAST}")
+        for index in ("pkey", "created_at_idx"):
+            connection.execute(f"ALTER INDEX IF EXISTS {_SPLIT_LAST}_{index} RENAME TO {LAST}_{index}")
+        connection.execute(f"CREATE INDEX {LAST}_published_at_idx ON {LAST} (published_at)")
+        connection.execute(
+            f"COMMENT ON TABLE {LAST} IS 'Readings behind the partitions of metrics: the next partitions are cut off it.'"
+        )
+
+
+def _of(query: str, table: sql.Identifier) -> sql.Composed:
+    return sql.SQL(postgres.query(query)).format(table=table)
 
 
 def _move(connection: postgres.Connection, source: str, target: str, low: datetime, high: datetime) -> None:

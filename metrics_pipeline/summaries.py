@@ -218,6 +218,13 @@ def add(conn: Connection, table: str) -> int:
     return int(rows)
 
 
+def note_pending(conn: Connection, table: str, low: datetime, high: datetime | None) -> None:
+    """Note in `split_changes` what the summaries do not know yet of a partition, in a transaction that holds `summary_state` and it."""
+    with _fixed_plan(conn):
+        statement = sql.SQL(query("split_pending")).format(table=sql.Identifier(table))
+        conn.execute(statement, {"low": low, "high": high}, prepare=False)
+
+
 def _absorb_table(conn: Connection, table: str) -> None:
     conn.execute(sql.SQL(query("absorb_table")).format(table=sql.Identifier(table)))
 

@@ -85,3 +85,69 @@ def test_a_wider_one_begins_where_the_last_one_ends() -> None:
 )
 def test_a_name_says_when_it_begins(name: str, low: datetime | None) -> None:
     assert partitions.low_of(name) == low
+
+
+def whole(*found: partitions.Piece) -> None:
+    """One begins where the other ends, and no two have the same name."""
+    assert [low for _, low, _ in found[1:]] == [high for _, _, high in found[:-1]]
+    assert all(high is None or low < high for _, low, high in found)
+    assert len({name for name, _, _ in found}) == len(found)
+
+
+BEGIN = datetime(2026, 12, 1, tzinfo=UTC)
+DAY = timedelta(days=1)
+
+
+def test_the_last_one_is_split_where_its_readings_are() -> None:
+    last = partitions.Partition(partitions.LAST, BEGIN, None, 0, 0)
+    wanted = partitions.due(of("day"), BEGIN, BEGIN)
+    far = datetime(2027, 11, 26, tzinfo=UTC)
+    found = partitions.pieces("day", last, wanted, [far, far + 3 * DAY], None)
+    whole(*found)
+    assert found[: len(wanted)] == wanted
+    names = [name for name, _, _ in found[len(wanted) :]]
+    ahead = [f"metrics_p{far + day * DAY:%Y%m%d}" for day in range(4, 4 + partitions.PIECES_AHEAD)]
+    assert names == [
+        "metrics_gap_20261205000000",
+        "metrics_p20271126",
+        "metrics_gap_20271127000000",
+        "metrics_p20271129",
+        *ahead,
+        partitions.LAST,
+    ]
+
+
+def test_readings_everywhere_make_a_wide_one() -> None:
+    last = partitions.Partition(partitions.LAST, BEGIN, None, 0, 0)
+    scattered = partitions.pieces("day", last, [], [], (BEGIN + 30 * DAY, BEGIN + 4000 * DAY + DAY / 2))
+    whole(*scattered)
+    assert [(low, high) for _, low, high in scattered] == [
+        (BEGIN, BEGIN + 30 * DAY),
+        (BEGIN + 30 * DAY, BEGIN + 4001 * DAY),
+        (BEGIN + 4001 * DAY, None),
+    ]
+    many = partitions.pieces("day", last, [], [BEGIN + 2 * n * DAY for n in range(100)], None)
+    whole(*many)
+    assert len(many) < 4
+    in_a_row = partitions.pieces("hour", last, [], [BEGIN + n * DAY / 24 for n in range(100)], None)
+    whole(*in_a_row)
+    assert [name for name, _, _ in in_a_row] == ["metrics_wide_20261201000000", partitions.LAST]
+
+
+def test_a_gap_keeps_its_end() -> None:
+    gap = partitions.Partition("metrics_gap_20261201000000", BEGIN, BEGIN + 10 * DAY, 0, 0)
+    assert partitions.due(of("month"), BEGIN, BEGIN + 20 * DAY, BEGIN + 10 * DAY) == [
+        ("metrics_p202612", BEGIN, BEGIN + 10 * DAY)
+    ]
+    found = partitions.pieces("day", gap, [], [BEGIN + 9 * DAY], None)
+    whole(*found)
+    assert found[-1] == ("metrics_p20261210", BEGIN + 9 * DAY, BEGIN + 10 * DAY)
+    assert partitions.pieces("day", gap, [], [], None) == [(gap.name, BEGIN, BEGIN + 10 * DAY)]
+
+
+def test_the_end_of_time_has_a_place() -> None:
+    last = partitions.Partition(partitions.LAST, BEGIN, None, 0, 0)
+    dense = datetime(9999, 11, 30, tzinfo=UTC)
+    found = partitions.pieces("day", last, [], [dense], None)
+    whole(*found)
+    assert found[-1][0] == partitions.LAST

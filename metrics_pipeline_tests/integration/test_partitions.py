@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -12,7 +14,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from metrics_pipeline import partitions, postgres, summaries
+from metrics_pipeline import partitions, postgres, retention, summaries
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.postgres import MIGRATIONS, Connection
 from metrics_pipeline.settings import Settings
@@ -22,6 +24,9 @@ from metrics_pipeline_tests.databases import own_database
 pytestmark = pytest.mark.integration
 
 DEVICE = UUID(int=7)
+STEPS = 25
+MANY = 1_000_000
+"""Readings that are more than a partition may hold that is looked at while the table is locked."""
 MIGRATED = [
     "20261127000030_archive",
     "20261127000020_retention",
@@ -98,6 +103,274 @@ def test_a_month_goes_by(database: Settings, caplog: pytest.LogCaptureFixture) -
     days = [f"metrics_p{begin + timedelta(days=day):%Y%m%d}" for day in range(31)]
     assert found == {name: 3 if name == days[20] else 2 for name in days}
     summaries_agree(database)
+    assert "counting all" not in caplog.text
+
+
+def fill(settings: Settings, begin: datetime, rows: int, *, every: float) -> None:
+    """Readings of five devices, one each so many seconds."""
+    with postgres.connect(settings, "metrics_writer", autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO metrics (device_id, published_at, metric_name, value) "
+            "SELECT lpad((n %% 5)::text, 32, '0')::uuid, %s::timestamptz + n * %s * interval '1 second', 0, n %% 100 "
+            "FROM generate_series(0, %s - 1) AS n",
+            [begin, every, rows],
+        )
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many readings of each partition were looked at when it was attached."""
+    found: dict[str, int] = {}
+    attach = partitions.attach
+
+    def counted(connection: Connection, name: str, *bounds: Any) -> None:
+        reads = "SELECT seq_tup_read FROM pg_stat_xact_user_tables WHERE relid = quote_ident(%s)::regclass"
+        (before,) = connection.execute(reads, [name]).fetchone() or (0,)
+        attach(connection, name, *bounds)
+        (after,) = connection.execute(reads, [name]).fetchone() or (0,)
+        found[name] = after - before
+
+    monkeypatch.setattr(partitions, "attach", counted)
+    return found
+
+
+class Others:
+    """Sessions that store and read without a pause, and what the longest of their statements took."""
+
+    def __init__(self, settings: Settings, *times: datetime) -> None:
+        self._settings = settings
+        self._stop = threading.Event()
+        self.longest: dict[str, float] = {}
+        self.failed: list[BaseException] = []
+        self._threads = [
+            threading.Thread(target=self._run, args=(name, role, work, at))
+            for number, at in enumerate(times)
+            for name, role, work in (
+                (f"stores {number}", "metrics_writer", self._store),
+                (f"reads {number}", "metrics_reader", self._read),
+            )
+        ]
+
+    def __enter__(self) -> Others:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, name: str, role: Any, work: Any, at: datetime) -> None:
+        try:
+            with postgres.connect(self._settings, role, autocommit=True) as connection:
+                # Who reads a partition whole is who attaches it.
+                connection.execute("SET enable_seqscan = off")
+                step = 0
+                while not self._stop.is_set():
+                    begun = time.monotonic()
+                    work(connection, at, step)
+                    self.longest[name] = max(self.longest.get(name, 0.0), time.monotonic() - begun)
+                    step += 1
+                    time.sleep(0.002)
+        except psycopg.Error as error:
+            self.failed.append(error)
+
+    @staticmethod
+    def _store(connection: Connection, at: datetime, step: int) -> None:
+        """New readings, the same again with other values, and in the end fewer."""
+        connection.execute(
+            "INSERT INTO metrics (device_id, published_at, metric_name, value) "
+            "SELECT %s, %s::timestamptz + (%s + n) * interval '1 second', 10, %s FROM generate_series(1, 20) AS n "
+            "ON CONFLICT (device_id, published_at, metric_name) DO UPDATE SET value = excluded.value",
+            [DEVICE, at, step % 500 * 7, step],
+        )
+
+    @staticmethod
+    def _read(connection: Connection, at: datetime, step: int) -> None:
+        connection.execute(
+            "SELECT count(*) FROM metrics WHERE device_id = %s AND published_at >= %s AND metric_name = 10",
+            [DEVICE, at + timedelta(seconds=step)],
+        )
+
+
+@pytest.mark.timeout(600)
+def test_nobody_waits_for_a_producer_whose_clock_is_a_year_ahead(
+    database: Settings, looked_at: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its readings are copied into partitions of their time, and a few others that lie between and behind stay where they have a place."""
+    begin = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    far = begin + timedelta(days=365)
+    partitions.make(database)
+    summaries.ingestion_rate(database)
+    fill(database, far + timedelta(hours=20), MANY, every=0.02)
+    store(database, begin + timedelta(days=5, hours=3), begin + timedelta(days=70), datetime(9999, 12, 31, tzinfo=UTC))
+    summaries.ingestion_rate(database)
+    now = begin + timedelta(days=2)
+    with Others(database, begin, begin + timedelta(days=6), far + timedelta(days=1)) as others:
+        looked_at.clear()
+        made = partitions.make(database, now)
+        assert partitions.make(database, now) == []
+    assert others.failed == []
+    assert max(others.longest.values()) < 1, others.longest
+    assert set(looked_at.values()) == {0}
+    assert partitions.missing(database, now) == []
+    days = [f"metrics_p{far + timedelta(days=day):%Y%m%d}" for day in range(2)]
+    assert set(days) < set(made)
+    found = where(database)
+    assert found[f"metrics_p{begin + timedelta(days=5):%Y%m%d}"] == 1
+    assert found[partitions.LAST] == 1
+    assert sum(found[day] for day in days) >= MANY
+    with postgres.connect(database, "metrics_reader") as connection:
+        listed = partitions.listed(connection)
+    assert [one.low for one in listed[1:]] == [one.high for one in listed[:-1]]
+    summaries_agree(database)
+    # The year goes by, and their time comes.
+    for day in (30, 200, 361, 364, 366, 380):
+        partitions.make(database, begin + timedelta(days=day))
+        assert partitions.missing(database, begin + timedelta(days=day)) == []
+    summaries_agree(database)
+    assert sum(where(database).values()) == sum(found.values())
+    assert "counting all" not in caplog.text
+
+
+@pytest.mark.timeout(600)
+def test_nobody_waits_for_many_readings_just_behind_the_last_partition(
+    database: Settings, looked_at: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    begin = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    partitions.make(database)
+    summaries.ingestion_rate(database)
+    fill(database, begin + timedelta(days=5), MANY, every=0.2)
+    with Others(database, begin + timedelta(days=5), begin + timedelta(days=6)) as others:
+        looked_at.clear()
+        assert len(partitions.make(database, begin + timedelta(days=2))) > 3
+    assert others.failed == []
+    assert max(others.longest.values()) < 1, others.longest
+    assert set(looked_at.values()) == {0}
+    assert partitions.LAST not in where(database)
+    summaries_agree(database)
+    assert "counting all" not in caplog.text
+
+
+def test_many_late_readings_cost_nobody_anything(
+    database: Settings, looked_at: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Old files are replayed: what lies before the partitions may be large while partitions are made and go."""
+    begin = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    partitions.make(database)
+    summaries.ingestion_rate(database)
+    fill(database, begin - timedelta(days=3000), MANY, every=100)
+    summaries.ingestion_rate(database)
+    store(database, begin)
+    (first, today, *_) = partitions.every(database)
+    with Others(database, begin, begin - timedelta(days=2000)) as others:
+        looked_at.clear()
+        assert partitions.make(database, begin + timedelta(days=3)) != []
+        retention.drop(database, today)
+        assert partitions.every(database)[0].high == today.high
+        retention.drop(database, partitions.every(database)[0])
+    assert others.failed == []
+    assert max(others.longest.values()) < 1, others.longest
+    assert first.name in looked_at
+    assert set(looked_at.values()) == {0}
+    assert sum(where(database).values()) < MANY / 10
+    summaries_agree(database)
+    assert "counting all" not in caplog.text
+
+
+def test_a_split_that_died_leaves_nothing(database: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each of its statements; what it left is cleared away by the next one, and the readings are always there."""
+    monkeypatch.setattr(partitions, "FEW_BYTES", 0)
+    monkeypatch.setattr(partitions, "FEW_ROWS", 5)
+    monkeypatch.setattr(partitions, "PIECES_AHEAD", 0)
+    begin = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    partitions.make(database)
+    execute, step = psycopg.Connection.execute, 1
+    for step in range(3, 300, 5):
+        store(database, *(begin + timedelta(days=40 + 2 * step, hours=hour) for hour in range(20)))
+        before, left = rows(database), step
+
+        def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+            if left < 0:  # the process is not there any more
+                raise psycopg.OperationalError("gone")
+            return execute(self, *arguments, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(psycopg.Connection, "execute", counted)
+            with suppress(KeyboardInterrupt, ServiceError, psycopg.Error):
+                partitions.make(database)
+        assert rows(database) == before
+        summaries_agree(database)
+        partitions.make(database)
+        assert rows(database) == before
+        with postgres.connect_admin(database, database.metrics_database) as hand:
+            assert hand.execute(
+                "SELECT to_regclass('metrics_split'), (SELECT count(*) FROM split_changes)"
+            ).fetchone() == (None, 0)
+            assert hand.execute("SELECT FROM pg_trigger WHERE tgname LIKE 'metrics_8%'").fetchall() == []
+        if left > 0:
+            break
+    assert step > 60
+    summaries_agree(database)
+
+
+def length(partition: partitions.Partition) -> timedelta:
+    assert partition.low is not None
+    assert partition.high is not None
+    return partition.high - partition.low
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_history(
+    database: Settings, seed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Readings of any time, partitions made at any time and of any width: the table is what was stored, and the summaries are of it."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(partitions, "FEW_BYTES", 4 * 8192)
+    monkeypatch.setattr(partitions, "FEW_ROWS", 20)
+    now = datetime.now(UTC)
+    stored: dict[datetime, float] = {}
+    with postgres.connect(database, "metrics_writer", autocommit=True) as writer:
+        for _ in range(STEPS):
+            now += timedelta(minutes=rng.choice([0, 1, 60, 1500, 50_000]))
+            away = rng.choice([0, 0, 1, 5, 40, 365, 366, 4000]) * rng.choice([1, 1, -1])
+            at = now + timedelta(days=away, seconds=rng.randrange(100_000))
+            if rng.random() < 0.05:
+                at = rng.choice([datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)])
+            step = (
+                timedelta(seconds=rng.choice([0.001, 1, 600, 86_400])) if at.year < 9000 else timedelta(milliseconds=1)
+            )
+            times = [at + n * step for n in range(rng.choice([1, 5, 100, 900]))]
+            value = rng.random()
+            with writer.cursor() as cursor, writer.transaction():
+                cursor.executemany(
+                    "INSERT INTO metrics (device_id, published_at, metric_name, value) VALUES (%s, %s, 0, %s) "
+                    "ON CONFLICT (device_id, published_at, metric_name) DO UPDATE SET value = excluded.value",
+                    [(DEVICE, at, value) for at in times],
+                )
+            stored |= dict.fromkeys(times, value)
+            if rng.random() < 0.4:
+                summaries.ingestion_rate(database)
+            if rng.random() < 0.5:
+                own = database.model_copy(
+                    update={"metrics_partition": rng.choice(["day", "day", "hour", "month", "minute"])}
+                )
+                partitions.make(own, now)
+                assert partitions.missing(own, now) == []
+                (present,) = [
+                    one for one in partitions.every(own)[1:-1] if one.low and one.high and one.low <= now < one.high
+                ]
+                assert length(present) <= timedelta(days=31)
+            assert {row[1]: row[3] for row in rows(database)} == stored
+            summaries_agree(database)
+    with postgres.connect(database, "metrics_reader") as connection:
+        listed = partitions.listed(connection)
+    assert [one.low for one in listed[1:]] == [one.high for one in listed[:-1]]
     assert "counting all" not in caplog.text
 
 

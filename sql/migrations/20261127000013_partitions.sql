@@ -131,6 +131,29 @@ ENABLE ALWAYS TRIGGER metrics_2_log_change,
 ENABLE ALWAYS TRIGGER metrics_4_log_own_created_at,
 ENABLE ALWAYS TRIGGER metrics_5_log_inserts;
 
+-- While a large partition is split, its changes are noted by a trigger that only it has then: metrics_pipeline/partitions.py.
+CREATE TABLE split_changes (
+    device_id uuid NOT NULL,
+    published_at timestamptz NOT NULL,
+    metric_name smallint NOT NULL
+);
+COMMENT ON TABLE split_changes IS 'Keys of readings that were changed in a partition which is being split.';
+
+CREATE FUNCTION note_split_change() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF TG_OP <> 'INSERT' THEN
+        INSERT INTO public.split_changes (device_id, published_at, metric_name)
+        VALUES (OLD.device_id, OLD.published_at, OLD.metric_name);
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+        INSERT INTO public.split_changes (device_id, published_at, metric_name)
+        VALUES (NEW.device_id, NEW.published_at, NEW.metric_name);
+    END IF;
+    RETURN NULL;
+END
+$$;
+
 -- Those that went beyond the cutover came back by another statement: counted by key.
 INSERT INTO summary_changes (device_id, published_at, metric_name)
 SELECT device_id, published_at, metric_name FROM metrics_after;
@@ -219,6 +242,10 @@ BEGIN ATOMIC
 SELECT 0::bigint;
 END;
 DROP TABLE metrics;
+-- What an interrupted split left.
+DROP TABLE IF EXISTS metrics_split;
+DROP FUNCTION note_split_change();
+DROP TABLE split_changes;
 -- squawk-ignore renaming-table
 ALTER TABLE metrics_before RENAME TO metrics;
 -- squawk-ignore renaming-object
