@@ -689,6 +689,9 @@ class _Splitting:
         self._file = self._identity()
         patiently(self._connection, self._watch)
         if not self._copy(source, wanted):
+            ((name, _, _),) = self._pieces
+            if name.startswith(_WIDE):
+                patiently(self._connection, partial(self._rename, name))
             return []
         for _ in range(SPLIT_ROUNDS):
             while self._follow() > FEW_ROWS // 4:
@@ -730,6 +733,7 @@ class _Splitting:
             dense = [low for (low,) in connection.execute(_of("split_dense", table), values)]
             span = connection.execute(_of("split_span", table), values).fetchone() or (None, None)
             wished = pieces(width, source, wanted, dense, None if None in span else span)
+            self._pieces = wished
             if not wanted and len(wished) == 1:
                 return False
             copy = sql.Identifier(SPLIT)
@@ -759,6 +763,12 @@ class _Splitting:
         for name, _, _ in self._pieces:
             connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(name)))
         return True
+
+    def _rename(self, name: str) -> None:
+        """One whose readings lie everywhere is one for a longer time: it is left alone from now on, until its time comes."""
+        still(self._connection, self._name)
+        statement = sql.SQL("ALTER TABLE {} RENAME TO {}")
+        self._connection.execute(statement.format(sql.Identifier(self._name), sql.Identifier(name)))
 
     def _follow(self, *, known: bool = False) -> int:
         """Copy what was changed since; how many keys are that?
