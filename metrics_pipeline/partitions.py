@@ -89,6 +89,14 @@ _WIDE: Final = "metrics_wide_"
 _MOMENT: Final = "%Y%m%d%H%M%S"
 _SPLIT_TRIGGER: Final = "metrics_8_note_split_change"
 _SPLIT_LAST: Final = "metrics_split_after"
+_NAMES_OF_LAST: Final = (
+    f"ALTER TABLE {_SPLIT_LAST} RENAME TO {LAST}",
+    *(
+        f"ALTER INDEX IF EXISTS {_SPLIT_LAST}_{index} RENAME TO {LAST}_{index}"
+        for index in ("pkey", "created_at_idx", "published_at_idx")
+    ),
+    f"COMMENT ON TABLE {LAST} IS 'Readings behind the partitions of metrics: the next partitions are cut off it.'",
+)
 
 
 class _LargeError(Exception):
@@ -757,7 +765,7 @@ class _Splitting:
                         copy, piece, sql.Literal(low), _end(high)
                     )
                 )
-                if wish.startswith((_GAP, _WIDE)):
+                if wish.startswith((LAST, _GAP, _WIDE)):
                     connection.execute(sql.SQL("CREATE INDEX ON {} (published_at)").format(piece))
             connection.execute(sql.SQL("INSERT INTO {} SELECT * FROM {}").format(copy, table))
         for name, _, _ in self._pieces:
@@ -785,13 +793,12 @@ class _Splitting:
                 "WITH gone AS (DELETE FROM split_changes RETURNING *) INSERT INTO split_noted SELECT DISTINCT * FROM gone"
             ).rowcount
             # Each is looked up by its key, in the partition of its time.
-            for way in ("enable_hashjoin", "enable_mergejoin", "enable_seqscan"):
-                connection.execute(f"SET LOCAL {way} = off")
+            ways = ("enable_hashjoin", "enable_mergejoin", "enable_seqscan")
+            connection.execute("; ".join(f"SET LOCAL {way} = off" for way in ways))
             for query in ("split_forget", "split_follow"):
                 statement = sql.SQL(postgres.query(query)).format(copy=copy, table=sql.Identifier(self._name))
                 connection.execute(statement)
-            for way in ("enable_hashjoin", "enable_mergejoin", "enable_seqscan"):
-                connection.execute(f"SET LOCAL {way} = on")
+            connection.execute("; ".join(f"SET LOCAL {way} = on" for way in ways))
             if known:
                 connection.execute(
                     "INSERT INTO summary_changes (device_id, published_at, metric_name) SELECT * FROM split_noted"
@@ -821,33 +828,31 @@ class _Splitting:
             summaries.note_pending(connection, self._name, low, high)
             self._refuse_many()
         self._follow(known=known)
-        connection.execute(sql.SQL("ALTER TABLE metrics DETACH PARTITION {}").format(old))
-        connection.execute(sql.SQL("DROP TABLE {}").format(old))
+        statements: list[sql.Composable] = [
+            sql.SQL("ALTER TABLE metrics DETACH PARTITION {}").format(old),
+            sql.SQL("DROP TABLE {}").format(old),
+        ]
         for name, low, high in self._pieces:
-            piece = sql.Identifier(name)
-            connection.execute(sql.SQL("ALTER TABLE {} DETACH PARTITION {}").format(sql.Identifier(SPLIT), piece))
-            attach(connection, name, sql.Literal(low), _end(high))
-            connection.execute(sql.SQL("ALTER TABLE {} DROP CONSTRAINT metrics_bound").format(piece))
+            names = [sql.Identifier(name), sql.Identifier(SPLIT)]
+            statements += [
+                sql.SQL("ALTER TABLE {1} DETACH PARTITION {0}").format(*names),
+                sql.SQL("ALTER TABLE metrics ATTACH PARTITION {} FOR VALUES FROM ({}) TO ({})").format(
+                    names[0], sql.Literal(low), _end(high)
+                ),
+                sql.SQL("ALTER TABLE {} DROP CONSTRAINT metrics_bound").format(names[0]),
+            ]
             if name == _SPLIT_LAST:
-                self._name_last()
-        connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(SPLIT)))
+                statements += [sql.SQL(statement) for statement in _NAMES_OF_LAST]
+        statements.append(sql.SQL("DROP TABLE {}").format(sql.Identifier(SPLIT)))
         if known:
-            connection.execute("UPDATE summary_state SET source = metrics_source()")
+            statements.append(sql.SQL("UPDATE summary_state SET source = metrics_source()"))
+        # All at once: everybody waits for it.
+        connection.execute(sql.SQL("; ").join(statements))
 
     def _refuse_many(self) -> None:
         statement = "SELECT FROM split_changes OFFSET %s LIMIT 1"
         if self._connection.execute(statement, [FEW_ROWS]).fetchone() is not None:
             raise _LargeError
-
-    def _name_last(self) -> None:
-        connection = self._connection
-        connection.execute(f"ALTER TABLE {_SPLIT_LAST} RENAME TO {LAST}")
-        for index in ("pkey", "created_at_idx"):
-            connection.execute(f"ALTER INDEX IF EXISTS {_SPLIT_LAST}_{index} RENAME TO {LAST}_{index}")
-        connection.execute(f"CREATE INDEX {LAST}_published_at_idx ON {LAST} (published_at)")
-        connection.execute(
-            f"COMMENT ON TABLE {LAST} IS 'Readings behind the partitions of metrics: the next partitions are cut off it.'"
-        )
 
 
 def _of(query: str, table: sql.Identifier) -> sql.Composed:
