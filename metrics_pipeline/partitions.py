@@ -56,6 +56,8 @@ FEW_BYTES: Final = 64 * 2**20
 """So large may a partition be for a look at all of it while the table is locked."""
 FEW_ROWS: Final = 10_000
 """So many readings are moved while the table is locked."""
+FEW_CHANGES: Final = 2_000
+"""So many readings are copied while the table is locked, at first: each costs two look-ups."""
 PIECES_AHEAD: Final = 6
 """So many partitions are made where readings come in that are far ahead."""
 MOST_PIECES: Final = 24
@@ -683,6 +685,7 @@ class _Splitting:
         self._name = name
         self._file: tuple[Any, ...] | None = None
         self._pieces: list[Piece] = []
+        self._most = FEW_CHANGES
 
     def done(self, now: datetime) -> list[str]:
         """Split it; the names of the new partitions.
@@ -702,7 +705,7 @@ class _Splitting:
                 patiently(self._connection, partial(self._rename, name))
             return []
         for _ in range(SPLIT_ROUNDS):
-            while self._follow() > FEW_ROWS // 4:
+            while self._follow() > FEW_CHANGES:
                 pass
             # So that few of its readings are not in the summaries yet.
             summaries.ingestion_rate(self._settings)
@@ -851,7 +854,9 @@ class _Splitting:
 
     def _refuse_many(self) -> None:
         statement = "SELECT FROM split_changes OFFSET %s LIMIT 1"
-        if self._connection.execute(statement, [FEW_ROWS]).fetchone() is not None:
+        if self._connection.execute(statement, [self._most]).fetchone() is not None:
+            # Where very much is stored all the time, everybody has to wait a little longer.
+            self._most = min(self._most * 5 // 4, FEW_ROWS)
             raise _LargeError
 
 
