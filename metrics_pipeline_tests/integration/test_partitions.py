@@ -514,6 +514,45 @@ def test_a_table_with_readings_becomes_a_partition_and_back(
         summaries_agree(database)
 
 
+def test_nobody_waits_long_behind_the_migration(database: Settings) -> None:
+    """Somebody reads all of the table for seconds, again and again: who comes behind the migration goes on within a second."""
+    for _ in MIGRATED:
+        postgres.rollback(database)
+    store(database, datetime.now(UTC))
+    stop, longest = threading.Event(), 0.0
+
+    def write() -> None:
+        nonlocal longest
+        with postgres.connect(database, "metrics_writer", autocommit=True) as connection:
+            while not stop.is_set():
+                begun = time.monotonic()
+                connection.execute(
+                    "INSERT INTO metrics (device_id, published_at, metric_name, value) VALUES (%s, clock_timestamp(), 0, 1)",
+                    [DEVICE],
+                )
+                longest = max(longest, time.monotonic() - begun)
+                time.sleep(0.01)
+
+    def read() -> None:
+        with postgres.connect(database, "metrics_reader") as connection:
+            while not stop.is_set():
+                connection.execute("SELECT count(*) FROM metrics")
+                stop.wait(3)
+                connection.rollback()
+                stop.wait(1.5)
+
+    threads = [threading.Thread(target=write), threading.Thread(target=read)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert postgres.migrate(database) == MIGRATED[::-1]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert 0.2 < longest < 2, "it waited, and not until the reader was done"
+
+
 def test_a_check_that_was_never_validated_comes_along(database: Settings) -> None:
     """As the migration of another metric leaves it."""
     for _ in MIGRATED:

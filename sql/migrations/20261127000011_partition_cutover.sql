@@ -6,6 +6,30 @@
 SET LOCAL lock_timeout = '10s';
 SET LOCAL statement_timeout = '5min';
 
+-- Whoever stores or reads waits behind this for half a second at most: while somebody keeps the table for longer, it is tried again.
+-- A vacuum is waited for first, behind which nobody waits; one that is automatic ends for this.
+LOCK TABLE metrics IN SHARE UPDATE EXCLUSIVE MODE;
+DO $$
+DECLARE
+    deadline timestamptz := clock_timestamp() + interval '4 minutes';
+BEGIN
+    LOOP
+        BEGIN
+            SET LOCAL lock_timeout = '500ms';
+            LOCK TABLE metrics IN ACCESS EXCLUSIVE MODE;
+            SET LOCAL lock_timeout = '10s';
+            EXIT;
+        EXCEPTION
+            WHEN lock_not_available THEN
+                IF clock_timestamp() > deadline THEN
+                    RAISE;
+                END IF;
+                PERFORM pg_sleep(0.5);
+        END;
+    END LOOP;
+END
+$$;
+
 CREATE FUNCTION wait_for_partitions() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
