@@ -207,10 +207,14 @@ def take_off(conn: Connection, partition: str, low: datetime | None, high: datet
 
 
 def add(conn: Connection, table: str) -> int:
-    """Add the readings of a table that becomes a partition, in a transaction that holds `summary_state`; how many are that?"""
+    """Add the readings of a table that becomes a partition, in a transaction that holds `summary_state`; how many are that?
+
+    Those whose keys changed since the last tick are left to the next one, which counts what stands under them by then.
+    """
     _begin(conn)
     conn.execute(query("absorb_begin"))
-    _absorb_table(conn, table)
+    unlogged = sql.SQL(query("unlogged_readings")).format(table=sql.Identifier(table))
+    _absorb_table(conn, sql.SQL("({}) AS readings").format(unlogged))
     _absorb_changes(conn)
     _run(conn, "merge_ingestion_minutes")
     (rows,) = _row(conn, "SELECT coalesce(sum(rows), 0)::bigint FROM summary_minutes")
@@ -225,8 +229,8 @@ def note_pending(conn: Connection, table: str, low: datetime, high: datetime | N
         conn.execute(statement, {"low": low, "high": high}, prepare=False)
 
 
-def _absorb_table(conn: Connection, table: str) -> None:
-    conn.execute(sql.SQL(query("absorb_table")).format(table=sql.Identifier(table)))
+def _absorb_table(conn: Connection, readings: sql.Composable) -> None:
+    conn.execute(sql.SQL(query("absorb_table")).format(readings=readings))
 
 
 def _absorb(conn: Connection) -> int:
@@ -248,7 +252,7 @@ def _absorb(conn: Connection) -> int:
         for table in _TABLES:
             conn.execute(f"DELETE FROM {table}")  # noqa: S608  # a constant
         conn.execute("UPDATE summary_state SET rows = 0, pending = 0, folded = 0, settled_before = DEFAULT")
-        _absorb_table(conn, "metrics")
+        _absorb_table(conn, sql.SQL("metrics"))
     _absorb_changes(conn)
     _run(conn, "merge_ingestion_minutes")
     rows: int = _value(conn, query("absorb_end"))

@@ -640,6 +640,37 @@ def test_what_went_comes_back(database: Settings, caplog: pytest.LogCaptureFixtu
     assert whole
 
 
+@pytest.mark.usefixtures("often")
+def test_what_comes_back_before_the_next_tick_is_counted_once(
+    database: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That its readings went, or one of them was deleted by hand, is not in the summaries yet."""
+    begin = today()
+    for width, minutes in (("minute", 1), ("hour", 60)):
+        own = database.model_copy(update={"metrics_partition": width})
+        partitions.make(own, begin + timedelta(minutes=20 if minutes == 1 else 600))
+        with benches(own) as bench:
+            one = named(own, names(own)[1])
+            low, high = bounds_of(one)
+            store(bench.writer, low, 100, every=0.5)
+            bench.tick()
+            saved = bench.hand.execute(f"SELECT {COLUMNS} FROM {one.name}".encode()).fetchall()
+            retention.drop(own, one)
+            if minutes == 60:
+                bench.writer.execute(
+                    "INSERT INTO metrics (device_id, published_at, metric_name, value, tags) VALUES (%s, %s, %s, %s, %s)",
+                    saved[0][:5],
+                )
+                bench.tick()
+                bench.hand.execute("DELETE FROM metrics WHERE published_at = %s", [saved[0][1]])
+            partitions.restore(own, one.name, low, high, copied(saved))
+            bench.count()
+            bench.tick()
+            retention.drop(own, named(own, one.name))
+            bench.tick()
+    assert "counting all" not in caplog.text
+
+
 def test_all_of_it_comes_back_to_the_last_bit(database: Settings) -> None:
     begin = today()
     partitions.make(database, begin + 12 * HOUR)

@@ -1,4 +1,4 @@
--- All readings of a table: of metrics, for summaries that begin again, or of one that becomes a partition.
+-- All readings: of metrics, for summaries that begin again, or of a table that becomes a partition.
 INSERT INTO summary_delta
 SELECT
     device_id,
@@ -12,5 +12,5 @@ SELECT
     max(value),
     min(published_at),
     max(published_at)
-FROM {table}
+FROM {readings}
 GROUP BY device_id, metric_name, slot, minute
