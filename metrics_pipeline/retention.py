@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 import psycopg
 from psycopg import sql
@@ -35,6 +35,8 @@ SLACK_OF_SIZE: Final = 1.1
 """How much larger the table may be meanwhile."""
 TRIES: Final = 4
 """How often a partition is tried to which readings come while it is kept."""
+MOST_LEFT: Final = 5_000
+"""So many readings that came while a partition was kept may stay in the table when it goes."""
 MARK: Final = "Detached from metrics by retention: number "
 
 _TRIGGER: Final = "metrics_9_note_late_change"
@@ -169,7 +171,8 @@ def drop(settings: Settings, partition: Partition, keep: Callable[[Partition], N
         settings: which database.
         partition: which; one that has no end cannot go.
         keep: called before anything is dropped, while the partition can still be read under its name, by sessions of the callee's own.
-            When it raises, nothing is dropped. When readings came to the partition after it began, it is called again.
+            When it raises, nothing is dropped. Readings that came to the partition after it began stay in the table, in
+            `metrics_before`; when others went or changed, it is called again.
 
     Raises:
         ServiceError: PostgreSQL is not reachable, the partition is not there any more, or somebody kept the table for too long.
@@ -218,7 +221,7 @@ def _try(
         _count(connection, name)
     if before and partition.low:
         _prove(connection, before, partition.low)
-    seen = _late(connection, name)
+    seen = _snapshot(connection, "pg_current_snapshot()")
     if keep:
         keep(partition)
     # So that little is left to do while the table is locked.
@@ -226,13 +229,13 @@ def _try(
     with connection.transaction():
         connection.execute("LOCK TABLE summary_state IN EXCLUSIVE MODE")
         connection.execute(f"SET LOCAL lock_timeout = '{partitions.STILL_SECONDS}s'")
-        if keep and _late(connection, name) != seen:
-            raise _AgainError("readings came while it was put by")
         known = summaries.known(connection)
-        rows: int | None
+        rows: int
         if whole:
+            counted = _snapshot(connection, "(SELECT snapshot FROM summary_state)")
             rows, known = _take_off(connection, partition.low, high, name, known=known, last=last)
         else:
+            counted = _snapshot(connection, "pg_current_snapshot()")
             rows = connection.execute(_named("retention_log_rows", name)).rowcount
         size = connection.execute("SELECT pg_total_relation_size(%s::text::regclass)", [name]).fetchone() or (0,)
         place = None if before else "metrics_next"
@@ -249,8 +252,7 @@ def _try(
         touched = [one for one in (name, before) if one]
         partitions.still(connection, *touched)
         partitions.take(connection, *touched)
-        if keep and _late(connection, name) != seen:
-            raise _AgainError("readings came while it was put by")
+        left = _left(connection, name, seen, counted) if keep else []
         if whole:
             # What came since the last tick was not counted, and what it replaced is gone already.
             connection.execute(
@@ -258,6 +260,10 @@ def _try(
                 [partition.low, high],
             )
         _detach(connection, partition, high, number[0], before, place)
+        if left:
+            _leave(connection, f"metrics_detached_{number[0]}", left)
+            rows -= sum(in_rows for *_, in_rows in left)
+            connection.execute("UPDATE detached_partitions SET rows = %s WHERE number = %s", [rows, number[0]])
         _forget(connection, name, "restored_partitions")
         connection.execute("UPDATE retention_state SET retained_from = greatest(retained_from, %s)", [high])
         if known:
@@ -315,9 +321,28 @@ def _counted(connection: postgres.Connection, name: str) -> tuple[bool, bool, in
     return (bool(row[0]), bool(row[1]), int(row[2])) if row else (True, True, 0)
 
 
-def _late(connection: postgres.Connection, name: str) -> int:
-    (changes,) = connection.execute("SELECT count(*) FROM late_changes WHERE partition = %s", [name]).fetchone() or (0,)
-    return int(changes)
+def _snapshot(connection: postgres.Connection, which: str) -> str:
+    (snapshot,) = connection.execute(f"SELECT {which}::text".encode()).fetchone() or (None,)
+    return str(snapshot or "1:1:")
+
+
+def _left(connection: postgres.Connection, name: str, seen: str, counted: str) -> list[tuple[Any, ...]]:
+    """The readings that came to a locked partition since a snapshot: their keys, and whether another snapshot shows them.
+
+    Raises:
+        _AgainError: others changed or went, too, or there are many.
+    """
+    values = {"partition": name, "seen": seen, "counted": counted, "most": MOST_LEFT + 1}
+    came = connection.execute(postgres.query("retention_came"), values).fetchall()
+    if len(came) > MOST_LEFT or any(rows < 0 for *_, rows, _ in came):
+        raise _AgainError("readings changed, or many came, while it was put by")
+    return [(*key, in_counted) for *key, _, in_counted in came]
+
+
+def _leave(connection: postgres.Connection, gone: str, left: list[tuple[Any, ...]]) -> None:
+    """Store readings of a table that was detached once more; the summaries are told of each as a new one, by its created_at."""
+    move = sql.SQL(postgres.query("retention_move")).format(table=sql.Identifier(gone))
+    connection.execute(move, [[one[column] for one in left] for column in range(3)])
 
 
 def _prove(connection: postgres.Connection, before: str, high: datetime) -> None:

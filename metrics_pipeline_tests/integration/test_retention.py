@@ -272,6 +272,46 @@ def test_what_is_kept_is_what_goes(database: Settings) -> None:
     assert leftovers(database) == []
 
 
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("minutes", [60, 1])
+def test_late_readings_stay_when_their_partition_goes(
+    database: Settings, minutes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that come while it is put by, again and again: it goes without them, and so does `metrics_before`."""
+    own = database.model_copy(update={"metrics_partition": "hour" if minutes == 60 else "minute"})
+    begin, width = today(), timedelta(minutes=minutes)
+    partitions.make(own, begin + timedelta(hours=1))
+    with benches(own) as bench:
+        bench.tick()
+        for at in range(4):
+            name = FIRST if at % 2 else names(own)[1]
+            low = named(own, name).low or begin - (30 + at) * width
+            store(bench.writer, low, 50, every=0.5, value=at)
+            if at < 2:
+                bench.tick()
+            (there, already) = (
+                bench.hand.execute(f"SELECT count(*) FROM {table}".encode()).fetchone() or (0,)
+                for table in (name, FIRST)
+            )
+
+            def keep(_partition: Partition, low: datetime = low, at: int = at) -> None:
+                store(bench.writer, low + timedelta(seconds=30.25), 20, every=0.5)
+                if at % 3:
+                    bench.tick()
+                store(bench.writer, low + timedelta(seconds=45.25), 10, every=0.5)
+
+            dropped = retention.drop(own, named(own, name), keep)
+            assert (dropped.rows,) == there
+            left = bench.hand.execute(f"SELECT count(*) FROM {FIRST}".encode()).fetchone()
+            assert left == (30 + (0 if name == FIRST else already[0]),)
+            bench.count()
+            bench.tick()
+
+    assert leftovers(own) == []
+    assert "counting all" not in caplog.text
+    assert "counted again" not in caplog.text
+
+
 def test_only_what_was_detached_is_dropped(database: Settings) -> None:
     begin = today()
     partitions.make(database, begin + 3 * HOUR)

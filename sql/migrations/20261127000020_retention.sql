@@ -37,21 +37,30 @@ COMMENT ON TABLE partition_minutes IS 'Readings of a partition that is about to 
 CREATE TABLE late_changes (
     partition text NOT NULL,
     changed_by xid8 NOT NULL DEFAULT pg_current_xact_id(),
+    device_id uuid NOT NULL,
+    published_at timestamptz NOT NULL,
+    metric_name smallint NOT NULL,
     minute timestamptz NOT NULL,
     rows bigint NOT NULL
 );
-COMMENT ON TABLE late_changes IS 'What came to a partition that is about to go, and what went, by minute of created_at.';
+COMMENT ON TABLE late_changes IS 'What came to a partition that is about to go (1), and what went (-1), with the minute of created_at.';
 
 CREATE FUNCTION note_late_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF TG_OP <> 'INSERT' THEN
-        INSERT INTO public.late_changes (partition, minute, rows)
-        VALUES (TG_TABLE_NAME, date_bin('1 minute', OLD.created_at, '2000-01-01 00:00:00+00'), -1);
+        INSERT INTO public.late_changes (partition, device_id, published_at, metric_name, minute, rows)
+        VALUES (
+            TG_TABLE_NAME, OLD.device_id, OLD.published_at, OLD.metric_name,
+            date_bin('1 minute', OLD.created_at, '2000-01-01 00:00:00+00'), -1
+        );
     END IF;
     IF TG_OP <> 'DELETE' THEN
-        INSERT INTO public.late_changes (partition, minute, rows)
-        VALUES (TG_TABLE_NAME, date_bin('1 minute', NEW.created_at, '2000-01-01 00:00:00+00'), 1);
+        INSERT INTO public.late_changes (partition, device_id, published_at, metric_name, minute, rows)
+        VALUES (
+            TG_TABLE_NAME, NEW.device_id, NEW.published_at, NEW.metric_name,
+            date_bin('1 minute', NEW.created_at, '2000-01-01 00:00:00+00'), 1
+        );
     END IF;
     RETURN NULL;
 END
