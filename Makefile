@@ -52,7 +52,7 @@ integration: $(VENV)/.dev  ## tests on the real embedded stack
 long: $(VENV)/.dev  ## those of them that take long, and show what others show in another case: a quarter of an hour
 	@$(BIN)/python -m pytest -m long --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
 
-chaos: $(VENV)/.dev  ## the COPY sink and Kafka Connect under crashes, restarts and pauses at full length, an hour and a half (ARGS=crashes for one)
+chaos: $(VENV)/.dev  ## both sinks and the table under all that can happen to them, at full length: two hours and a half (ARGS=crashes for one)
 	@$(BIN)/python -m metrics_pipeline_tests.chaos $(ARGS)
 
 containers: $(VENV)/.dev  ## docker compose for real, from a clean clone (CONTAINERS=stand-in without a registry; ARGS="start sinks" for some)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from metrics_pipeline.errors import PipelineError
 from metrics_pipeline.settings import SinkKind
-from metrics_pipeline_tests.chaos import quarantine, scenarios, stalls
+from metrics_pipeline_tests.chaos import ageing, quarantine, scenarios, stalls, upgrade
 from metrics_pipeline_tests.chaos.processes import VoidError
 from metrics_pipeline_tests.chaos.scenarios import Outcome
 from metrics_pipeline_tests.chaos.stack import Place, own_stack
@@ -54,6 +54,11 @@ def main() -> int:
     parser.add_argument(
         "--sick-seconds", type=float, default=300, help="of each fault of PostgreSQL, with Kafka Connect"
     )
+    parser.add_argument(
+        "--ageing-seconds", type=float, default=600, help="of partitions that come, are archived and go, with each sink"
+    )
+    parser.add_argument("--rows", type=int, default=20_000_000, help="in the table that is upgraded, with each sink")
+    parser.add_argument("--sink", choices=["copy", "connect"], help="of those two with each sink, only this one")
     parser.add_argument("--json", action="store_true", help="one object on standard output")
     parser.add_argument("--keep", action="store_true", help="leave folders with data and logs there")
     chosen = parser.parse_args()
@@ -74,7 +79,13 @@ def main() -> int:
         "deaths-in-quarantine": quarantine.deaths,
         "sick-database": lambda place: quarantine.sick_database(place, chosen.sick_seconds),
     }
-    known |= connected
+    # With one after the other.
+    either: dict[str, Callable[[Place], Outcome]] = {
+        "ageing": lambda place: ageing.ageing(place, chosen.ageing_seconds),
+        "upgrade": lambda place: upgrade.upgrade(place, chosen.rows),
+    }
+    known |= connected | either
+    both: list[SinkKind] = [chosen.sink] if chosen.sink else ["copy", "connect"]
     if unknown := set(chosen.scenarios) - set(known):
         parser.error(f"no scenario {', '.join(sorted(unknown))}: there are {', '.join(known)}")
     # However it ends, the services end with it.
@@ -82,12 +93,15 @@ def main() -> int:
     logging.getLogger("metrics_pipeline").setLevel(logging.CRITICAL)
     results: dict[str, Any] = {}
     for name in chosen.scenarios or known:
-        began = time.monotonic()
-        outcome = attempt(known[name], "connect" if name in connected else "copy", keep=chosen.keep)
-        say(f"{'FAILED' if outcome.problems else 'passed'}  {name} ({time.monotonic() - began:.0f} s)")
-        for line in [f"{fact}: {value}" for fact, value in outcome.facts.items()] + outcome.problems:
-            say(f"        {line}")
-        results[name] = {"problems": outcome.problems, **outcome.facts}
+        sinks: list[SinkKind] = both if name in either else ["connect" if name in connected else "copy"]
+        for sink in sinks:
+            label = f"{name} ({sink})" if name in either else name
+            began = time.monotonic()
+            outcome = attempt(known[name], sink, keep=chosen.keep)
+            say(f"{'FAILED' if outcome.problems else 'passed'}  {label} ({time.monotonic() - began:.0f} s)")
+            for line in [f"{fact}: {value}" for fact, value in outcome.facts.items()] + outcome.problems:
+                say(f"        {line}")
+            results[label] = {"problems": outcome.problems, **outcome.facts}
     if chosen.json:
         sys.stdout.write(json.dumps(results, indent=2) + "\n")
     return 1 if any(result["problems"] for result in results.values()) else 0

@@ -135,15 +135,16 @@ class Repair(Child):
 class Load(Child):
     """A producer that publishes until it is ended."""
 
-    def __init__(self, place: Place, rate: int) -> None:
+    def __init__(self, place: Place, rate: int, **settings: int) -> None:
         """Start it.
 
         Args:
             place: where.
             rate: readings a second, about.
+            settings: others of the producer, by name.
         """
         # Four rounds a second, of between two thirds and four thirds of the mean.
-        chosen = {"PRODUCER_MIN_METRICS": rate // 6, "PRODUCER_MAX_METRICS": rate // 3}
+        chosen = {"PRODUCER_MIN_METRICS": rate // 6, "PRODUCER_MAX_METRICS": rate // 3, **settings}
         changed = [part for name, value in chosen.items() for part in ("--set", f"{name}={value}")]
         super().__init__(place, "producer", "metrics_pipeline", "produce", "--seconds", "86400", *changed)
 
