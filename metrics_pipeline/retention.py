@@ -171,8 +171,8 @@ def drop(settings: Settings, partition: Partition, keep: Callable[[Partition], N
         settings: which database.
         partition: which; one that has no end cannot go.
         keep: called before anything is dropped, while the partition can still be read under its name, by sessions of the callee's own.
-            When it raises, nothing is dropped. Readings that came to the partition after it began stay in the table, in
-            `metrics_before`; when others went or changed, it is called again.
+            When it raises, nothing is dropped. Readings that came to the partition after it began, or got other values, stay in the
+            table, in `metrics_before`; when others went, it is called again.
 
     Raises:
         ServiceError: PostgreSQL is not reachable, the partition is not there any more, or somebody kept the table for too long.
@@ -196,7 +196,7 @@ def drop(settings: Settings, partition: Partition, keep: Callable[[Partition], N
             _drop_detached(connection)
             return dropped
     raise ServiceError(
-        f"partitions: readings keep coming to {partition.name} while it is put by: it was not dropped, and is tried again"
+        f"partitions: readings keep coming to {partition.name} or going of it while it is put by: it was not dropped, and is tried again"
     )
 
 
@@ -262,7 +262,7 @@ def _try(
         _detach(connection, partition, high, number[0], before, place)
         if left:
             _leave(connection, f"metrics_detached_{number[0]}", left)
-            rows -= sum(in_rows for *_, in_rows in left)
+            rows -= sum(counted_rows for *_, counted_rows in left)
             connection.execute("UPDATE detached_partitions SET rows = %s WHERE number = %s", [rows, number[0]])
         _forget(connection, name, "restored_partitions")
         connection.execute("UPDATE retention_state SET retained_from = greatest(retained_from, %s)", [high])
@@ -327,22 +327,27 @@ def _snapshot(connection: postgres.Connection, which: str) -> str:
 
 
 def _left(connection: postgres.Connection, name: str, seen: str, counted: str) -> list[tuple[Any, ...]]:
-    """The readings that came to a locked partition since a snapshot: their keys, and whether another snapshot shows them.
+    """The readings that came to a locked partition since a snapshot, or changed: their keys, and how many of each another one shows.
 
     Raises:
-        _AgainError: others changed or went, too, or there are many.
+        _AgainError: others went, or there are many.
     """
     values = {"partition": name, "seen": seen, "counted": counted, "most": MOST_LEFT + 1}
     came = connection.execute(postgres.query("retention_came"), values).fetchall()
-    if len(came) > MOST_LEFT or any(rows < 0 for *_, rows, _ in came):
-        raise _AgainError("readings changed, or many came, while it was put by")
-    return [(*key, in_counted) for *key, _, in_counted in came]
+    if len(came) > MOST_LEFT or any(more < 0 for *_, more, _ in came):
+        raise _AgainError("readings went, or many came, while it was put by")
+    return [(*key, 1 - since) for *key, _, since in came]
 
 
 def _leave(connection: postgres.Connection, gone: str, left: list[tuple[Any, ...]]) -> None:
-    """Store readings of a table that was detached once more; the summaries are told of each as a new one, by its created_at."""
+    """Store readings of a table that was detached once more; the summaries are told of each as a new one, by its created_at.
+
+    Raises:
+        _AgainError: one of them has gone again.
+    """
     move = sql.SQL(postgres.query("retention_move")).format(table=sql.Identifier(gone))
-    connection.execute(move, [[one[column] for one in left] for column in range(3)])
+    if connection.execute(move, [[one[column] for one in left] for column in range(3)]).rowcount != len(left):
+        raise _AgainError("readings went while it was put by")
 
 
 def _prove(connection: postgres.Connection, before: str, high: datetime) -> None:

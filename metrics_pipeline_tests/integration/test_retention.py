@@ -230,7 +230,7 @@ def test_a_transaction_that_is_open_meanwhile(database: Settings, monkeypatch: p
 
 
 def test_what_is_kept_is_what_goes(database: Settings) -> None:
-    """The hook sees the partition whole, is called again when readings came, and stops the drop when it fails."""
+    """The hook sees the partition whole, is called again when readings went, and stops the drop when it fails."""
     begin = today()
     partitions.make(database, begin + 3 * HOUR)
     name = names(database)[1]
@@ -251,17 +251,21 @@ def test_what_is_kept_is_what_goes(database: Settings) -> None:
         def keep(partition: Partition) -> None:
             kept.append(bench.hand.execute(f"SELECT {COLUMNS} FROM {partition.name} ORDER BY 1, 2".encode()).fetchall())
             if len(kept) == 1:
-                store(bench.writer, begin, 10, value=77)
-            elif len(kept) == 2:
                 bench.hand.execute(f"DELETE FROM {partition.name} WHERE metric_name = 10".encode())
+            elif len(kept) == 2:
+                # Three of these are new, and seven get another value: they stay.
+                store(bench.writer, begin, 10, value=77)
 
         stored = retention.drop(database, named(database, name), keep).rows
-        assert len(kept) == 3
-        assert stored == len(kept[-1]) == 40
+        assert len(kept) == 2
+        assert (len(kept[-1]), stored) == (40, 33)
+        left = bench.hand.execute(f"SELECT count(*), min(value) FROM {FIRST}".encode()).fetchone()
+        assert left == (10, 77)
         bench.tick()
 
-        def endless(_partition: Partition) -> None:
-            store(bench.writer, begin + HOUR, 1, value=time.monotonic())
+        def endless(partition: Partition) -> None:
+            oldest = f"SELECT min(published_at) FROM {partition.name}"
+            bench.hand.execute(f"DELETE FROM {partition.name} WHERE published_at = ({oldest})".encode())
 
         with pytest.raises(ServiceError, match="keep coming"):
             retention.drop(database, named(database, names(database)[1]), endless)
@@ -299,6 +303,7 @@ def test_late_readings_stay_when_their_partition_goes(
                 if at % 3:
                     bench.tick()
                 store(bench.writer, low + timedelta(seconds=45.25), 10, every=0.5)
+                store(bench.writer, low + timedelta(seconds=45.25), 5, every=0.5, value=7)
 
             dropped = retention.drop(own, named(own, name), keep)
             assert (dropped.rows,) == there
