@@ -186,6 +186,8 @@ class _Ageing:
             stack.enter_context(_job(self.place, "partitions"))
             until(lambda: not retention.behind(settings), 180, "retention has caught up", 2)
         outcome.require(not (found := partitions.missing(settings)), f"{found}")
+        if self.restored is None:
+            self._restore()
         ticks.tick()
         damages = checking.verify(ArchiveFolder.of(settings))
         outcome.problems += [str(damage) for damage in damages]
