@@ -22,9 +22,9 @@ class OffsetsFirst(sink.NotingStore):
         session.commit()
 
 
-def work(name: str, pipe: Connection) -> None:
+def work(name: str, pipe: Connection, _new_store: object = None) -> None:
     """The body of a worker process."""
-    sink.work(name, pipe, OffsetsFirst)
+    sink.work(name, pipe, store=OffsetsFirst)
 
 
 if __name__ == "__main__":
