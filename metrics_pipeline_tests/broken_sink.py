@@ -22,9 +22,9 @@ class OffsetsFirst(sink.NotingStore):
         session.commit()
 
 
-def work(name: str, pipe: Connection, _new_store: object = None) -> None:
+def work(name: str, pipe: Connection) -> None:
     """The body of a worker process."""
-    sink.work(name, pipe, store=OffsetsFirst)
+    sink.work(name, pipe, OffsetsFirst)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class NotingStore(Store):
         return super().write(batch)
 
 
-def work(name: str, pipe: Connection, _new_store: object = None, *, store: type[Store] = NotingStore) -> None:
+def work(name: str, pipe: Connection, store: type[Store] = NotingStore) -> None:
     """The body of a worker process."""
     folder = Path(os.environ[FOLDER])
     if places := os.environ.get(PLACES):
@@ -107,9 +107,9 @@ def covered(spans: Iterable[tuple[int, int]]) -> int:
     return total
 
 
-def main(body: Callable[..., None] = work) -> None:
+def main(body: Callable[[str, Connection], None] = work) -> None:
     """Run the command `sink` with other workers."""
-    supervisor.work = body
+    supervisor.work = body  # type: ignore[assignment]
     supervisor.LONGEST_PAUSE = LONGEST_PAUSE  # type: ignore[misc]
     cli.app(["sink", *sys.argv[1:]])
 
