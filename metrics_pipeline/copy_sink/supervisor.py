@@ -238,7 +238,10 @@ class Supervisor:
     def _begin(self, slot: Slot) -> None:
         ours, theirs = self._context.Pipe()
         slot.process = self._context.Process(
-            target=work, args=(slot.name, theirs, self._new_store), name=f"sink {slot.name}", daemon=True
+            target=work,
+            args=(slot.name, theirs, *filter(None, [self._new_store])),
+            name=f"sink {slot.name}",
+            daemon=True,
         )
         slot.process.start()
         theirs.close()
