@@ -144,20 +144,16 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 class Others:
-    """Sessions that store and read without a pause, and what the longest of their statements took."""
+    """Sessions that store and read without a pause, and what failed of it."""
 
     def __init__(self, settings: Settings, *times: datetime) -> None:
         self._settings = settings
         self._stop = threading.Event()
-        self.longest: dict[str, float] = {}
         self.failed: list[BaseException] = []
         self._threads = [
-            threading.Thread(target=self._run, args=(name, role, work, at))
-            for number, at in enumerate(times)
-            for name, role, work in (
-                (f"stores {number}", "metrics_writer", self._store),
-                (f"reads {number}", "metrics_reader", self._read),
-            )
+            threading.Thread(target=self._run, args=(role, work, at))
+            for at in times
+            for role, work in (("metrics_writer", self._store), ("metrics_reader", self._read))
         ]
 
     def __enter__(self) -> Others:
@@ -170,16 +166,16 @@ class Others:
         for thread in self._threads:
             thread.join()
 
-    def _run(self, name: str, role: Any, work: Any, at: datetime) -> None:
+    def _run(self, role: Any, work: Any, at: datetime) -> None:
         try:
             with postgres.connect(self._settings, role, autocommit=True) as connection:
                 # Who reads a partition whole is who attaches it.
                 connection.execute("SET enable_seqscan = off")
+                # Who waits for a lock for so long fails, however slow the machine is otherwise.
+                connection.execute("SET lock_timeout = '1s'")
                 step = 0
                 while not self._stop.is_set():
-                    begun = time.monotonic()
                     work(connection, at, step)
-                    self.longest[name] = max(self.longest.get(name, 0.0), time.monotonic() - begun)
                     step += 1
                     time.sleep(0.002)
         except psycopg.Error as error:
@@ -221,7 +217,6 @@ def test_nobody_waits_for_a_producer_whose_clock_is_a_year_ahead(
         made = partitions.make(database, now)
         assert partitions.make(database, now) == []
     assert others.failed == []
-    assert max(others.longest.values()) < 1, others.longest
     assert set(looked_at.values()) == {0}
     assert partitions.missing(database, now) == []
     days = [f"metrics_p{far + timedelta(days=day):%Y%m%d}" for day in range(2)]
@@ -255,7 +250,6 @@ def test_nobody_waits_for_many_readings_just_behind_the_last_partition(
         looked_at.clear()
         assert len(partitions.make(database, begin + timedelta(days=2))) > 3
     assert others.failed == []
-    assert max(others.longest.values()) < 1, others.longest
     assert set(looked_at.values()) == {0}
     assert partitions.LAST not in where(database)
     summaries_agree(database)
@@ -280,7 +274,6 @@ def test_many_late_readings_cost_nobody_anything(
         assert partitions.every(database)[0].high == today.high
         retention.drop(database, partitions.every(database)[0])
     assert others.failed == []
-    assert max(others.longest.values()) < 1, others.longest
     assert first.name in looked_at
     assert set(looked_at.values()) == {0}
     assert sum(where(database).values()) < MANY / 10
@@ -431,6 +424,8 @@ def test_nobody_waits_long_behind_who_makes_partitions(database: Settings, monke
     def write() -> None:
         nonlocal longest
         with postgres.connect(database, "metrics_writer", autocommit=True) as connection:
+            # Until the reader is done is longer.
+            connection.execute("SET lock_timeout = '2s'")
             while not stop.is_set():
                 begun = time.monotonic()
                 connection.execute(
@@ -452,7 +447,7 @@ def test_nobody_waits_long_behind_who_makes_partitions(database: Settings, monke
         finally:
             stop.set()
             writer.join()
-    assert 0.2 < longest < 3, "it waited, and not until the reader was done"
+    assert longest > 0.2, "it waited"
     summaries_agree(database)
 
 
@@ -524,6 +519,8 @@ def test_nobody_waits_long_behind_the_migration(database: Settings) -> None:
     def write() -> None:
         nonlocal longest
         with postgres.connect(database, "metrics_writer", autocommit=True) as connection:
+            # Until the reader is done is longer.
+            connection.execute("SET lock_timeout = '2s'")
             while not stop.is_set():
                 begun = time.monotonic()
                 connection.execute(
@@ -550,7 +547,7 @@ def test_nobody_waits_long_behind_the_migration(database: Settings) -> None:
         stop.set()
         for thread in threads:
             thread.join()
-    assert 0.2 < longest < 2, "it waited, and not until the reader was done"
+    assert longest > 0.2, "it waited"
 
 
 def test_a_check_that_was_never_validated_comes_along(database: Settings) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -405,15 +404,15 @@ def test_nobody_waits_while_a_partition_goes(database: Settings) -> None:
     """Who stores into the present and into the past, and who reads all, while eight partitions go."""
     begin = today()
     partitions.make(database, begin + 12 * HOUR)
-    stop, longest, failed = threading.Event(), {"store": 0.0, "late": 0.0, "read": 0.0}, []
+    stop, failed = threading.Event(), []
 
-    def again(what: str, role: Any, work: Callable[[postgres.Connection], object]) -> None:
+    def again(role: Any, work: Callable[[postgres.Connection], object]) -> None:
         try:
             with postgres.connect(database, role, autocommit=True) as connection:
+                # Who waits for a lock for so long fails, however slow the machine is otherwise.
+                connection.execute("SET lock_timeout = '1s'")
                 while not stop.is_set():
-                    begun = time.monotonic()
                     work(connection)
-                    longest[what] = max(longest[what], time.monotonic() - begun)
         except psycopg.Error as error:
             failed.append(error)
 
@@ -424,13 +423,12 @@ def test_nobody_waits_while_a_partition_goes(database: Settings) -> None:
         threads = [
             threading.Thread(target=again, args=arguments)
             for arguments in (
-                ("store", "metrics_writer", lambda one: store(one, datetime.now(UTC), 50, every=0.001)),
+                ("metrics_writer", lambda one: store(one, datetime.now(UTC), 50, every=0.001)),
                 (
-                    "late",
                     "metrics_writer",
                     lambda one: store(one, begin + timedelta(minutes=late.randrange(600)), 3, value=late.random()),
                 ),
-                ("read", "metrics_reader", lambda one: one.execute("SELECT count(*) FROM metrics").fetchone()),
+                ("metrics_reader", lambda one: one.execute("SELECT count(*) FROM metrics").fetchone()),
             )
         ]
         for thread in threads:
@@ -445,7 +443,6 @@ def test_nobody_waits_while_a_partition_goes(database: Settings) -> None:
         bench.count()
         bench.tick()
     assert failed == []
-    assert max(longest.values()) < 1, longest
 
 
 def dies_before(step: int, settings: Settings, name: str) -> bool:
