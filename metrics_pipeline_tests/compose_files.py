@@ -16,7 +16,8 @@ from metrics_pipeline.settings import ROOT
 MAIN = ROOT / "docker-compose.yaml"
 CLUSTER = ROOT / "compose.cluster.yaml"
 REPLAY = ROOT / "compose.replay.yaml"
-FILES = (MAIN, CLUSTER, REPLAY, ROOT / "compose" / "observability.yaml", ROOT / "compose" / "templates.yaml")
+ARCHIVE = ROOT / "compose.archive.yaml"
+FILES = (MAIN, CLUSTER, REPLAY, ARCHIVE, ROOT / "compose" / "observability.yaml", ROOT / "compose" / "templates.yaml")
 VARIABLE = re.compile(r"\$\{(?P<name>[A-Z0-9_]+)(?::-(?P<default>[^}]*))?\}")
 OURS = "metrics-pipeline"
 

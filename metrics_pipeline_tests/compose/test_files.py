@@ -31,6 +31,7 @@ from metrics_pipeline.reference import default
 from metrics_pipeline.settings import ROOT, Settings
 from metrics_pipeline.sinks.connector import connector_config
 from metrics_pipeline_tests.compose_files import (
+    ARCHIVE,
     CLUSTER,
     FILES,
     MAIN,
@@ -94,7 +95,7 @@ def test_every_variable_is_a_setting_with_its_default(file: Path) -> None:
         assert name.lower() in Settings.model_fields, f"{name} is no setting"
         if (file, name) == (CLUSTER, "TOPIC_REPLICATION_FACTOR"):  # what the overlay is for
             assert given == "3"
-        elif (file, name) == (REPLAY, "REPLAY_FOLDER"):  # without it there is nothing to mount
+        elif (file, name) in ((REPLAY, "REPLAY_FOLDER"), (ARCHIVE, "METRICS_ARCHIVE")):  # nothing to mount without
             assert given is None
         else:
             assert given in ("", field_default(name)), f"{name}: {given!r}"
@@ -115,6 +116,14 @@ def test_the_replay_folder_is_mounted_where_runs_and_sensors_are() -> None:
     assert given == {name.upper() for name in Settings.group("replay")}
     with pytest.raises(KeyError, match="REPLAY_FOLDER"):
         project(MAIN, REPLAY, variables={})
+
+
+def test_the_archive_is_mounted_where_runs_and_commands_are() -> None:
+    code = project(MAIN, ARCHIVE, variables={"METRICS_ARCHIVE": "/srv/archive"})["code"]
+    (mount,) = [volume for volume in code["volumes"] if not isinstance(volume, str)]
+    assert (mount["source"], mount["target"]) == ("/srv/archive", code["environment"]["METRICS_ARCHIVE"])
+    with pytest.raises(KeyError, match="METRICS_ARCHIVE"):
+        project(MAIN, ARCHIVE, variables={})
 
 
 # Each service

@@ -21,7 +21,7 @@ import yaml
 
 from metrics_pipeline.local.ports import is_free
 from metrics_pipeline.settings import ROOT, Settings
-from metrics_pipeline_tests.compose_files import CLUSTER, MAIN, REPLAY, project
+from metrics_pipeline_tests.compose_files import ARCHIVE, CLUSTER, MAIN, REPLAY, project
 from metrics_pipeline_tests.containers.engine import Engine, files_are_limited
 
 OVERLAY: Final = "stand-in.yaml"
@@ -89,7 +89,8 @@ class Deployment:
         command = command.replace("docker compose exec ", "docker compose exec -T ")  # there is no terminal
         if self.stand_in and " -f " in command:  # which takes the place of COMPOSE_FILE
             command = command.replace(CLUSTER.name, f"{CLUSTER.name} -f {OVERLAY} -f {CLUSTER_OVERLAY}")
-            command = command.replace(REPLAY.name, f"{REPLAY.name} -f {OVERLAY}")
+            for overlay in (REPLAY, ARCHIVE):
+                command = command.replace(overlay.name, f"{overlay.name} -f {OVERLAY}")
         return self._run(["bash", "-c", command], timeout, check=check)
 
     def compose(self, *words: str, timeout: float = TYPE_SECONDS, check: bool = True) -> str:

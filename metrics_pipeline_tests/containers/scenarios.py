@@ -15,10 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import duckdb
+
 from metrics_pipeline.local.environment import replaced
 from metrics_pipeline.settings import ROOT, Settings
 from metrics_pipeline_tests.containers import checks
 from metrics_pipeline_tests.containers.deployment import (
+    CLUSTER_OVERLAY,
+    OVERLAY,
     Deployment,
     ProblemError,
     deployed,
@@ -181,13 +185,7 @@ def _is_active(made: Deployment, sink: str) -> None:
 def cluster(run: Run) -> None:
     """Three brokers and two Connect workers; a broker dies, and nothing is lost."""
     with run.deployment() as (made, _):
-        command = "docker compose -f docker-compose.yaml -f compose.cluster.yaml up -d"
-        run.hold("three brokers and two workers", lambda: f"{made.up(command):.0f} s")
-        # From here on every command means all the files.
-        files = command.split()[2:-2]
-        made.set(
-            COMPOSE_FILE=":".join([*files[1::2], *(("stand-in.yaml", "stand-in.cluster.yaml") if run.stand_in else ())])
-        )
+        _up_with(run, made, "three brokers and two workers", "cluster", OVERLAY, CLUSTER_OVERLAY)
         run.hold("every service is healthy", lambda: checks.healthy(made, set(made.containers())))
         run.hold("rows rise", lambda: checks.rows_rise(made))
         run.hold("`verify`", lambda: checks.verify(made))
@@ -215,19 +213,10 @@ LINES: Final = 2_000_000
 def replay(run: Run) -> None:
     """A folder of the host: what is put there is replayed once, by a recipe that lies in it, though its process dies."""
     with run.deployment() as (made, _):
-        folder = made.checkout.parent / "readings"
-        folder.mkdir()
-        # As the page says. Without root it has to be writable for everybody.
-        if os.getuid() == 0:
-            os.chown(folder, ACCOUNT, ACCOUNT)
-        else:
-            folder.chmod(0o777)
+        folder = _folder(made, "readings")
         made.set(REPLAY_FOLDER=str(folder), REPLAY_RECIPE="/replay/.office.toml")
         (folder / ".office.toml").write_text(OFFICE, "utf-8")
-        command = "docker compose -f docker-compose.yaml -f compose.replay.yaml up -d"
-        run.hold("up with a folder", lambda: f"{made.up(command):.0f} s")
-        files = command.split()[2:-2]
-        made.set(COMPOSE_FILE=":".join([*files[1::2], *(("stand-in.yaml",) if run.stand_in else ())]))
+        _up_with(run, made, "up with a folder", "replay", OVERLAY)
         run.hold("every service is healthy", lambda: checks.healthy(made))
         good, bad = "24.12.2023 18:00:00;attic;50", "24.13.2023 18:00:00;attic;50"
         for name, lines in (("good.csv", [good]), ("bad.csv", [good, good, bad])):
@@ -266,6 +255,53 @@ def _converted(made: Deployment) -> None:
     )
     if said != "5 10":
         raise ProblemError(f"41 and 50 °F became {said} °C")
+
+
+def archive(run: Run) -> None:
+    """A folder of the host: what is over is archived there, read by somebody else, dropped, and brought back."""
+    with run.deployment(METRICS_PARTITION="minute") as (made, _):
+        folder = _folder(made, "archive")
+        made.set(METRICS_ARCHIVE=str(folder))
+        _up_with(run, made, "up with a folder", "archive", OVERLAY)
+        run.hold("every service is healthy", lambda: checks.healthy(made))
+        run.hold("rows rise", lambda: checks.rows_rise(made))
+        name = run.hold("a partition is over", lambda: wait_until("one is over", lambda: _over(made), 300, 2))
+        made.type("docker compose exec code metrics-pipeline archive make", 300)
+        made.type("docker compose exec code metrics-pipeline archive verify")
+        if f"{name} " not in (said := made.type("docker compose exec code metrics-pipeline archive list")):
+            raise ProblemError(f"{name} is not listed: {said}")
+        rows = made.sql(f"SELECT count(*) || ' ' || sum(value) FROM {name}")
+        run.hold("DuckDB reads the same on the host", lambda: _same(folder / name, int(rows.split()[0])))
+        run.hold("the code crashed", lambda: _crash(made, "code"))
+        end = datetime.strptime(name, "metrics_p%Y%m%d%H%M").replace(tzinfo=UTC) + timedelta(minutes=1)
+        drop = f"docker compose exec code metrics-pipeline partitions drop --yes --before {end:%Y-%m-%dT%H:%M}"
+        run.hold("it is dropped", lambda: made.type(drop, 300))
+        if made.sql(f"SELECT to_regclass('{name}') IS NULL") != "t":
+            raise ProblemError(f"{name} is still there")
+        run.hold("`verify` counts it as expired", lambda: checks.verify(made))
+        made.type(f"docker compose exec code metrics-pipeline archive restore {name}", 300)
+        if (now := made.sql(f"SELECT count(*) || ' ' || sum(value) FROM {name}")) != rows:
+            raise ProblemError(f"{rows} before, {now} brought back")
+        run.hold("`verify`", lambda: checks.verify(made))
+        _removed(run, made)
+
+
+def _over(made: Deployment) -> str:
+    """The first partition with readings that gets no more, or an empty text."""
+    closed = f"{datetime.now(UTC) - timedelta(minutes=2):%Y%m%d%H%M}"
+    found = made.sql(
+        "SELECT coalesce(min(tableoid::regclass::text), '') FROM metrics WHERE tableoid::regclass::text "
+        f"BETWEEN 'metrics_p2' AND 'metrics_p{closed}'"
+    )
+    return found if found.startswith("metrics_p2") else ""
+
+
+def _same(archived: Path, rows: int) -> str:
+    with duckdb.connect() as reader:
+        found = reader.execute("SELECT count(*) FROM read_parquet(?)", [f"{archived}/*.parquet"]).fetchone()
+    if found != (rows,):
+        raise ProblemError(f"{rows} rows in the table, {found} in the archive")
+    return f"{rows} rows"
 
 
 def upgrade(run: Run) -> None:
@@ -407,6 +443,25 @@ def untyped(run: Run) -> list[str]:
     return [line for line in commands if line not in run.typed and "ghcr.io" not in line]
 
 
+def _folder(made: Deployment, name: str) -> Path:
+    """One of the host that a container writes in, as the page says; without root it has to be writable for everybody."""
+    folder = made.checkout.parent / name
+    folder.mkdir()
+    if os.getuid() == 0:
+        os.chown(folder, ACCOUNT, ACCOUNT)
+    else:
+        folder.chmod(0o777)
+    return folder
+
+
+def _up_with(run: Run, made: Deployment, what: str, overlay: str, *stand_ins: str) -> None:
+    """The page's command for an overlay; from then on every command means all the files."""
+    command = f"docker compose -f docker-compose.yaml -f compose.{overlay}.yaml up -d"
+    run.hold(what, lambda: f"{made.up(command):.0f} s")
+    files = command.split()[3:-2:2]
+    made.set(COMPOSE_FILE=":".join([*files, *(stand_ins if run.stand_in else ())]))
+
+
 def _up(run: Run, made: Deployment, what: str = "up") -> None:
     run.hold(what, lambda: f"{made.up():.0f} s")
     run.hold("rows rise", lambda: checks.rows_rise(made))
@@ -424,6 +479,7 @@ ALL: Final[dict[str, Callable[[Run], None]]] = {
     "sinks": sinks,
     "cluster": cluster,
     "replay": replay,
+    "archive": archive,
     "upgrade": upgrade,
     "soak": soak,
 }
