@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 GO ?= go
 # Of the integration tests: the same every time, so that what fails can be seen again. ORDER=default is another each time.
 ORDER ?= 1
-# Processes that share the unit tests.
+# Processes that share the tests; those on real parts are of two kinds, see metrics_pipeline_tests/conftest.py.
 WORKERS ?= 2
 # What the tests took longest for: a wait that somebody builds in is seen.
 DURATIONS := --durations=25 --durations-min=1
@@ -47,7 +47,7 @@ unit: $(VENV)/.dev  ## unit tests, which need no service
 	@$(BIN)/python -m pytest -m 'not integration' -n $(WORKERS) $(DURATIONS) $(ARGS)
 
 integration: $(VENV)/.dev  ## tests on the real embedded stack
-	@$(BIN)/python -m pytest -m 'integration and not long' --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
+	@$(BIN)/python -m pytest -m 'integration and not long' -n $(WORKERS) --dist loadgroup --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
 
 long: $(VENV)/.dev  ## those of them that take long, and show what others show in another case: a quarter of an hour
 	@$(BIN)/python -m pytest -m long --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)

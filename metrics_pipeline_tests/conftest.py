@@ -37,6 +37,18 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("any machine")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes share the tests on real parts: one has the stack that modules share, the other those with stacks of their own.
+
+    So no process waits for what another one holds, and no more than one whole stack runs beside the shared one.
+    """
+    for item in items:
+        if item.get_closest_marker("integration"):
+            shared = "started_stack" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("the shared stack" if shared else "stacks of their own"))
+
+
 OCCUPANCY = ROOT.parent / "shared" / "data" / "occupancy"
 
 

@@ -287,10 +287,10 @@ def archive(run: Run) -> None:
 
 
 def _over(made: Deployment) -> str:
-    """The first partition with readings that gets no more, or an empty text."""
+    """The first partition with readings that gets no more; an empty text while there is none."""
     closed = f"{datetime.now(UTC) - timedelta(minutes=2):%Y%m%d%H%M}"
     found = made.sql(
-        "SELECT coalesce(min(tableoid::regclass::text), '') FROM metrics WHERE tableoid::regclass::text "
+        "SELECT coalesce(min(tableoid::regclass::text), 'none') FROM metrics WHERE tableoid::regclass::text "
         f"BETWEEN 'metrics_p2' AND 'metrics_p{closed}'"
     )
     return found if found.startswith("metrics_p2") else ""

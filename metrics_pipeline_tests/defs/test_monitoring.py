@@ -59,7 +59,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> None:
         return DeviceSummary(UUID(int=number << 96), 10 * number, START, START + timedelta(days=1), metrics)
 
     def device_summary(settings: object, *, limit: int) -> DeviceSummaries:
-        return DeviceSummaries(50, 275, [device(number) for number in range(10, 0, -1)][:limit])
+        return DeviceSummaries(100_000, 275, [device(number) for number in range(120, 0, -1)][:limit])
 
     monkeypatch.setattr(summaries, "device_summary", device_summary)
 
@@ -93,12 +93,12 @@ def test_device_summary_shows_the_busiest_devices_by_metric(
     instance: dg.DagsterInstance, rate: None, devices: None
 ) -> None:
     metadata = shown(run(instance, "summaries"), "device_summary")
-    assert metadata["devices"] == dg.MetadataValue.int(50)
+    assert metadata["devices"] == dg.MetadataValue.int(100_000)
     assert metadata["rows"] == dg.MetadataValue.int(275)
     records = [record.data for record in metadata["busiest_devices"].value.records]
-    assert len(records) == 20
+    assert len(records) == 200
     assert records[0] == {
-        "device_id": "0000000a-0000-0000-0000-000000000000",
+        "device_id": "00000078-0000-0000-0000-000000000000",
         "first_seen": "2026-11-22 16:00:00+00:00",
         "last_seen": "2026-11-23 16:00:00+00:00",
         "metric": "humidity",
