@@ -208,6 +208,8 @@ unit = "degF"
 """
 LINES: Final = 2_000_000
 """Of the file in whose middle the process dies."""
+OLD: Final = 200_000
+"""Readings from before all partitions."""
 
 
 def replay(run: Run) -> None:
@@ -236,7 +238,7 @@ def replay(run: Run) -> None:
         run.hold("its process crashed", lambda: _crash(made, "code"))
         run.hold("the file is done", lambda: _moved(folder, "done/big.csv"))
         wait_until("every line is stored once", lambda: _old(made) == 1 + LINES, 240)
-        run.hold("degrees Fahrenheit became Celsius", lambda: _converted(made))
+        run.hold("degrees Fahrenheit became Celsius", lambda: _converted(made, 5, 10))
         run.hold("`verify`", lambda: checks.verify(made))
         _removed(run, made)
 
@@ -249,51 +251,52 @@ def _old(made: Deployment) -> int:
     return int(made.sql("SELECT count(*) FROM metrics WHERE published_at < '2025-01-01'"))
 
 
-def _converted(made: Deployment) -> None:
+def _converted(made: Deployment, least: int, greatest: int) -> None:
     said = made.sql(
         "SELECT round(min(value)) || ' ' || round(max(value)) FROM metrics WHERE published_at < '2025-01-01'"
     )
-    if said != "5 10":
-        raise ProblemError(f"41 and 50 °F became {said} °C")
+    if said != f"{least} {greatest}":
+        raise ProblemError(f"41 °F and 50 °F became {said} °C")
 
 
 def archive(run: Run) -> None:
-    """A folder of the host: what is over is archived there, read by somebody else, dropped, and brought back."""
-    with run.deployment(METRICS_PARTITION="minute") as (made, _):
+    """A folder of the host: old readings are archived there, read by somebody else, dropped, and brought back."""
+    with run.deployment() as (made, _):
         folder = _folder(made, "archive")
         made.set(METRICS_ARCHIVE=str(folder))
         _up_with(run, made, "up with a folder", "archive", OVERLAY)
         run.hold("every service is healthy", lambda: checks.healthy(made))
-        run.hold("rows rise", lambda: checks.rows_rise(made))
-        name = run.hold("a partition is over", lambda: wait_until("one is over", lambda: _over(made), 300, 2))
+        began = datetime(2023, 1, 1, tzinfo=UTC)
+        lines = [f"{began + timedelta(seconds=number):%d.%m.%Y %H:%M:%S};cellar;41" for number in range(OLD)]
+        (folder / ".office.toml").write_text(OFFICE, "utf-8")
+        (folder / ".old.csv").write_text("\n".join(["when;who;t", *lines, ""]), "utf-8")
+        made.inside("code", "metrics-pipeline", "replay", "/archive/.old.csv", "--recipe", "/archive/.office.toml")
+        run.hold("old readings are stored", lambda: wait_until("they are", lambda: _old(made) == OLD, 240) and None)
+        name = "metrics_before"
         made.type("docker compose exec code metrics-pipeline archive make", 300)
         made.type("docker compose exec code metrics-pipeline archive verify")
         if f"{name} " not in (said := made.type("docker compose exec code metrics-pipeline archive list")):
             raise ProblemError(f"{name} is not listed: {said}")
-        rows = made.sql(f"SELECT count(*) || ' ' || sum(value) FROM {name}")
-        run.hold("DuckDB reads the same on the host", lambda: _same(folder / name, int(rows.split()[0])))
+        run.hold("DuckDB reads the same on the host", lambda: _same(folder / name, OLD))
         run.hold("the code crashed", lambda: _crash(made, "code"))
-        end = datetime.strptime(name, "metrics_p%Y%m%d%H%M").replace(tzinfo=UTC) + timedelta(minutes=1)
-        drop = f"docker compose exec code metrics-pipeline partitions drop --yes --before {end:%Y-%m-%dT%H:%M}"
-        run.hold("it is dropped", lambda: made.type(drop, 300))
-        if made.sql(f"SELECT to_regclass('{name}') IS NULL") != "t":
-            raise ProblemError(f"{name} is still there")
-        run.hold("`verify` counts it as expired", lambda: checks.verify(made))
-        made.type(f"docker compose exec code metrics-pipeline archive restore {name}", 300)
-        if (now := made.sql(f"SELECT count(*) || ' ' || sum(value) FROM {name}")) != rows:
-            raise ProblemError(f"{rows} before, {now} brought back")
+        words = ("metrics-pipeline", "partitions", "drop", "--yes", "--before", f"{datetime.now(UTC):%Y-%m-%d}")
+        run.hold("they are dropped", lambda: made.inside("code", *words))
+        if _old(made):
+            raise ProblemError("old readings are still there")
+        run.hold("`verify` counts them as expired", lambda: _expired(made))
+        run.hold("they are brought back", lambda: made.inside("code", "metrics-pipeline", "archive", "restore", name))
+        if (found := _old(made)) != OLD:
+            raise ProblemError(f"{found} of {OLD} were brought back")
+        run.hold("they are what they were", lambda: _converted(made, 5, 5))
         run.hold("`verify`", lambda: checks.verify(made))
         _removed(run, made)
 
 
-def _over(made: Deployment) -> str:
-    """The first partition with readings that gets no more; an empty text while there is none."""
-    closed = f"{datetime.now(UTC) - timedelta(minutes=2):%Y%m%d%H%M}"
-    found = made.sql(
-        "SELECT coalesce(min(tableoid::regclass::text), 'none') FROM metrics WHERE tableoid::regclass::text "
-        f"BETWEEN 'metrics_p2' AND 'metrics_p{closed}'"
-    )
-    return found if found.startswith("metrics_p2") else ""
+def _expired(made: Deployment) -> str:
+    said = checks.verify(made)
+    if f"{OLD:,} records of a time that has been dropped" not in said:
+        raise ProblemError(f"{OLD:,} expired ones are not told apart: {said}")
+    return said
 
 
 def _same(archived: Path, rows: int) -> str:
