@@ -272,18 +272,19 @@ def archive(run: Run) -> None:
         (folder / ".old.csv").write_text("\n".join(["when;who;t", *lines, ""]), "utf-8")
         made.inside("code", "metrics-pipeline", "replay", "/archive/.old.csv", "--recipe", "/archive/.office.toml")
         run.hold("old readings are stored", lambda: wait_until("they are", lambda: _old(made) == OLD, 240) and None)
-        name = "metrics_before"
         made.type("docker compose exec code metrics-pipeline archive make", 300)
-        made.type("docker compose exec code metrics-pipeline archive verify")
-        if f"{name} " not in (said := made.type("docker compose exec code metrics-pipeline archive list")):
-            raise ProblemError(f"{name} is not listed: {said}")
-        run.hold("DuckDB reads the same on the host", lambda: _same(folder / name, OLD))
-        run.hold("the code crashed", lambda: _crash(made, "code"))
+        # What is before all partitions has an archive when it goes.
         words = ("metrics-pipeline", "partitions", "drop", "--yes", "--before", f"{datetime.now(UTC):%Y-%m-%d}")
         run.hold("they are dropped", lambda: made.inside("code", *words))
         if _old(made):
             raise ProblemError("old readings are still there")
         run.hold("`verify` counts them as expired", lambda: _expired(made))
+        name = "metrics_before"
+        if f"{name} " not in (said := made.type("docker compose exec code metrics-pipeline archive list")):
+            raise ProblemError(f"{name} is not listed: {said}")
+        made.type("docker compose exec code metrics-pipeline archive verify")
+        run.hold("DuckDB reads the same on the host", lambda: _same(folder / name, OLD))
+        run.hold("the code crashed", lambda: _crash(made, "code"))
         run.hold("they are brought back", lambda: made.inside("code", "metrics-pipeline", "archive", "restore", name))
         if (found := _old(made)) != OLD:
             raise ProblemError(f"{found} of {OLD} were brought back")
