@@ -28,7 +28,7 @@ from metrics_pipeline_tests.conftest import RunningStack
 
 pytestmark = pytest.mark.integration
 
-PROVISIONING = ("metrics_schema", "metrics_topic", "metrics_sink_connector")
+PROVISIONING = ("metrics_schema", "metrics_partitions", "metrics_topic", "metrics_sink_connector")
 
 
 @dataclass

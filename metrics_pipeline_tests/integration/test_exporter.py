@@ -93,7 +93,9 @@ def test_figures_are_those_of_the_parts(exporter: Exporter, stack: RunningStack)
     found = scrape(exporter)
     with stack.admin() as connection:
         rows = (connection.execute("SELECT count(*) FROM metrics").fetchone() or (0,))[0]
-        size = connection.execute("SELECT pg_table_size('metrics'), pg_indexes_size('metrics')").fetchone()
+        size = connection.execute(
+            "SELECT sum(pg_table_size(relid)), sum(pg_indexes_size(relid)) FROM pg_partition_tree('metrics')"
+        ).fetchone()
     assert found["metrics_pipeline_rows",] == rows > before["metrics_pipeline_rows",]
     assert (
         found["metrics_pipeline_table_bytes", "heap", "metrics"],

@@ -56,7 +56,7 @@ def test_it_runs_beside_another_application(sink: str, schema: str, shop: Server
             assert done.returncode == 0, done.stdout + done.stderr
         place.verify()
         with shop.admin("shop") as boss:
-            there = boss.execute("SELECT count(*) FROM pg_class WHERE relname = 'metrics' AND relkind = 'r'").fetchone()
+            there = boss.execute("SELECT count(*) FROM pg_class WHERE relname = 'metrics' AND relkind = 'p'").fetchone()
         assert there == (1,)
     assert catalogs(shop, of_others=True) == others
     with psycopg.connect(shop.url("shop", "clerk", "x")) as clerk:
