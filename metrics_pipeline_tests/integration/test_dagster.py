@@ -146,7 +146,7 @@ def test_provisioned_in_order_and_then_unchanged(jobs: Jobs) -> None:
     second, _ = jobs.run("provision")
     assert jobs.states(second) == dict.fromkeys(PROVISIONING, "unchanged")
     assert jobs.checks(second) == dict.fromkeys(
-        ("schema_at_head", "topic_as_configured", "connector_as_configured"), "ok"
+        ("schema_at_head", "partitions_ahead", "topic_as_configured", "connector_as_configured"), "ok"
     )
 
 
