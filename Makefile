@@ -47,7 +47,7 @@ unit: $(VENV)/.dev  ## unit tests, which need no service
 	@$(BIN)/python -m pytest -m 'not integration' -n $(WORKERS) $(DURATIONS) $(ARGS)
 
 integration: $(VENV)/.dev  ## tests on the real embedded stack
-	@$(BIN)/python -m pytest -m 'integration and not long' -n $(WORKERS) --dist loadgroup --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
+	@$(BIN)/python -m pytest -m 'integration and not long' -n $(WORKERS) --dist loadscope --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
 
 long: $(VENV)/.dev  ## those of them that take long, and show what others show in another case: a quarter of an hour
 	@$(BIN)/python -m pytest -m long --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)

@@ -18,6 +18,7 @@ import hypothesis
 import psycopg
 import pytest
 import stamina
+from xdist.scheduler import LoadScopeScheduling
 
 from metrics_pipeline.settings import ROOT, Settings
 
@@ -38,16 +39,44 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any machine")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the tests on real parts: one has the stack that modules share, the other those with stacks of their own.
+OWN_STACKS = frozenset(
+    {
+        "test_bench",
+        "test_cluster",
+        "test_compose",
+        "test_copy_stack",
+        "test_database_faults",
+        "test_dg",
+        "test_guest",
+        "test_guest_stack",
+        "test_keeper",
+        "test_pooler",
+        "test_sink_crashes",
+        "test_stalls",
+        "test_topic_identity",
+        "test_two_stacks",
+        "test_wheel",
+    }
+)
+"""Modules that start services of their own: one process has all of them, so that no two of them run at a time."""
 
-    So no process waits for what another one holds, and no more than one whole stack runs beside the shared one.
-    """
-    for item in items:
-        if item.get_closest_marker("integration"):
-            shared = "started_stack" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("the shared stack" if shared else "stacks of their own"))
+
+def scope(nodeid: str) -> str:
+    """Tests of one scope stay in one process: those of a module, and all those with stacks of their own."""
+    module = Path(nodeid.partition("::")[0]).stem
+    return "stacks of their own" if module in OWN_STACKS else module
+
+
+class OneWholeStackAtATime(LoadScopeScheduling):  # type: ignore[misc]
+    """As xdist has it for custom scopes."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    """How processes share the tests on real parts: of xdist's own ways, none keeps several modules together."""
+    return OneWholeStackAtATime(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 OCCUPANCY = ROOT.parent / "shared" / "data" / "occupancy"

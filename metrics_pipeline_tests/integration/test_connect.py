@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import psutil
+import psycopg
 import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -201,22 +203,37 @@ def test_sessions_that_postgresql_ends_are_repaired_and_nothing_is_lost(sink: Si
     assert "give up" not in actions
 
 
+def stopped_backend(sink: Sink) -> psutil.Process:
+    """PostgreSQL's process of a task, stopped in a statement; not one that holds a latch of the server's memory, for which all would wait."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with sink.stack.admin() as connection:
+            found = connection.execute(
+                "SELECT pid FROM pg_stat_activity WHERE state = 'active' AND query LIKE %s", [f"INSERT INTO%{TABLE}%"]
+            ).fetchone()
+        if found is None:
+            continue
+        backend = psutil.Process(found[0])
+        backend.suspend()
+        time.sleep(0.5)
+        with (
+            suppress(psycopg.OperationalError),
+            psycopg.connect(sink.settings.admin_url("metrics"), connect_timeout=2) as other,
+        ):
+            waiting = other.execute("SELECT FROM pg_stat_activity WHERE wait_event_type = 'LWLock'").fetchone()
+            if waiting is None:
+                return backend
+        backend.resume()
+    raise AssertionError("no INSERT was met")
+
+
 def test_tasks_that_run_and_do_not_move_are_restarted_with_their_sessions(sink: Sink) -> None:
     """PostgreSQL's process of a task is stopped within a put: Connect goes on to say RUNNING."""
     connector.ensure_connector(sink.settings)
     repairer = SinkRepair(sink.settings.model_copy(update={"sink_stall_seconds": 5}), due=lambda _: None)
     assert repairer.tick().healthy
     sink.publish(60_000, partition=0)
-    found, deadline = None, time.monotonic() + 30
-    with sink.stack.admin() as connection:
-        while found is None:
-            assert time.monotonic() < deadline, "no INSERT was met"
-            found = connection.execute(
-                "SELECT pid FROM pg_stat_activity WHERE state = 'active' AND query LIKE %s", [f"INSERT INTO%{TABLE}%"]
-            ).fetchone()
-    # Stopped, it answers nothing more, wherever in its statement it is.
-    backend = psutil.Process(found[0])
-    backend.suspend()
+    backend = stopped_backend(sink)
     try:
         began, actions = time.monotonic(), []
         while "restart all" not in actions:
