@@ -39,32 +39,26 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any machine")
 
 
-OWN_STACKS = frozenset(
+WHOLE_STACKS = frozenset(
     {
-        "test_bench",
         "test_cluster",
         "test_compose",
         "test_copy_stack",
-        "test_database_faults",
         "test_dg",
-        "test_guest",
         "test_guest_stack",
         "test_keeper",
         "test_pooler",
-        "test_sink_crashes",
-        "test_stalls",
-        "test_topic_identity",
         "test_two_stacks",
         "test_wheel",
     }
 )
-"""Modules that start services of their own: one process has all of them, so that no two of them run at a time."""
+"""Modules that start whole stacks of their own, with Dagster: one process has all of them, so that no two run at a time."""
 
 
 def scope(nodeid: str) -> str:
-    """Tests of one scope stay in one process: those of a module, and all those with stacks of their own."""
+    """Tests of one scope stay in one process: those of a module, and all those with whole stacks of their own."""
     module = Path(nodeid.partition("::")[0]).stem
-    return "stacks of their own" if module in OWN_STACKS else module
+    return "whole stacks" if module in WHOLE_STACKS else module
 
 
 class OneWholeStackAtATime(LoadScopeScheduling):  # type: ignore[misc]
