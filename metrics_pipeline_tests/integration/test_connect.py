@@ -230,10 +230,10 @@ def stopped_backend(sink: Sink) -> psutil.Process:
 def test_tasks_that_run_and_do_not_move_are_restarted_with_their_sessions(sink: Sink) -> None:
     """PostgreSQL's process of a task is stopped within a put: Connect goes on to say RUNNING."""
     connector.ensure_connector(sink.settings)
-    repairer = SinkRepair(sink.settings.model_copy(update={"sink_stall_seconds": 5}), due=lambda _: None)
-    assert repairer.tick().healthy
     sink.publish(60_000, partition=0)
     backend = stopped_backend(sink)
+    # Its patience begins now, so that the transaction is older than that.
+    repairer = SinkRepair(sink.settings.model_copy(update={"sink_stall_seconds": 5}), due=lambda _: None)
     try:
         began, actions = time.monotonic(), []
         while "restart all" not in actions:
