@@ -57,7 +57,6 @@ def work(name: str, pipe: Connection, store: type[Store] = NotingStore) -> None:
         place = _next_place(folder, places.split(","))
         os.environ[failpoint.VARIABLE] = f"{place}={CHANCES[place]}"
         os.environ[failpoint.MARKS] = str(folder / MARKS)
-    worker.Store = store  # type: ignore[attr-defined]
     changes: dict[str, Any] = {}
     if session := os.environ.get(SESSION):
         changes |= {"session.timeout.ms": int(session), "heartbeat.interval.ms": int(session) // 4}
@@ -65,7 +64,7 @@ def work(name: str, pipe: Connection, store: type[Store] = NotingStore) -> None:
         changes["group.id"] = group
     plain = worker.consumer_config
     worker.consumer_config = lambda settings: plain(settings) | changes
-    _work(name, pipe)
+    _work(name, pipe, store)
 
 
 def _next_place(folder: Path, places: Iterable[str]) -> str:
