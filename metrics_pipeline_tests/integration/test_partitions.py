@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -414,40 +414,50 @@ def test_widths_may_change(database: Settings) -> None:
     summaries_agree(database)
 
 
+@contextmanager
+def storing(settings: Settings) -> Iterator[list[float]]:
+    """Somebody stores a reading again and again, and waits for no lock for as long as two seconds; how many seconds each took."""
+    stop, took, failed = threading.Event(), [0.0], []
+
+    def write() -> None:
+        try:
+            with postgres.connect(settings, "metrics_writer", autocommit=True) as connection:
+                connection.execute("SET lock_timeout = '2s'")
+                while not stop.is_set():
+                    begun = time.monotonic()
+                    connection.execute(
+                        "INSERT INTO metrics (device_id, published_at, metric_name, value) "
+                        "VALUES (%s, clock_timestamp(), 0, 1)",
+                        [DEVICE],
+                    )
+                    took.append(time.monotonic() - begun)
+                    time.sleep(0.01)
+        except psycopg.Error as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        yield took
+    finally:
+        stop.set()
+        thread.join()
+    assert failed == []
+
+
 def test_nobody_waits_long_behind_who_makes_partitions(database: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long reader keeps the table: what comes behind the statement that waits for it goes on within a second."""
     partitions.make(database)
     monkeypatch.setattr(partitions, "PATIENCE_SECONDS", 2.0)
     later = datetime.now(UTC) + timedelta(days=30)
-    longest, stop = 0.0, threading.Event()
-
-    def write() -> None:
-        nonlocal longest
-        with postgres.connect(database, "metrics_writer", autocommit=True) as connection:
-            # Until the reader is done is longer.
-            connection.execute("SET lock_timeout = '2s'")
-            while not stop.is_set():
-                begun = time.monotonic()
-                connection.execute(
-                    "INSERT INTO metrics (device_id, published_at, metric_name, value) VALUES (%s, clock_timestamp(), 0, 1)",
-                    [DEVICE],
-                )
-                longest = max(longest, time.monotonic() - begun)
-                time.sleep(0.01)
-
-    writer = threading.Thread(target=write)
     with postgres.connect(database, "metrics_reader") as reader:
         reader.execute("SELECT count(*) FROM metrics")
-        writer.start()
-        try:
+        with storing(database) as took:
             with pytest.raises(ServiceError, match="for too long"):
                 partitions.make(database, later)
             reader.rollback()
             assert partitions.make(database, later) != []
-        finally:
-            stop.set()
-            writer.join()
-    assert longest > 0.2, "it waited"
+    assert max(took) > 0.2, "it waited"
     summaries_agree(database)
 
 
@@ -514,21 +524,7 @@ def test_nobody_waits_long_behind_the_migration(database: Settings) -> None:
     for _ in MIGRATED:
         postgres.rollback(database)
     store(database, datetime.now(UTC))
-    stop, longest = threading.Event(), 0.0
-
-    def write() -> None:
-        nonlocal longest
-        with postgres.connect(database, "metrics_writer", autocommit=True) as connection:
-            # Until the reader is done is longer.
-            connection.execute("SET lock_timeout = '2s'")
-            while not stop.is_set():
-                begun = time.monotonic()
-                connection.execute(
-                    "INSERT INTO metrics (device_id, published_at, metric_name, value) VALUES (%s, clock_timestamp(), 0, 1)",
-                    [DEVICE],
-                )
-                longest = max(longest, time.monotonic() - begun)
-                time.sleep(0.01)
+    stop = threading.Event()
 
     def read() -> None:
         with postgres.connect(database, "metrics_reader") as connection:
@@ -538,16 +534,15 @@ def test_nobody_waits_long_behind_the_migration(database: Settings) -> None:
                 connection.rollback()
                 stop.wait(1.5)
 
-    threads = [threading.Thread(target=write), threading.Thread(target=read)]
-    for thread in threads:
-        thread.start()
+    reader = threading.Thread(target=read)
+    reader.start()
     try:
-        assert postgres.migrate(database) == MIGRATED[::-1]
+        with storing(database) as took:
+            assert postgres.migrate(database) == MIGRATED[::-1]
     finally:
         stop.set()
-        for thread in threads:
-            thread.join()
-    assert longest > 0.2, "it waited"
+        reader.join()
+    assert max(took) > 0.2, "it waited"
 
 
 def test_a_check_that_was_never_validated_comes_along(database: Settings) -> None:
