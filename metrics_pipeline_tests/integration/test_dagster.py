@@ -200,15 +200,12 @@ def test_a_producer_run_is_observed_counted_and_stored(jobs: Jobs) -> None:
         assert connection.execute("SELECT count(*) FROM metrics").fetchone() == (
             event.asset_materialization.metadata["rows"].value,
         )
-    checked, _ = jobs.run("check_throughput")
-    found = jobs.checks(checked)
+    # Other tests on this stack may just have sent bad records, and had them taken over from the connector.
     with jobs.stack.admin() as connection:
-        (rejected,) = connection.execute(
-            "SELECT count(*) FROM rejected_metrics WHERE rejected_at > now() - interval '10 minutes'"
-        ).fetchone() or (0,)
-    # Other tests on this stack may just have sent bad records.
-    assert (found.pop("rejects") == "ok") == (rejected == 0)
-    assert found == dict.fromkeys(("throughput", "consumer_lag", "freshness"), "ok")
+        connection.execute("UPDATE rejected_metrics SET rejected_at = rejected_at - interval '11 minutes'")
+        connection.execute("UPDATE quarantines SET ended_at = ended_at - interval '11 minutes'")
+    checked, _ = jobs.run("check_throughput")
+    assert jobs.checks(checked) == dict.fromkeys(("throughput", "consumer_lag", "freshness", "rejects"), "ok")
 
 
 def test_a_second_producer_says_why_not_and_a_hanging_one_is_an_error(jobs: Jobs) -> None:
