@@ -118,7 +118,7 @@ class Partition:
         low: least published_at; None: there is no bound.
         high: what every published_at is less than; None: there is no bound.
         bytes: with indexes.
-        rows: about; 0 before the first analyze.
+        rows: about.
     """
 
     name: str

@@ -109,11 +109,12 @@ def ingestion_rate(settings: Settings) -> IngestionRate:
     with connect(settings, "metrics_summarizer", autocommit=True) as conn, _errors():
         _refresh_index(conn)
         with _tick(conn):
+            since = _value(conn, "SELECT max(created_at) FROM summary_inserts")
             rows = _absorb(conn)
             conn.execute(query("ingestion_rate_refresh"))
             stored = conn.execute("SELECT minute, rows FROM ingestion_rate ORDER BY minute")
             minutes = [Minute(minute, count) for minute, count in stored]
-            newest = _value(conn, query("newest"))
+            newest = _newest(conn, since)
     return IngestionRate(
         minutes=minutes,
         rows_last_10_minutes=sum(minute.rows for minute in minutes),
@@ -144,6 +145,17 @@ def device_summary(settings: Settings, *, limit: int = 100) -> DeviceSummaries:
             DeviceSummary(device_id, count, first_seen, last_seen, [MetricSummary(*metric[5:]) for metric in metrics])
         )
     return DeviceSummaries(devices=metric_rows[0][0] if metric_rows else 0, rows=rows, first=first)
+
+
+def _newest(conn: Connection, since: datetime | None) -> datetime | None:
+    """When the newest reading was stored, by a tick that has absorbed what statements logged until `since`."""
+    # A minute may have millions of readings; the last statement seldom stored none.
+    for begin in dict.fromkeys((since, None)):
+        newest: datetime | None
+        (newest,) = _run(conn, "newest", since=begin).fetchone() or (None,)
+        if newest is not None:
+            break
+    return newest
 
 
 def row_count(conn: Connection) -> int:
@@ -290,15 +302,20 @@ def _fold(conn: Connection, entries: int, *, fresh: bool, pending: bool) -> int:
         fresh: those of this tick (`summary_delta`).
         pending: those that were put by (`device_deltas`).
     """
+    if pending:
+        conn.execute(query("absorb_pending"))
+        conn.execute("ANALYZE summary_pending")
     if entries > BULK_ENTRIES:
         conn.execute("SET LOCAL enable_nestloop = off")
+    low, high = _run(conn, "absorb_hours", fresh=fresh).fetchone() or (None, None)
     changed: int
-    (changed,) = _run(conn, "merge_device_slots", fresh=fresh, pending=pending).fetchone() or (0,)
+    (changed,) = _run(conn, "merge_device_slots", fresh=fresh, low=low, high=high).fetchone() or (0,)
     conn.execute("SET LOCAL enable_nestloop = on")
     _run(conn, "mend_device_slots")
-    _run(conn, "merge_device_metric_totals", fresh=fresh, pending=pending)
+    _run(conn, "merge_device_metric_totals", fresh=fresh)
     _run(conn, "mend_device_metric_totals")
     if pending:
+        conn.execute("DELETE FROM summary_pending")
         conn.execute("DELETE FROM device_deltas")
     return changed
 

@@ -117,6 +117,19 @@ def fill(settings: Settings, begin: datetime, rows: int, *, every: float) -> Non
         )
 
 
+def test_how_much_is_in_a_partition_is_known_before_it_was_analyzed(database: Settings) -> None:
+    now = datetime.now(UTC).replace(hour=12)
+    (today, *_) = partitions.make(database, now)
+    for rows, statement in ((20_000, "SELECT"), (10_000, f"ANALYZE {today}")):
+        fill(database, now + timedelta(seconds=rows), rows, every=0.1)
+        with postgres.connect_admin(database, database.metrics_database) as connection:
+            found = {partition.name: partition.rows for partition in partitions.listed(connection)}
+            connection.execute(statement)
+        stored = where(database)[today]
+        assert 0.6 * stored < found.pop(today) < 1.4 * stored
+        assert set(found.values()) == {0}
+
+
 @pytest.fixture
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many readings of each partition were looked at when it was attached."""

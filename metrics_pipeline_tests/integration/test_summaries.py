@@ -496,6 +496,11 @@ def test_ingestion_rate_is_the_plain_query(bench: Bench) -> None:
     assert rate.rows_last_10_minutes == 109
     assert rate.rows_per_second == 1 / 60
     assert (rate.newest,) == bench.reader.execute("SELECT max(created_at) FROM metrics").fetchone()
+    insert(bench.writer, 1, start=5_000)
+    insert(bench.writer, 1, start=5_000, then=" ON CONFLICT DO NOTHING")
+    bench.hand.execute("DELETE FROM metrics WHERE value = 5000")
+    newest = bench.reader.execute("SELECT max(created_at) FROM metrics").fetchone()
+    assert (summaries.ingestion_rate(bench.settings).newest,) == newest
 
 
 def test_ingestion_rate_of_an_empty_table(bench: Bench) -> None:
@@ -676,7 +681,6 @@ class Writers(RuleBasedStateMachine):
         for conn in self.writers:
             # Who waits for another writer here would wait for ever.
             conn.execute("SET lock_timeout = '20ms'")
-        self.bench.summarizer.execute("SET lock_timeout = '100ms'")
         self.savepoints = [0, 0, 0]
         # Behind all partitions there are: as it goes on, they are cut off.
         last = partitions.listed(self.bench.reader)[-1].low
@@ -685,11 +689,14 @@ class Writers(RuleBasedStateMachine):
         self.cut = 0
         self.bench.hand.execute("TRUNCATE metrics")
         self.bench.tick()
+        self.bench.summarizer.execute("SET lock_timeout = '100ms'")
 
     def teardown(self) -> None:
         if hasattr(self, "connections"):
             for writer in range(3):
                 self.roll_back(writer)
+            # It may have to wait for a vacuum.
+            self.bench.summarizer.execute("SET lock_timeout = '30s'")
             self.bench.tick()
             self.connections.close()
 
@@ -831,6 +838,8 @@ def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pyte
     monkeypatch.setattr(partitions, "PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(summaries, "MOST_PENDING", 3_000_000)
     monkeypatch.setattr(summaries, "SETTLED_AFTER", timedelta(hours=6))
+    with postgres.connect(database, "metrics_reader") as connection:
+        before = len(partitions.listed(connection))
     machine = type("WritersHere", (Writers,), {"database": database})
     run_state_machine_as_test(
         machine,
@@ -843,7 +852,8 @@ def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pyte
         ),
     )
     with postgres.connect(database, "metrics_reader") as connection:
-        assert len(partitions.listed(connection)) > 20
+        # How many were cut off is chance, too.
+        assert len(partitions.listed(connection)) > before
 
 
 def test_writers_that_run_at_the_same_time(bench: Bench, database: Settings) -> None:

@@ -19,6 +19,19 @@ CREATE TEMPORARY TABLE summary_minutes (
     rows bigint NOT NULL
 ) ON COMMIT DROP;
 
+-- What was put by for the devices, while it is folded in.
+CREATE TEMPORARY TABLE summary_pending (
+    device_id uuid NOT NULL,
+    metric_name smallint NOT NULL,
+    slot timestamptz NOT NULL,
+    rows bigint NOT NULL,
+    total numeric NOT NULL,
+    min double precision NOT NULL,
+    max double precision NOT NULL,
+    first_seen timestamptz NOT NULL,
+    last_seen timestamptz NOT NULL
+) ON COMMIT DROP;
+
 -- Whose extreme reading went, so that the next one has to be looked for.
 CREATE TEMPORARY TABLE summary_stale (
     device_id uuid NOT NULL,

@@ -1,5 +1,5 @@
 -- Readings of one span of created_at that logged statements inserted, as far as they are what was inserted.
--- They go into the minutes, and are put by for the devices, side by side in arrays; how many entries are that?
+-- They go into the minutes, and are put by for the devices, many entries a row; how many are that?
 WITH pending AS MATERIALIZED (
     SELECT DISTINCT
         xmin AS version,
@@ -8,7 +8,7 @@ WITH pending AS MATERIALIZED (
     FROM summary_inserts
     WHERE created_at BETWEEN %(low)s AND %(high)s
 ),
-figures AS MATERIALIZED (
+figures AS (
     SELECT
         m.device_id,
         m.metric_name,
@@ -34,29 +34,24 @@ figures AS MATERIALIZED (
     WHERE m.created_at BETWEEN %(low)s AND %(high)s
     GROUP BY m.device_id, m.metric_name, slot, p.minute
 ),
+packs AS MATERIALIZED (
+    SELECT
+        minute,
+        sum(rows) AS rows,
+        array_agg(
+            (
+                device_id, metric_name, slot, rows::integer, ten_thousandths, others, min, max, first_seen, last_seen
+            )::device_entry
+        ) AS entries
+    FROM figures
+    GROUP BY minute, uuid_hash(device_id) & %(mask)s
+),
 minutes AS (
     INSERT INTO summary_minutes (minute, rows)
-    SELECT minute, sum(rows) FROM figures GROUP BY minute
+    SELECT minute, sum(rows) FROM packs GROUP BY minute
 ),
 packed AS (
-    INSERT INTO device_deltas (device_ids, metric_names, slots, rows, totals, mins, maxs, first_seen, last_seen)
-    SELECT
-        array_agg(device_id),
-        array_agg(metric_name),
-        array_agg(slot),
-        array_agg(rows),
-        array_agg(
-            CASE
-                WHEN others IS NULL THEN ten_thousandths * 0.0001
-                ELSE coalesce(ten_thousandths * 0.0001, 0) + others
-            END
-        ),
-        array_agg(min),
-        array_agg(max),
-        array_agg(first_seen),
-        array_agg(last_seen)
-    FROM figures
-    GROUP BY uuid_hash(device_id) & %(mask)s
-    RETURNING cardinality(device_ids) AS entries
+    INSERT INTO device_deltas (entries)
+    SELECT entries FROM packs
 )
-SELECT coalesce(sum(entries), 0)::bigint FROM packed
+SELECT coalesce(sum(cardinality(entries)), 0)::bigint FROM packs

@@ -5,8 +5,7 @@ WITH changes AS (
     WHERE %(fresh)s
     UNION ALL
     SELECT device_id, metric_name, slot, false AS removed, rows, total, min, max, first_seen, last_seen
-    FROM device_pending
-    WHERE %(pending)s
+    FROM summary_pending
 ),
 delta AS (
     SELECT

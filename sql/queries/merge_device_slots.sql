@@ -5,8 +5,7 @@ WITH changes AS (
     WHERE %(fresh)s
     UNION ALL
     SELECT device_id, metric_name, slot, false AS removed, rows, total, min, max, first_seen, last_seen
-    FROM device_pending
-    WHERE %(pending)s
+    FROM summary_pending
 ),
 delta AS (
     SELECT
@@ -26,7 +25,11 @@ delta AS (
 ),
 merged AS (
     MERGE INTO device_slots AS s
-    USING delta AS d ON s.device_id = d.device_id AND s.metric_name = d.metric_name AND s.slot = d.slot
+    USING delta AS d
+        ON
+            s.device_id = d.device_id AND s.metric_name = d.metric_name AND s.slot = d.slot
+            -- So that hours that nothing came to are not read, however many there are.
+            AND s.slot BETWEEN %(low)s AND %(high)s
     WHEN MATCHED AND s.rows + d.rows = 0 THEN DELETE
     WHEN MATCHED THEN UPDATE SET
         rows = s.rows + d.rows,
