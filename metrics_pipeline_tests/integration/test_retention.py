@@ -802,6 +802,15 @@ def test_the_migration_goes_and_comes_back(database: Settings) -> None:
 class WritersWhilePartitionsGo(Writers):
     """As the others, while partitions go and come back."""
 
+    def teardown(self) -> None:
+        if hasattr(self, "connections"):
+            for writer in range(3):
+                self.roll_back(writer)
+            # In each example, whatever chance did: nobody has the table now.
+            self.drop(back=1)
+            self.drop_the_first()
+        super().teardown()
+
     def go(self, partition: Partition) -> None:
         kept: list[list[tuple[Any, ...]]] = []
 
@@ -862,6 +871,5 @@ def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pyte
     )
     with postgres.connect(database, "metrics_reader") as connection:
         found = connection.execute("SELECT count(*) FROM detached_partitions").fetchone()
-    # How many went is chance, too.
     assert found is not None
-    assert found[0] > 0
+    assert found[0] > 20

@@ -695,6 +695,9 @@ class Writers(RuleBasedStateMachine):
         if hasattr(self, "connections"):
             for writer in range(3):
                 self.roll_back(writer)
+            # In each example once, whatever chance did: nobody has the table now.
+            if self.cut < 3:
+                self.make_partitions()
             # It may have to wait for a vacuum.
             self.bench.summarizer.execute("SET lock_timeout = '30s'")
             self.bench.tick()
@@ -838,8 +841,6 @@ def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pyte
     monkeypatch.setattr(partitions, "PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(summaries, "MOST_PENDING", 3_000_000)
     monkeypatch.setattr(summaries, "SETTLED_AFTER", timedelta(hours=6))
-    with postgres.connect(database, "metrics_reader") as connection:
-        before = len(partitions.listed(connection))
     machine = type("WritersHere", (Writers,), {"database": database})
     run_state_machine_as_test(
         machine,
@@ -852,8 +853,7 @@ def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pyte
         ),
     )
     with postgres.connect(database, "metrics_reader") as connection:
-        # How many were cut off is chance, too.
-        assert len(partitions.listed(connection)) > before
+        assert len(partitions.listed(connection)) > 20
 
 
 def test_writers_that_run_at_the_same_time(bench: Bench, database: Settings) -> None:
