@@ -21,6 +21,7 @@ import stamina
 from xdist.scheduler import LoadScopeScheduling
 
 from metrics_pipeline.settings import ROOT, Settings
+from metrics_pipeline_tests.patience import deadline, patience
 
 for _name in [*Settings.model_fields, "dagster_home", "dagster_postgres_url"]:
     os.environ.pop(_name.upper(), None)
@@ -115,7 +116,7 @@ class RunningStack:
             cwd=self.settings.data_dir,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=patience(timeout),
             check=check,
         )
 
@@ -137,9 +138,9 @@ def stack(started_stack: RunningStack) -> RunningStack:
 
     settings = started_stack.settings
     if sum(high - low for low, high in kafka.watermarks(settings).values()) > WORTH_CLEARING:
-        deadline = time.monotonic() + 60
+        give_up = deadline(60)
         while left := active.lag(settings).total:
-            assert time.monotonic() < deadline, f"{left} records are not stored"
+            assert time.monotonic() < give_up, f"{left} records are not stored"
             time.sleep(0.2)
         clear(settings)
     return started_stack

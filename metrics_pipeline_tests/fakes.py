@@ -22,12 +22,13 @@ from confluent_kafka import KafkaError, KafkaException
 from metrics_pipeline import postgres
 from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.settings import TOPIC
+from metrics_pipeline_tests.patience import deadline
 
 
 def until(condition: Callable[[], object], seconds: float = 5) -> bool:
     """Wait for a condition; False when it did not come true in time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    give_up = deadline(seconds)
+    while time.monotonic() < give_up:
         if condition():
             return True
         time.sleep(0.005)

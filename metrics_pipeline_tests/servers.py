@@ -20,6 +20,7 @@ from metrics_pipeline.local.account import Account, unprivileged
 from metrics_pipeline.local.environment import minimal
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.settings import Settings
+from metrics_pipeline_tests.patience import deadline
 
 PASSWORD: Final = "of the boss"
 START_SECONDS: Final = 30.0
@@ -150,7 +151,7 @@ def own_server(*, tables: Path | None = None, **settings: str) -> Iterator[Serve
 
 def until_streams(primary: Server, seconds: float = 30.0) -> None:
     """Wait until a standby has all that the primary wrote."""
-    deadline = time.monotonic() + seconds
+    give_up = deadline(seconds)
     with primary.admin() as connection:
         while True:
             row = connection.execute(
@@ -158,5 +159,5 @@ def until_streams(primary: Server, seconds: float = 30.0) -> None:
             ).fetchone()
             if row and row[0]:
                 return
-            assert time.monotonic() < deadline, "the standby does not follow"
+            assert time.monotonic() < give_up, "the standby does not follow"
             time.sleep(0.1)

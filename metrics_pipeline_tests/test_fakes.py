@@ -15,6 +15,7 @@ from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.producer.publisher import KafkaClient, producer_config
 from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline_tests.fakes import FakePostgres, FakeTopic, offsets_of
+from metrics_pipeline_tests.patience import deadline
 
 Make = Callable[..., KafkaClient]
 
@@ -43,8 +44,8 @@ def batch(count: int, size: int = 10) -> list[dict[str, Any]]:
 
 
 def wait(client: KafkaClient, reports: list[Any], count: int) -> None:
-    deadline = time.monotonic() + 10
-    while len(reports) < count and time.monotonic() < deadline:
+    give_up = deadline(10)
+    while len(reports) < count and time.monotonic() < give_up:
         client.poll(0.1)
     assert len(reports) == count
 
@@ -114,8 +115,8 @@ def test_an_unreachable_broker_raises_and_tells_the_error_callback() -> None:
             client = confluent_kafka.Producer(
                 producer_config(Settings(kafka_url="127.0.0.1:1")) | {"error_cb": told.append}
             )
-        deadline = time.monotonic() + 5
-        while not any("failed: " in error.str() for error in told) and time.monotonic() < deadline:
+        give_up = deadline(5)
+        while not any("failed: " in error.str() for error in told) and time.monotonic() < give_up:
             with pytest.raises(KafkaException):
                 client.list_topics(timeout=0.2)
             client.poll(0)

@@ -18,9 +18,10 @@ from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.local.service import tail
 from metrics_pipeline.settings import ROOT
 from metrics_pipeline_tests.chaos.stack import Place
+from metrics_pipeline_tests.patience import patience
 
 SINK: Final = "metrics_pipeline_tests.chaos.sink"
-END_SECONDS: Final = 60.0
+END_SECONDS: Final = patience(60.0)
 
 
 class VoidError(AssertionError):
@@ -121,7 +122,7 @@ class Sink(Child):
 
     def ready(self) -> Self:
         """Wait until all of its workers consume."""
-        until(self.answers, 60, "the workers run")
+        until(self.answers, patience(60), "the workers run")
         return self
 
 

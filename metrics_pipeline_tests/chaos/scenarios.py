@@ -34,6 +34,7 @@ from metrics_pipeline_tests.chaos import sink as chaos_sink
 from metrics_pipeline_tests.chaos.processes import SINK, Load, Sink, VoidError, until
 from metrics_pipeline_tests.chaos.proxy import Proxy
 from metrics_pipeline_tests.chaos.stack import Place
+from metrics_pipeline_tests.patience import patience
 
 IN_TRANSACTION: Final = PLACES[PLACES.index("locked") : PLACES.index("committing") + 1]
 RATE: Final = 6000
@@ -73,7 +74,7 @@ class Outcome:
 
     def compare(self, place: Place) -> None:
         """Compare table and topic, once the active sink has stored what is left."""
-        self.report = verify(place.settings, timeout=120)
+        self.report = verify(place.settings, timeout=patience(120))
         report, counts = self.report, self.report.counts
         self.facts |= {"records": report.records, "rows": report.rows, "verify": report.lines()[0]}
         if not report.clean:
@@ -251,7 +252,11 @@ def zombies(place: Place, times: int = 3, *, session_ms: int = 10_000) -> Outcom
     bound = session_ms / 1000 + 30
     others, taken_over = [], []
     with Load(place, RATE) as load, Sink(place, session_ms=session_ms).ready() as sink:
-        until(lambda: all(one["partitions"] for one in sink.status()["workers"]), 60, "both workers have partitions")
+        until(
+            lambda: all(one["partitions"] for one in sink.status()["workers"]),
+            patience(60),
+            "both workers have partitions",
+        )
         for _ in range(times):
             progress(place, 30)
             before = sink.status()
@@ -273,13 +278,13 @@ def zombies(place: Place, times: int = 3, *, session_ms: int = 10_000) -> Outcom
             def sent_away(count: int = _sent_away(before)) -> bool:
                 return _sent_away(sink.status()) > count
 
-            until(sent_away, 30, "the worker that was stopped noticed what it had missed")
+            until(sent_away, patience(30), "the worker that was stopped noticed what it had missed")
 
             def is_back(name: str = name) -> bool:
                 return any(one["name"] == name and one["partitions"] for one in sink.status()["workers"])
 
             time.sleep(1.5)  # it may not have found out yet that its partitions are others' now
-            until(is_back, 60, "the worker that was stopped has partitions again")
+            until(is_back, patience(60), "the worker that was stopped has partitions again")
         load.end()
         status = sink.status()
         outcome.settle(place, sink)

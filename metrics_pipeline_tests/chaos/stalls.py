@@ -17,6 +17,7 @@ from metrics_pipeline_tests.chaos.processes import Load, Sink, VoidError, until
 from metrics_pipeline_tests.chaos.proxy import Proxy
 from metrics_pipeline_tests.chaos.scenarios import Outcome, progress, stopped_inside_a_transaction
 from metrics_pipeline_tests.chaos.stack import Place
+from metrics_pipeline_tests.patience import patience
 
 PATIENCE: Final = 5
 """SINK_STALL_SECONDS of these sinks."""
@@ -90,7 +91,11 @@ def working(place: Place, outcome: Outcome, **variables: str) -> Iterator[Stands
     """A sink of two workers under load, of little patience."""
     variables.setdefault("SINK_STALL_SECONDS", str(PATIENCE))
     with Load(place, RATE) as load, Sink(place, 2, session_ms=6000, **variables).ready() as sink:
-        until(lambda: all(one["partitions"] for one in sink.status()["workers"]), 60, "both workers have partitions")
+        until(
+            lambda: all(one["partitions"] for one in sink.status()["workers"]),
+            patience(60),
+            "both workers have partitions",
+        )
         progress(place, 30)
         yield Standstill(place, sink, load, outcome)
         load.check()

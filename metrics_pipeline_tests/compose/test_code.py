@@ -15,6 +15,7 @@ import pytest
 from metrics_pipeline.compose.code import end_runs
 from metrics_pipeline.local import dagster
 from metrics_pipeline.settings import Settings
+from metrics_pipeline_tests.patience import deadline
 
 SERVER = """
     import multiprocessing, signal, sys, time, pathlib
@@ -42,9 +43,9 @@ def server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[psutil.Pr
     script = tmp_path / "server.py"
     script.write_text(textwrap.dedent(SERVER))
     process = subprocess.Popen([sys.executable, script, tmp_path, str(request.param)])
-    deadline = time.monotonic() + 30
+    give_up = deadline(30)
     while not (tmp_path / "ready").exists():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < give_up
         time.sleep(0.05)
     family = psutil.Process(process.pid).children(recursive=True)
     yield psutil.Process(process.pid)

@@ -25,6 +25,7 @@ from metrics_pipeline.copy_sink.sessions import Session
 from metrics_pipeline.copy_sink.supervisor import Supervisor
 from metrics_pipeline.errors import BusyError, SettingError
 from metrics_pipeline.settings import Settings
+from metrics_pipeline_tests.patience import deadline
 
 
 def busy(name: str, pipe: Connection) -> None:
@@ -134,9 +135,9 @@ def running(
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
+    give_up = deadline(seconds)
     while not condition():
-        assert time.monotonic() < deadline, "did not come true in time"
+        assert time.monotonic() < give_up, "did not come true in time"
         time.sleep(0.05)
 
 

@@ -36,6 +36,7 @@ from metrics_pipeline_tests.archive import readings
 from metrics_pipeline_tests.archive.readings import Stored
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.databases import own_database
+from metrics_pipeline_tests.patience import patience
 
 pytestmark = pytest.mark.integration
 
@@ -69,7 +70,7 @@ class Place:
             cwd=self.settings.data_dir,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=patience(300),
             check=False,
             preexec_fn=limit,
         )
@@ -330,7 +331,7 @@ def test_what_is_called_whole_is_all_there_is_while_late_readings_keep_coming(pl
     for thread in writers:
         thread.start()
     try:
-        assert stored.wait(30)
+        assert stored.wait(patience(30))
         for _ in range(5):
             keeping.keep(place.settings, partition)
             whole()

@@ -40,6 +40,7 @@ from metrics_pipeline.settings import CONNECTOR, Settings
 from metrics_pipeline.sinks.connector import ConnectClient
 from metrics_pipeline_tests.databases import own_database
 from metrics_pipeline_tests.fake_sink import FakeMessage
+from metrics_pipeline_tests.patience import patience
 
 pytestmark = pytest.mark.integration
 
@@ -55,8 +56,10 @@ def bench() -> Iterator[Place]:
     assert not running.settings.data_dir.parent.exists()
 
 
-def command(*arguments: str, folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def command(*arguments: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A benchmark, which is gone afterwards whatever becomes of the test."""
+    with subprocess.Popen(
         [sys.executable, "-m", "metrics_pipeline", "bench", *arguments],
         env={**os.environ, "TMPDIR": str(folder), "PIPELINE_MEMORY_GB": "4"},
         cwd=folder,
@@ -64,7 +67,11 @@ def command(*arguments: str, folder: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
+    ) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -80,8 +87,9 @@ def left_behind(folder: Path) -> list[str]:
 
 
 def test_drain_by_command(tmp_path: Path) -> None:
-    child = command("drain", f"--records={RECORDS}", "--rounds=1", "--paths=copy-1,limit-1", "--json", folder=tmp_path)
-    out, err = child.communicate(timeout=120)
+    arguments = ("drain", f"--records={RECORDS}", "--rounds=1", "--paths=copy-1,limit-1", "--json")
+    with command(*arguments, folder=tmp_path) as child:
+        out, err = child.communicate(timeout=patience(120))
     assert child.returncode == 0, err
     document = json.loads(out)
     assert document["correct"] is True
@@ -104,8 +112,7 @@ def test_drain_by_command(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_benchmark_leaves_nothing_behind(tmp_path: Path) -> None:
-    child = command("produce", "--seconds=60", folder=tmp_path)
-    try:
+    with command("produce", "--seconds=60", folder=tmp_path) as child:
         assert child.stderr is not None
         assert "PostgreSQL is up" in child.stderr.readline()
         assert left_behind(tmp_path)
@@ -115,8 +122,6 @@ def test_an_interrupted_benchmark_leaves_nothing_behind(tmp_path: Path) -> None:
         time.sleep(0.2)
         child.send_signal(signal.SIGINT)  # impatience changes nothing
         child.communicate(timeout=30)  # a broker that cannot be asked to end takes 45 s
-    finally:
-        child.kill()
     assert child.returncode == 130
     assert left_behind(tmp_path) == []
     assert not home.exists()

@@ -31,8 +31,9 @@ from metrics_pipeline.local.stack import Stack, build
 from metrics_pipeline.local.status import Sampler
 from metrics_pipeline.settings import CONNECTOR, DEAD_LETTER_TOPIC, TOPIC, Settings
 from metrics_pipeline.sinks import connector
+from metrics_pipeline_tests.patience import patience
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.integration
 
 LOAD = {"PRODUCER_MIN_METRICS": 500, "PRODUCER_MAX_METRICS": 1000, "PRODUCER_PUBLISH_INTERVAL": 250}
 """About 3,000 messages/s: the machine has eight processes to share itself out to."""
@@ -96,11 +97,11 @@ class Cluster:
 def until(what: str, condition: Callable[[], bool], limit: float = 60) -> float:
     """Wait for a condition; the seconds it took."""
     began = time.monotonic()
-    while time.monotonic() - began < limit:
+    while time.monotonic() - began < patience(limit):
         if condition():
             return time.monotonic() - began
         time.sleep(0.2)
-    pytest.fail(f"not within {limit:.0f} s: {what}")
+    pytest.fail(f"not within {patience(limit):.0f} s: {what}")
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_a_broker_and_a_worker_killed_under_load(cluster: Cluster) -> None:
         assert producer.poll() is None
     finally:
         producer.terminate()
-        said, _ = producer.communicate(timeout=60)
+        said, _ = producer.communicate(timeout=patience(60))
     assert producer.returncode == 0, said  # every message was acknowledged
     verified = subprocess.run(
         cluster.command("verify", "--json"),
@@ -184,7 +185,7 @@ def test_a_broker_and_a_worker_killed_under_load(cluster: Cluster) -> None:
         cwd=cluster.settings.data_dir,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=patience(200),
         check=False,
     )
     assert verified.returncode == 0, verified.stdout + verified.stderr

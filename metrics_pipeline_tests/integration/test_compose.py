@@ -32,8 +32,9 @@ from metrics_pipeline.local.stack import build
 from metrics_pipeline.settings import ROOT, Settings
 from metrics_pipeline_tests.compose.test_dashboards import names_in
 from metrics_pipeline_tests.compose_files import ports, project
+from metrics_pipeline_tests.patience import deadline, patience
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 LOAD = {"PRODUCER_MIN_METRICS": "200", "PRODUCER_MAX_METRICS": "400"}
 CHECKOUT = "/opt/metrics-pipeline"
@@ -113,7 +114,7 @@ class Containers:
         def end() -> None:
             process.terminate()
             try:
-                process.wait(60)
+                process.wait(patience(60))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -124,15 +125,15 @@ class Containers:
     def healthy(self, name: str) -> subprocess.CompletedProcess[str]:
         """The service's health check."""
         _, *test = project()[name]["healthcheck"]["test"]
-        return self.run(name, test, timeout=60)
+        return self.run(name, test, timeout=patience(60))
 
     def wait(self, name: str, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
         """Until the health check is content."""
-        deadline = time.monotonic() + seconds
+        give_up = deadline(seconds)
         while (done := self.healthy(name)).returncode != 0:
             log = (self.folder / f"{name}.log").read_text(errors="replace")[-2000:]
             assert process.poll() is None, f"{name} ended: {log}"
-            assert time.monotonic() < deadline, f"{name}: {done.stderr}{log}"
+            assert time.monotonic() < give_up, f"{name}: {done.stderr}{log}"
             time.sleep(0.5)
 
     def _here(self, text: str) -> str:
@@ -287,10 +288,10 @@ def test_webserver_has_the_definitions_by_grpc(containers: Containers) -> None:
 
 def test_the_sensor_launches_the_producer_and_rows_arrive(containers: Containers) -> None:
     settings = containers.settings
-    deadline = time.monotonic() + 120
+    give_up = deadline(120)
     with psycopg.connect(settings.role_url("metrics_reader"), autocommit=True) as connection:
         while (connection.execute("SELECT count(*) FROM metrics").fetchone() or (0,))[0] <= 5000:
-            assert time.monotonic() < deadline, (containers.folder / "daemon.log").read_text()[-3000:]
+            assert time.monotonic() < give_up, (containers.folder / "daemon.log").read_text()[-3000:]
             time.sleep(0.3)
     done = containers.run("code", ["metrics-pipeline", "sql", "--plain", "SELECT count(*) > 5000 FROM metrics"])
     assert done.stdout.split()[-1:] == ["True"], done.stdout + done.stderr
@@ -299,7 +300,7 @@ def test_the_sensor_launches_the_producer_and_rows_arrive(containers: Containers
             answer = requests.get(f"{settings.producer_http}/health", timeout=5)
             break
         except requests.ConnectionError:  # between two runs nobody answers
-            assert time.monotonic() < deadline, (containers.folder / "daemon.log").read_text()[-3000:]
+            assert time.monotonic() < give_up, (containers.folder / "daemon.log").read_text()[-3000:]
             time.sleep(0.3)
     assert (answer.status_code, answer.json()["healthy"]) == (200, True)
 
@@ -307,17 +308,17 @@ def test_the_sensor_launches_the_producer_and_rows_arrive(containers: Containers
 def test_status_is_healthy_in_the_container_of_the_code(containers: Containers) -> None:
     """Where the alerts send people; Dagster's UI is in another container, and found by DAGSTER_URL."""
     test_the_sensor_launches_the_producer_and_rows_arrive(containers)
-    deadline = time.monotonic() + 90
+    give_up = deadline(90)
     while (done := containers.run("code", ["metrics-pipeline", "status"])).returncode != 0:
-        assert time.monotonic() < deadline, done.stdout + done.stderr
+        assert time.monotonic() < give_up, done.stdout + done.stderr
         time.sleep(0.5)
     assert containers.replaced["http://webserver:3070"] in done.stdout
 
 
 def test_daemon_is_alive(containers: Containers) -> None:
-    deadline = time.monotonic() + 90
+    give_up = deadline(90)
     while (done := containers.healthy("daemon")).returncode != 0:
-        assert time.monotonic() < deadline, done.stdout + done.stderr
+        assert time.monotonic() < give_up, done.stdout + done.stderr
         time.sleep(0.5)
 
 
@@ -345,7 +346,7 @@ def test_a_stopped_code_server_lets_the_producer_flush(containers: Containers) -
     test_the_sensor_launches_the_producer_and_rows_arrive(containers)
     process = containers.processes["code"]
     process.terminate()
-    assert process.wait(55) == 0
+    assert process.wait(patience(55)) == 0
     with psycopg.connect(containers.settings.role_url("metrics_reader")) as connection:
         rows = connection.execute("SELECT DISTINCT state FROM producer_runs").fetchall()
         unknown = connection.execute("SELECT sum(unknown), sum(acknowledged) FROM producer_runs").fetchone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 from uuid import UUID
 
 import psutil
-import psycopg
 import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -26,6 +25,8 @@ from metrics_pipeline.sinks import connector, repair
 from metrics_pipeline.sinks.connector import ConnectClient
 from metrics_pipeline.sinks.repair import SinkRepair
 from metrics_pipeline_tests.conftest import RunningStack
+from metrics_pipeline_tests.fakes import until
+from metrics_pipeline_tests.patience import deadline, patience
 
 pytestmark = pytest.mark.integration
 
@@ -59,7 +60,7 @@ class Sink:
             key, value = metric.encode(reading)
             value = (poison or {}).get(number, value)
             producer.produce(TOPIC, key=key, value=value, partition=partition)
-        assert producer.flush(30) == 0
+        assert producer.flush(patience(30)) == 0
 
     def rows(self) -> int:
         with self.stack.admin() as connection:
@@ -68,9 +69,9 @@ class Sink:
         return int(row[0])
 
     def wait_for_rows(self, count: int, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
+        give_up = deadline(seconds)
         while (found := self.rows()) != count:
-            assert time.monotonic() < deadline, f"{found} rows of {count}; {self.client.state(NAME).problems}"
+            assert time.monotonic() < give_up, f"{found} rows of {count}; {self.client.state(NAME).problems}"
             time.sleep(0.2)
 
 
@@ -98,21 +99,22 @@ def sink(stack: RunningStack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         time.sleep(0.2)
     with stack.admin() as connection:
         connection.execute(f"DROP TABLE {TABLE}")
+        connection.execute("DROP FUNCTION IF EXISTS sleep_of_test_connect()")
     admin = AdminClient(kafka.client_config(settings))
     for future in admin.delete_topics([TOPIC]).values():
-        future.result(10)
+        future.result(patience(10))
     _forget_group(admin, f"connect-{NAME}")
 
 
 def _forget_group(admin: AdminClient, group: str) -> None:
-    deadline = time.monotonic() + 20
+    give_up = deadline(20)
     while True:
         try:
-            admin.delete_consumer_groups([group])[group].result(10)
+            admin.delete_consumer_groups([group])[group].result(patience(10))
         except KafkaException as error:
             if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
                 return
-            if time.monotonic() > deadline:
+            if time.monotonic() > give_up:
                 raise
             time.sleep(0.2)  # its members leave one after the other
         else:
@@ -193,66 +195,67 @@ def test_sessions_that_postgresql_ends_are_repaired_and_nothing_is_lost(sink: Si
                 [f"INSERT INTO%{TABLE}%"],
             ).fetchone()
         ended = found[0] if found else 0
-    deadline = time.monotonic() + 90
+    give_up = deadline(90)
     actions = []
     while sink.rows() != 60_000:
-        assert time.monotonic() < deadline, repairer.tick().message
+        assert time.monotonic() < give_up, repairer.tick().message
         actions += [event.action for event in repairer.tick().events]
         time.sleep(0.2)
     assert "restart failed tasks" in actions
     assert "give up" not in actions
 
 
-def stopped_backend(sink: Sink) -> psutil.Process:
-    """PostgreSQL's process of a task, stopped in a statement; not one that holds a latch of the server's memory, for which all would wait."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with sink.stack.admin() as connection:
-            found = connection.execute(
-                "SELECT pid FROM pg_stat_activity WHERE state = 'active' AND query LIKE %s", [f"INSERT INTO%{TABLE}%"]
-            ).fetchone()
-        if found is None:
-            continue
-        backend = psutil.Process(found[0])
+SLEEP = """CREATE OR REPLACE FUNCTION sleep_of_test_connect() RETURNS trigger LANGUAGE plpgsql AS
+$$ BEGIN PERFORM pg_sleep({}); RETURN NULL; END $$"""
+
+
+@contextmanager
+def stopped_backend(sink: Sink) -> Iterator[psutil.Process]:
+    """PostgreSQL's process of a task, stopped in a statement, where it holds nothing of the server's memory that others wait for: asleep."""
+    asleep = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND query LIKE %s"
+    with sink.stack.admin() as connection:
+        connection.execute(SLEEP.format(600))
+        connection.execute(
+            f"CREATE TRIGGER sleep BEFORE INSERT ON {TABLE} FOR EACH STATEMENT EXECUTE FUNCTION sleep_of_test_connect()"
+        )
+        sink.publish(60_000, partition=0)
+        found: list[tuple[Any, ...]] = []
+
+        def met() -> bool:
+            found[:] = connection.execute(asleep, [f"INSERT INTO%{TABLE}%"]).fetchall()
+            return bool(found)
+
+        assert until(met, 30), "no INSERT was met"
+        backend = psutil.Process(found[0][0])
         backend.suspend()
-        time.sleep(0.5)
-        with (
-            suppress(psycopg.OperationalError),
-            psycopg.connect(sink.settings.admin_url("metrics"), connect_timeout=2) as other,
-        ):
-            waiting = other.execute("SELECT FROM pg_stat_activity WHERE wait_event_type = 'LWLock'").fetchone()
-            if waiting is None:
-                return backend
+        connection.execute(SLEEP.format(0))
+    try:
+        yield backend
+    finally:
         backend.resume()
-    raise AssertionError("no INSERT was met")
 
 
 def test_tasks_that_run_and_do_not_move_are_restarted_with_their_sessions(sink: Sink) -> None:
     """PostgreSQL's process of a task is stopped within a put: Connect goes on to say RUNNING."""
     connector.ensure_connector(sink.settings)
-    sink.publish(60_000, partition=0)
-    backend = stopped_backend(sink)
-    # Its patience begins now, so that the transaction is older than that.
-    repairer = SinkRepair(sink.settings.model_copy(update={"sink_stall_seconds": 5}), due=lambda _: None)
-    try:
+    with stopped_backend(sink) as backend:
+        # Its patience begins now, so that the transaction is older than that.
+        repairer = SinkRepair(sink.settings.model_copy(update={"sink_stall_seconds": 5}), due=lambda _: None)
         began, actions = time.monotonic(), []
         while "restart all" not in actions:
             tick = repairer.tick()
             actions += [event.action for event in tick.events]
-            assert time.monotonic() < began + 30, tick.message
+            assert time.monotonic() < began + patience(12), tick.message
             time.sleep(0.2)
-        assert time.monotonic() < began + 12
         assert actions == ["restart all"]
         assert f"PostgreSQL's session {backend.pid} is active in a transaction" in tick.message
         assert "topic metrics.of-test-connect, partition 0" in tick.message
         assert not repairer.tick().healthy, "a restart is no progress"
-    finally:
-        backend.resume()
     # It was told to end, which it does as soon as it can.
-    deadline = time.monotonic() + 90
+    give_up = deadline(90)
     while sink.rows() != 60_000:
         repairer.tick()
-        assert time.monotonic() < deadline, f"{sink.rows()} rows; {repairer.tick().message}"
+        assert time.monotonic() < give_up, f"{sink.rows()} rows; {repairer.tick().message}"
         time.sleep(0.2)
     assert not psutil.pid_exists(backend.pid)
 
@@ -268,14 +271,14 @@ def test_a_lock_of_somebody_else_is_named_and_no_task_restarted(sink: Sink) -> N
         sink.publish(100)
         began, named = time.monotonic(), f"a lock that pid {person.info.backend_pid} (a person, role postgres) holds"
         while named not in (tick := repairer.tick()).message:
-            assert (time.monotonic() < began + 30, tick.events) == (True, []), tick.message
+            assert (time.monotonic() < began + patience(12), tick.events) == (True, []), tick.message
             time.sleep(0.2)
-        assert (time.monotonic() < began + 12, tick.healthy, tick.events) == (True, False, [])
+        assert (tick.healthy, tick.events) == (False, [])
         person.execute("ROLLBACK")
     sink.wait_for_rows(100)
-    deadline = time.monotonic() + 10
+    give_up = deadline(10)
     while not repairer.tick().healthy:
-        assert time.monotonic() < deadline
+        assert time.monotonic() < give_up
         time.sleep(0.2)
 
 
@@ -289,10 +292,10 @@ def test_a_record_that_cannot_be_stored_is_named_and_can_be_skipped(sink: Sink) 
     sink.wait_for_rows(510)
     producer = Producer(kafka.client_config(sink.settings))
     producer.produce(TOPIC, key=key, value=value.replace(b'"x"', b'"\\u0000"'), partition=1)
-    assert producer.flush(30) == 0
-    deadline = time.monotonic() + 120
+    assert producer.flush(patience(30)) == 0
+    give_up = deadline(120)
     while "stopped trying" not in (said := repairer.tick().message):
-        assert time.monotonic() < deadline, said
+        assert time.monotonic() < give_up, said
         time.sleep(0.2)
     assert f"at topic {TOPIC}, partition 1, offset 500: " in said
     assert 'invalid byte sequence for encoding "UTF8": 0x00' in said

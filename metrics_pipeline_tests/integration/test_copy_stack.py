@@ -16,7 +16,7 @@ from metrics_pipeline.sinks import connector
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.integration.test_keeper import Pipeline, own_pipeline
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture

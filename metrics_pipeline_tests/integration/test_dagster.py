@@ -25,6 +25,7 @@ from metrics_pipeline.settings import CONNECTOR, TOPIC, Settings
 from metrics_pipeline.sinks import connector
 from metrics_pipeline.sinks.connector import ConnectClient
 from metrics_pipeline_tests.conftest import RunningStack
+from metrics_pipeline_tests.patience import deadline, patience
 
 pytestmark = pytest.mark.integration
 
@@ -66,7 +67,7 @@ class Jobs:
             env=dict(self.stack.environment),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=patience(300),
             check=False,
         )
         (run,) = self.instance.get_runs(dg.RunsFilter(job_name=job), limit=1)
@@ -129,7 +130,7 @@ def change_retention(settings: Settings) -> None:
     (future,) = admin.incremental_alter_configs(
         [ConfigResource(ResourceType.TOPIC, TOPIC, incremental_configs=[entry])]
     ).values()
-    future.result(10)
+    future.result(patience(10))
 
 
 def change_connector(settings: Settings) -> None:
@@ -187,9 +188,9 @@ def test_a_producer_run_is_observed_counted_and_stored(jobs: Jobs) -> None:
             "SELECT sum(acknowledged), sum(failed), min(state) FROM producer_runs WHERE run_id = %s", [run.run_id]
         ).fetchone()
     assert counted == (observed[-1]["acknowledged"].value, 0, "finished")
-    deadline = time.monotonic() + 120
+    give_up = deadline(120)
     while kafka.consumer_lag(settings).total:
-        assert time.monotonic() < deadline
+        assert time.monotonic() < give_up
         time.sleep(0.2)
     summaries, _ = jobs.run("summaries")
     assert summaries.status == dg.DagsterRunStatus.SUCCESS
@@ -232,7 +233,7 @@ def test_a_second_producer_says_why_not_and_a_hanging_one_is_an_error(jobs: Jobs
             process.send_signal(signal.SIGCONT)
         # No code server knows this run: it sees by itself that it is to end.
         jobs.instance.report_run_canceling(first)
-        process.wait(60)
+        process.wait(patience(60))
     run = jobs.instance.get_run_by_id(first.run_id)
     assert run is not None
     assert run.status == dg.DagsterRunStatus.CANCELED
@@ -330,7 +331,7 @@ def _nothing_stored_for(jobs: Jobs, seconds: float) -> bool:
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
+    give_up = deadline(seconds)
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < give_up
         time.sleep(0.2)

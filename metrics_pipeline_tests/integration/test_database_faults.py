@@ -23,12 +23,13 @@ from metrics_pipeline.local.status import Sampler
 from metrics_pipeline.settings import ROOT
 from metrics_pipeline_tests.chaos.processes import Load, Repair, Sink, until
 from metrics_pipeline_tests.chaos.stack import Place, own_stack
+from metrics_pipeline_tests.patience import patience
 from metrics_pipeline_tests.servers import Server, own_server, until_streams
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 RATE: Final = 1500
-GOES_ON_SECONDS: Final = 60.0
+GOES_ON_SECONDS: Final = patience(60.0)
 TABLES_MB: Final = 220
 """Of the file system that fills: room for the catalogs of five databases, and for what is stored before it fills."""
 
@@ -114,7 +115,7 @@ class Work:
             seen.append(str(shown.get("reason")))
             return not shown["healthy"] and any(word in seen[-1] for word in words)
 
-        until(said, 45, f"status says {words}: {seen[-3:]}")
+        until(said, patience(45), f"status says {words}: {seen[-3:]}")
         return dict(self.sink.status()["retries"])
 
     def is_patient(self, seconds: float = 8.0) -> None:
@@ -133,7 +134,7 @@ def verify(place: Place) -> None:
     """All of it is there."""
     done = subprocess.run(
         [sys.executable, "-m", "metrics_pipeline", "verify", "--json"],
-        env=dict(place.environment), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        env=dict(place.environment), cwd=ROOT, capture_output=True, text=True, timeout=patience(300), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -170,7 +171,7 @@ def test_a_standby_is_promoted_and_the_former_server_demoted() -> None:
             here.stop()
             at.address.target = there.port
             at.named("is a standby, which takes no writes", "cannot be reached")
-            until(lambda: "standby" in str(at.shown().get("reason")), 45, "the standby is named")
+            until(lambda: "standby" in str(at.shown().get("reason")), patience(45), "the standby is named")
             at.is_patient()
             there.promote()
             at.goes_on()
@@ -206,7 +207,7 @@ def until_streams_about(primary: Server) -> None:
             row = connection.execute("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'").fetchone()
             return bool(row and row[0])
 
-        until(follows, 60, "the standby follows")
+        until(follows, patience(60), "the standby follows")
 
 
 @pytest.fixture(scope="module")
@@ -315,12 +316,14 @@ def test_kafka_connect_goes_on_by_itself_too() -> None:
                 until_streams_about(first)
                 first.stop()
                 address.target = second.port
-                until(lambda: not shown(place)["healthy"], 60, "status shows it")
+                until(lambda: not shown(place)["healthy"], patience(60), "status shows it")
                 second.promote()
                 stores(place)
                 with second.admin("metrics") as boss:
                     boss.execute("REVOKE INSERT (device_id) ON metrics FROM metrics_writer")
-                    until(lambda: "permission denied" in str(shown(place).get("reason")), 60, "status names it")
+                    until(
+                        lambda: "permission denied" in str(shown(place).get("reason")), patience(60), "status names it"
+                    )
                     boss.execute("GRANT INSERT (device_id) ON metrics TO metrics_writer")
                 stores(place)
                 load.end()
@@ -344,6 +347,6 @@ def stores(place: Place) -> None:
             return int(place.one("SELECT count(*) FROM metrics"))
         return 0
 
-    until(lambda: count() > 0, 120, "rows can be counted")
+    until(lambda: count() > 0, patience(120), "rows can be counted")
     rows = count()
-    until(lambda: count() > rows + RATE, 120, "more rows are stored")
+    until(lambda: count() > rows + RATE, patience(120), "more rows are stored")

@@ -18,6 +18,7 @@ from metrics_pipeline.definitions import defs
 from metrics_pipeline.local.dagster import LOCATION
 from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline_tests.clean_checkout import CleanCheckout
+from metrics_pipeline_tests.patience import patience
 
 pytestmark = pytest.mark.integration
 
@@ -72,7 +73,7 @@ def test_dg_dev_serves_the_definitions_and_leaves_nothing_behind(tmp_path: Path)
         assert {job.name for job in defs.resolve_all_job_defs()} == {job["name"] for job in repository["jobs"]}
         assert len(started_by(checkout)) >= 4  # itself, code server, webserver, daemon
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(timeout=90)
+        process.wait(timeout=patience(90))
         _, remain = psutil.wait_procs(started_by(checkout), timeout=10)
         assert not remain
     finally:

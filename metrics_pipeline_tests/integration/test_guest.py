@@ -14,7 +14,7 @@ from metrics_pipeline.errors import ServiceError
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.servers import Server, own_server
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.integration
 
 ROLES: Final = (*postgres.ROLES, "dagster")
 CATALOGS: Final = """

@@ -14,6 +14,7 @@ from metrics_pipeline.errors import DriftError
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.fakes import until
+from metrics_pipeline_tests.patience import patience
 
 pytestmark = pytest.mark.integration
 
@@ -26,7 +27,7 @@ def settings(stack: RunningStack, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
     yield stack.settings
     admin = AdminClient(kafka.client_config(stack.settings))
     for future in admin.delete_topics([OURS]).values():
-        future.result(10)
+        future.result(patience(10))
 
 
 def alter(settings: Settings, name: str, value: str) -> None:
@@ -35,7 +36,7 @@ def alter(settings: Settings, name: str, value: str) -> None:
     admin = AdminClient(kafka.client_config(settings))
     resource = ConfigResource(ResourceType.TOPIC, OURS, incremental_configs=[entry])
     for future in admin.incremental_alter_configs([resource]).values():
-        future.result(10)
+        future.result(patience(10))
 
 
 def test_made_once_and_mended_when_changed_by_hand(settings: Settings) -> None:
@@ -71,7 +72,7 @@ def test_lag_is_what_a_group_has_still_to_read(settings: Settings) -> None:
     producer = Producer(kafka.client_config(settings))
     for number in range(10):
         producer.produce(OURS, value=b"x", partition=number % 2)
-    assert producer.flush(10) == 0
+    assert producer.flush(patience(10)) == 0
     assert kafka.consumer_lag(settings, group).total == 10
     consumer = Consumer(kafka.client_config(settings) | {"group.id": group})
     consumer.commit(offsets=[TopicPartition(OURS, 0, 3)], asynchronous=False)

@@ -32,8 +32,9 @@ from metrics_pipeline.local.state import StackState
 from metrics_pipeline.local.status import Sampler, is_healthy
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.fakes import until
+from metrics_pipeline_tests.patience import patience
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.integration
 
 POLL_SECONDS = 0.3
 LOAD = {
@@ -67,7 +68,7 @@ class Pipeline:
             cwd=self.data.parent,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=patience(timeout),
             check=False,
         )
 
@@ -79,12 +80,12 @@ class Pipeline:
         began = time.monotonic()
         sample: dict[str, Any] = {}
         with closing(Sampler(self.settings())) as sampler:
-            while time.monotonic() - began < limit:
+            while time.monotonic() - began < patience(limit):
                 sample = sampler.sample()
                 if condition(sample):
                     return time.monotonic() - began
                 time.sleep(POLL_SECONDS)
-        pytest.fail(f"not {what} after {limit:.0f} s: {json.dumps(sample)}")
+        pytest.fail(f"not {what} after {patience(limit):.0f} s: {json.dumps(sample)}")
 
     def wait_healthy(self, limit: float = 90) -> float:
         """Wait until every part is healthy and rows keep coming."""
@@ -96,6 +97,17 @@ class Pipeline:
             ),
             limit,
         )
+
+    def status(self) -> dict[str, Any]:
+        """What `status` says as soon as it finds all well: on a busy machine, a part may once not answer it in time."""
+        said: list[subprocess.CompletedProcess[str]] = []
+
+        def well() -> bool:
+            said[:] = [self.cli("status", "--json")]
+            return said[0].returncode == 0
+
+        assert until(well, 30), said[0].stdout + said[0].stderr
+        return dict(json.loads(said[0].stdout))
 
     def child(self, name: str) -> psutil.Process:
         """The process of a service."""
@@ -161,9 +173,7 @@ def test_it_runs_and_verifies(pipeline: Pipeline) -> None:
     pipeline.wait(
         "fast", lambda s: (s["acknowledged_per_second"] or 0) > 1000 and s["latency_seconds"]["p99"] is not None
     )
-    said = pipeline.cli("status", "--json")
-    assert said.returncode == 0, said.stdout + said.stderr
-    assert is_healthy(json.loads(said.stdout))
+    assert is_healthy(pipeline.status())
     pipeline.verify()
 
 
@@ -182,7 +192,7 @@ def test_ctrl_c_while_it_starts_ends_quietly() -> None:
             first = next(line for line in process.stdout if " is up: " in line or " has started" in line)
             process.send_signal(signal.SIGINT)
             rest = process.stdout.read()
-            assert process.wait(60) == 130, first + rest
+            assert process.wait(patience(60)) == 130, first + rest
         assert "error:" not in rest
         assert "SIGINT: stopping everything in order" in rest
         assert StackState.read(place.data).children == {}
@@ -254,7 +264,9 @@ def test_postgres_restarted_by_hand(pipeline: Pipeline) -> None:
         "/dev/null",
         "-w",
     ]
-    subprocess.run(command, check=True, capture_output=True, cwd="/", timeout=60, env={"LANG": "C.UTF-8"}, **who)
+    subprocess.run(
+        command, check=True, capture_output=True, cwd="/", timeout=patience(60), env={"LANG": "C.UTF-8"}, **who
+    )
     pipeline.wait_for_another("postgres", old.pid)
     pipeline.wait_healthy()
     pipeline.verify()
@@ -298,7 +310,9 @@ def test_no_secret_shows(pipeline: Pipeline) -> None:
     # All of the answer, errors too: not only the data that `graphql` returns.
     places["Dagster"] = requests.post(f"{dagster}/graphql", json={"query": query}, timeout=10).text
     # Between two runs nobody answers there.
-    for attempt in stamina.retry_context(on=requests.ConnectionError, timeout=90, wait_initial=0.5, wait_max=2):
+    for attempt in stamina.retry_context(
+        on=requests.ConnectionError, timeout=patience(90), wait_initial=0.5, wait_max=2
+    ):
         with attempt:
             places |= {
                 f"producer {path}": requests.get(producer + path, timeout=10).text

@@ -36,9 +36,10 @@ from metrics_pipeline.verification.verify import VerifyReport, verify
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.documents import fences, listings, page
 from metrics_pipeline_tests.integration.test_sink_poison import one_worker
+from metrics_pipeline_tests.patience import deadline, patience
 from metrics_pipeline_tests.test_own_sensors import fast_share
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 PAGE = page("own-sensors")
 PROGRAMS = listings(PAGE)
@@ -72,7 +73,13 @@ class Place:
 
     def run(self, *command: str) -> str:
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=120, check=False
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=patience(120),
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -212,9 +219,9 @@ def test_the_run_in_the_ledger(place: Place) -> None:
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+    give_up = deadline(seconds)
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < give_up
         time.sleep(0.05)
 
 
@@ -266,7 +273,7 @@ def test_the_bridge_from_mqtt_loses_nothing_when_it_is_killed(place: Place, sink
             assert first.poll() is None, logs[0].read_text()
             first.kill()
             first.wait()
-        sending.result(60)
+        sending.result(patience(60))
         forwarded = place.arrived()
         print(f"{forwarded} of 4000 forwarded when it was killed")  # noqa: T201  # for whoever runs it with -s
         assert forwarded < 4000

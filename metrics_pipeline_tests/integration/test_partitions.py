@@ -212,7 +212,6 @@ class Others:
         )
 
 
-@pytest.mark.timeout(600)
 def test_nobody_waits_for_a_producer_whose_clock_is_a_year_ahead(
     database: Settings, looked_at: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -251,7 +250,6 @@ def test_nobody_waits_for_a_producer_whose_clock_is_a_year_ahead(
     assert "counting all" not in caplog.text
 
 
-@pytest.mark.timeout(600)
 def test_nobody_waits_for_many_readings_just_behind_the_last_partition(
     database: Settings, looked_at: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:

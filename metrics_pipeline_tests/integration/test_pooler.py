@@ -21,12 +21,12 @@ from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.integration.test_guest import ROLES, works
 from metrics_pipeline_tests.integration.test_keeper import own_pipeline
+from metrics_pipeline_tests.patience import deadline
 from metrics_pipeline_tests.servers import PASSWORD, Server, own_server
 
 PGBOUNCER: Final = os.environ.get("PGBOUNCER") or shutil.which("pgbouncer", path=f"{os.defpath}:/usr/sbin")
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(PGBOUNCER is None, reason="no pgbouncer on this machine (PGBOUNCER names one elsewhere)"),
 ]
 
@@ -67,12 +67,12 @@ def pooler(server: Server, mode: str, **settings: str) -> Iterator[str]:
     who = server.account.as_arguments() if server.account else {}
     with subprocess.Popen([str(PGBOUNCER), "-q", str(file)], env=minimal(), cwd="/", **who) as process:
         try:
-            deadline = time.monotonic() + 10
+            give_up = deadline(10)
             while True:
                 with suppress(OSError):
                     socket.create_connection(("127.0.0.1", port)).close()
                     break
-                assert time.monotonic() < deadline
+                assert time.monotonic() < give_up
                 assert process.poll() is None
                 time.sleep(0.05)
             yield f"postgresql://guest:g@127.0.0.1:{port}"

@@ -22,6 +22,7 @@ from metrics_pipeline.settings import Role, Settings
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.databases import own_database
 from metrics_pipeline_tests.fakes import until
+from metrics_pipeline_tests.patience import patience
 
 pytestmark = pytest.mark.integration
 
@@ -502,7 +503,7 @@ def test_who_holds_a_lock_is_who_waits_for_nobody(database: Settings) -> None:
         finally:
             holder.rollback()
         for one in waiting:
-            one.result(20)
+            one.result(patience(20))
         owner.execute("DELETE FROM sink_offsets WHERE topic = 'of-test-postgres'")
 
 

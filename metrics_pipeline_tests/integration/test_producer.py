@@ -26,6 +26,7 @@ from metrics_pipeline.producer.run import Producer, RunReport, simulated
 from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.fakes import until
+from metrics_pipeline_tests.patience import patience
 
 pytestmark = pytest.mark.integration
 
@@ -59,7 +60,7 @@ def running(producer: Producer) -> Iterator[list[BaseException]]:
         yield errors
     finally:
         producer.stop.set()
-        thread.join(60)
+        thread.join(patience(60))
         assert not thread.is_alive()
 
 
@@ -219,7 +220,7 @@ def test_an_unreachable_broker_is_named(stack: RunningStack, monkeypatch: pytest
     begun = time.monotonic()
     with pytest.raises(ServiceError, match=r"127\.0\.0\.1:1 cannot be reached \(Connection refused\): .*KAFKA_URL"):
         producer.run()
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < patience(15)
     check(stack, producer.report)
 
 

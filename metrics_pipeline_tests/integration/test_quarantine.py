@@ -31,8 +31,9 @@ from metrics_pipeline_tests.chaos.scenarios import Outcome
 from metrics_pipeline_tests.chaos.stack import Place
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.integration.test_sink_poison import POISON
+from metrics_pipeline_tests.patience import patience
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 AROUND = 500
 """Good records between two bad ones."""
@@ -107,7 +108,7 @@ COERCED = frozenset(
 @pytest.fixture(scope="module")
 def place(stack: RunningStack) -> Iterator[Place]:
     """Empty, and with a connector that runs; so it is left, too."""
-    until(lambda: active.lag(stack.settings).total == 0, 60, "what was published before is stored")
+    until(lambda: active.lag(stack.settings).total == 0, patience(60), "what was published before is stored")
     clear(stack.settings)
     (stack.settings.data_dir / "logs").mkdir(exist_ok=True)
     yield Place(stack.settings, stack.environment, stack.services)
@@ -125,7 +126,11 @@ def test_every_poison_record_among_good_ones_under_load(place: Place) -> None:
     wires: list[Wire] = []
     at: dict[str, int] = {}
     with two_repairs(place), Load(place, RATE) as load:
-        until(lambda: sum(high for _, high in kafka.watermarks(place.settings).values()) > RATE, 60, "there is load")
+        until(
+            lambda: sum(high for _, high in kafka.watermarks(place.settings).values()) > RATE,
+            patience(60),
+            "there is load",
+        )
         for name, (_, key, value) in POISON.items():
             if name in COERCED:
                 continue
@@ -134,7 +139,7 @@ def test_every_poison_record_among_good_ones_under_load(place: Place) -> None:
             wires.append((key, value))
         places = publish(place, [*wires, *quarantine.good(AROUND, device, len(wires))])
         # A minute on a machine that has nothing else to do.
-        until(lambda: passed(place, places), 180, "all of them are passed")
+        until(lambda: passed(place, places), patience(180), "all of them are passed")
         load.check()
         load.end()
         dead = {(number, int(offset)) for number, offsets in dead_letters(place.settings).items() for offset in offsets}
@@ -186,7 +191,7 @@ def test_a_death_in_a_quarantine_changes_nothing(place: Place, victim: str, step
 def test_a_database_that_cannot_store_makes_no_record_a_bad_one(place: Place, fault: str, words: str) -> None:
     record, outcome = Record(place), Outcome()
     (at, _) = publish(place, [nul(0, uuid4()), *quarantine.good(1, uuid4())], partition=1)
-    until(lambda: connector.sink_state(place.settings).failed, 60, "the record stops the connector")
+    until(lambda: connector.sink_state(place.settings).failed, patience(60), "the record stops the connector")
     with quarantine.FAULTS[fault](place):
         with pytest.raises(ServiceError, match=words):
             Quarantine(place.settings).take(None, "a test")
@@ -237,10 +242,10 @@ def test_a_dead_letter_that_comes_last_does_not_rest(place: Place) -> None:
         repair.tick()
         return active.lag(place.settings).total == 0
 
-    until(passed_it, 60, "the connector is behind the dead letter", 0.5)
+    until(passed_it, patience(60), "the connector is behind the dead letter", 0.5)
     assert record.rejected() == {at: "bad_json"}
     assert record.quarantined() == 1
-    until(lambda: repair.tick().healthy, 60, "the repair has nothing to say")
+    until(lambda: repair.tick().healthy, patience(60), "the repair has nothing to say")
 
 
 def test_switched_off_it_stops_and_the_command_does_it_once(place: Place) -> None:
@@ -258,7 +263,7 @@ def test_switched_off_it_stops_and_the_command_does_it_once(place: Place) -> Non
         said = repair.tick().message
         return "stopped trying" in said
 
-    until(stopped, 120, "the repair gives up", 0.2)
+    until(stopped, patience(120), "the repair gives up", 0.2)
     assert f"at topic {TOPIC}, partition 3, offset " in said
     assert 'invalid byte sequence for encoding "UTF8": 0x00' in said
     assert "`metrics-pipeline rejects quarantine`" in said
@@ -270,8 +275,8 @@ def test_switched_off_it_stops_and_the_command_does_it_once(place: Place) -> Non
     assert (stretch["partition"], stretch["next"], stretch["rejected"]) == (3, last[1] + 1, 1)
     assert json.loads(done.stdout)["reasons"] == {"bad_tags": 1}
     assert [one["by"] for one in record.repairs()] == ["command"]
-    until(lambda: passed(place, [first, bad, last]), 60, "the connector is behind them")
-    until(lambda: repair.tick().healthy, 60, "the repair has nothing to say")
+    until(lambda: passed(place, [first, bad, last]), patience(60), "the connector is behind them")
+    until(lambda: repair.tick().healthy, patience(60), "the repair has nothing to say")
     assert record.rejected() == {bad: "bad_tags"}
     with closing(Sampler(place.settings)) as sampler:
         sample = sampler.sample()

@@ -15,6 +15,7 @@ from metrics_pipeline import kafka
 from metrics_pipeline.replay.cells import device_id
 from metrics_pipeline.replay.names import METRICS
 from metrics_pipeline_tests.conftest import RunningStack
+from metrics_pipeline_tests.patience import deadline
 from metrics_pipeline_tests.replay.cases import CASES, FOLDER
 
 pytestmark = pytest.mark.integration
@@ -27,9 +28,9 @@ def replay(stack: RunningStack, files: list[Path], device: str, readings: int) -
     assert f"{readings:,} readings from " in done.stdout
     assert "times name no zone and were taken in UTC" in done.stdout
     assert f"{readings:,} acknowledged" in done.stdout
-    deadline = time.monotonic() + 120
+    give_up = deadline(120)
     while kafka.consumer_lag(stack.settings).total:
-        assert time.monotonic() < deadline, "the sink does not catch up"
+        assert time.monotonic() < give_up, "the sink does not catch up"
         time.sleep(0.2)
 
 
@@ -101,9 +102,9 @@ def test_with_a_bad_line_nothing_is_published_unless_it_is_to_be_left_out(stack:
 
 
 def stored_at_last(stack: RunningStack, device: str, rows: int) -> Stored:
-    deadline = time.monotonic() + 60
+    give_up = deadline(60)
     while len(found := stored(stack, device)) < rows:
-        assert time.monotonic() < deadline, found
+        assert time.monotonic() < give_up, found
         time.sleep(0.2)
     return found
 
@@ -147,14 +148,14 @@ def test_files_of_the_world_are_stored(stack: RunningStack) -> None:
         for device, moment, metric, value in case.readings:
             key = device_id(device), datetime.fromisoformat(moment), METRICS[metric]
             wanted[key] = value, 1e-15 if case.near else 0.0
-    deadline = time.monotonic() + 60
+    give_up = deadline(60)
     devices = list({key[0] for key in wanted})
     while True:
         with stack.admin() as connection:
             rows = connection.execute(
                 "SELECT device_id, published_at, metric_name, value FROM metrics WHERE device_id = ANY(%s)", (devices,)
             ).fetchall()
-        if len(rows) >= len(wanted) or time.monotonic() > deadline:
+        if len(rows) >= len(wanted) or time.monotonic() > give_up:
             break
         time.sleep(0.2)
     found = {(device, moment, metric): value for device, moment, metric, value in rows}

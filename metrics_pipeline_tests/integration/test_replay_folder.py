@@ -24,6 +24,7 @@ from metrics_pipeline.producer import ledger
 from metrics_pipeline.replay.cells import device_id
 from metrics_pipeline.replay.folder import ReplayFolder, sha256
 from metrics_pipeline_tests.conftest import RunningStack
+from metrics_pipeline_tests.patience import deadline, patience
 
 pytestmark = pytest.mark.integration
 
@@ -107,9 +108,9 @@ class Drop:
 
 
 def wait_for(condition: Callable[[], bool], said: object = None, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
+    give_up = deadline(seconds)
     while not condition():
-        assert time.monotonic() < deadline, said
+        assert time.monotonic() < give_up, said
         time.sleep(0.2)
 
 
@@ -144,7 +145,7 @@ GOOD = [f"room-{number}" for number in range(1, 8)]
 
 
 def test_ten_files_three_of_them_bad_killed_in_the_middle(drop: Drop) -> None:
-    assert drop.execute("provision", {}, {}).wait(120) == 0, drop.log.read_text()
+    assert drop.execute("provision", {}, {}).wait(patience(120)) == 0, drop.log.read_text()
     config = {"producer_min_metrics": 100, "producer_max_metrics": 200, "producer_run_seconds": 600}
     producer = drop.execute("produce_metrics", {"ops": {"publish": {"config": config}}}, {})
     try:
@@ -159,7 +160,7 @@ def test_ten_files_three_of_them_bad_killed_in_the_middle(drop: Drop) -> None:
         first = drop.launch(drop.request(), rate=RATE)
         begun = wait_until_published(drop, first)
         first.send_signal(signal.SIGKILL)
-        first.wait(30)
+        first.wait(patience(30))
         moved = drop.names("done") | drop.names("failed")
         assert 0 < len(moved) < 10
         assert begun not in moved
@@ -169,7 +170,7 @@ def test_ten_files_three_of_them_bad_killed_in_the_middle(drop: Drop) -> None:
         # The sensor sees that the process is gone, and goes on with what is left, by the recipe with which it was begun.
         second = drop.request()
         assert set(second.run_config["ops"]["replay"]["config"]["files"]) == left
-        assert drop.launch(second).wait(240) == (1 if left & set(BAD) else 0), drop.log.read_text()
+        assert drop.launch(second).wait(patience(240)) == (1 if left & set(BAD) else 0), drop.log.read_text()
 
         assert drop.names("done") == {f"{device}.csv" for device in GOOD}
         assert drop.names("failed") == set(BAD)
@@ -181,7 +182,7 @@ def test_ten_files_three_of_them_bad_killed_in_the_middle(drop: Drop) -> None:
         assert drop.tick() == "no file is new"
     finally:
         producer.send_signal(signal.SIGINT)
-        producer.wait(120)
+        producer.wait(patience(120))
 
     wait_for(lambda: kafka.consumer_lag(drop.stack.settings).total == 0)
     assert {device: drop.rows(device) for device in GOOD} == dict.fromkeys(GOOD, 2 * LINES)

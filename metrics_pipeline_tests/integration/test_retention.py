@@ -29,6 +29,7 @@ from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.databases import own_database
 from metrics_pipeline_tests.integration.test_summaries import Bench, Writers
+from metrics_pipeline_tests.patience import patience
 from metrics_pipeline_tests.servers import Server, own_server
 
 pytestmark = pytest.mark.integration
@@ -451,7 +452,7 @@ def dies_before(step: int, settings: Settings, name: str) -> bool:
     secrets = {one: value.get_secret_value() for one, value in values.items() if isinstance(value, SecretStr)}
     document = json.dumps({one: str(value) for one, value in values.items()} | secrets)
     done = subprocess.run(
-        [sys.executable, "-c", MORTAL, str(step), name], input=document, text=True, check=False, timeout=120
+        [sys.executable, "-c", MORTAL, str(step), name], input=document, text=True, check=False, timeout=patience(120)
     )
     assert done.returncode in (0, -signal.SIGKILL)
     return done.returncode != 0
@@ -480,7 +481,6 @@ retention.drop(settings, partition, lambda _partition: None)
 """
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("which", "stride"), [(1, 2), (0, 5)], ids=["a partition", "metrics_before"])
 def test_a_death_at_each_step(database: Settings, which: int, stride: int, caplog: pytest.LogCaptureFixture) -> None:
     """Before each second of its statements (of some of them in the other place): the readings are all there or all gone, and whoever comes next ends what was begun."""
@@ -526,7 +526,6 @@ def mortal(tmp_path: Path) -> Iterator[tuple[Server, Settings]]:
         yield server, settings
 
 
-@pytest.mark.timeout(600)
 def test_a_death_of_postgresql_at_each_step(
     mortal: tuple[Server, Settings], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -848,7 +847,6 @@ class WritersWhilePartitionsGo(Writers):
             partitions.restore(self.database, partition.name, *bounds_of(partition), copied(saved))
 
 
-@pytest.mark.timeout(600)
 def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LOCK_MS": 20, "PATIENCE_SECONDS": 0.0, "STILL_SECONDS": 0.1}.items():
         monkeypatch.setattr(partitions, name, value)

@@ -23,8 +23,9 @@ from metrics_pipeline.sinks import connector
 from metrics_pipeline.surroundings import LIBPQ
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.databases import own_database
+from metrics_pipeline_tests.patience import patience
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 VARIABLES: Final = dict.fromkeys(LIBPQ, "/nowhere") | {
     "PGHOST": "127.0.0.9",
@@ -383,7 +384,7 @@ def test_no_command_is_changed_by_the_shell(arguments: tuple[str, ...], stack: R
         cwd=stack.settings.data_dir,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience(120),
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

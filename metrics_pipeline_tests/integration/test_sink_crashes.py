@@ -14,7 +14,7 @@ from metrics_pipeline_tests.chaos import scenarios, sink
 from metrics_pipeline_tests.chaos.scenarios import Outcome
 from metrics_pipeline_tests.chaos.stack import Place, own_stack
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 RATE = 1_500
 """Readings a second: little to compare afterwards."""

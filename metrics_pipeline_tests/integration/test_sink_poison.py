@@ -26,9 +26,10 @@ from metrics_pipeline.sinks import active, connector
 from metrics_pipeline.verification.verify import VerifyReport, verify
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.integration.test_sinks import problems, running, until
+from metrics_pipeline_tests.patience import deadline, patience
 from metrics_pipeline_tests.test_metric import KEY, REFUSED, VALUE, compact, without
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 START = datetime(2026, 6, 1, tzinfo=UTC)
 APART_SECONDS = 0.13
@@ -136,15 +137,15 @@ def settled(sink: OneWorker) -> Iterator[Callable[..., list[Place]]]:
         for at, (key, value) in enumerate(wires):
             producer.produce(TOPIC, key=key, value=value, partition=partition, on_delivery=delivered(at))
             producer.poll(0)
-        assert producer.flush(60) == 0
+        assert producer.flush(patience(60)) == 0
         return [places[at] for at in range(len(wires))]
 
     yield publish
-    deadline = time.monotonic() + 90
+    give_up = deadline(90)
     ends = {number: high for number, (_, high) in kafka.watermarks(sink.settings).items()}
     while any(active.offsets(sink.settings).get(number, -1) < high for number, high in ends.items() if high):
         assert requests.get(f"{sink.settings.sink_http}/health", timeout=5).status_code == 200
-        assert time.monotonic() < deadline, sink.status()
+        assert time.monotonic() < give_up, sink.status()
         time.sleep(0.05)
 
 

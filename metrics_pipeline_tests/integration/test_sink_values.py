@@ -21,7 +21,7 @@ from metrics_pipeline_tests.fake_sink import FakeMessage
 from metrics_pipeline_tests.integration.test_sink_poison import OneWorker, one_worker, settled
 from metrics_pipeline_tests.test_metric import ACCEPTED, DEVICE
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 START = datetime(2026, 5, 1, tzinfo=UTC)
 VALUES = [

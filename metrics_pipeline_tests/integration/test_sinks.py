@@ -29,16 +29,17 @@ from metrics_pipeline.sinks import active, connector, repair
 from metrics_pipeline.sinks.connector import ConnectClient
 from metrics_pipeline.verification.verify import VerifyReport, verify
 from metrics_pipeline_tests.conftest import RunningStack
+from metrics_pipeline_tests.patience import deadline, patience
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 START = datetime(2026, 2, 1, tzinfo=UTC)
 
 
 def until(condition: Callable[[], object], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
+    give_up = deadline(seconds)
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < give_up
         time.sleep(0.2)
 
 
@@ -63,7 +64,7 @@ def running(stack: RunningStack, *arguments: str) -> Iterator[subprocess.Popen[s
     finally:
         process.terminate()
         try:
-            process.wait(timeout=60)
+            process.wait(timeout=patience(60))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -98,7 +99,7 @@ def provision(stack: RunningStack, sink: str) -> str:
         env={**stack.environment, "SINK": sink},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience(300),
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -142,7 +143,7 @@ def test_one_sink_takes_over_from_the_other_under_load(stack: RunningStack, work
             stored[sink] += former - reached
             assert producer.poll() is None, "there was no load any more"
         producer.terminate()
-        assert producer.wait(timeout=60) == 0
+        assert producer.wait(timeout=patience(60)) == 0
     after = verify(settings)
     assert problems(after) == problems(before)
     assert after.records - before.records == after.counts.compared - before.counts.compared > 80_000
@@ -216,7 +217,7 @@ def publish(settings: Settings, *messages: tuple[bytes | None, bytes | None]) ->
         producer.produce(
             TOPIC, key=key, value=value, on_delivery=lambda _, m: places.append((m.partition() or 0, m.offset() or 0))
         )
-        assert producer.flush(30) == 0
+        assert producer.flush(patience(30)) == 0
     return places
 
 

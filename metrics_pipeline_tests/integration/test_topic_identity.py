@@ -32,8 +32,9 @@ from metrics_pipeline.producer.run import run_producer
 from metrics_pipeline.settings import TOPIC, Settings
 from metrics_pipeline.sinks import active, repair
 from metrics_pipeline.verification.verify import VerifyReport, verify
+from metrics_pipeline_tests.patience import deadline, patience
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.integration
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
 REFRESH_SECONDS = 3
@@ -41,9 +42,9 @@ SINKS = pytest.mark.parametrize("sink", ["connect", "copy"])
 
 
 def until(condition: Callable[[], object], seconds: float = 90, shown: Callable[[], object] = lambda: "") -> None:
-    deadline = time.monotonic() + seconds
+    give_up = deadline(seconds)
     while not condition():
-        assert time.monotonic() < deadline, shown()
+        assert time.monotonic() < give_up, shown()
         time.sleep(0.1)
 
 
@@ -87,7 +88,7 @@ class Place:
             self.services.service("connect").stop()
         elif self.copying is not None:
             self.copying.terminate()
-            self.copying.wait(60)
+            self.copying.wait(patience(60))
             self.copying = None
 
     def repair(self, stop: threading.Event) -> None:
@@ -168,7 +169,7 @@ def place() -> Iterator[Place]:
         repairer.start()
         yield place
         stop.set()
-        repairer.join(60)
+        repairer.join(patience(60))
         place.halt("copy")
     finally:
         stop.set()
@@ -193,7 +194,7 @@ def make_anew(settings: Settings) -> None:
     former = kafka.topic_log(settings).id
     admin = AdminClient(kafka.client_config(settings))
     for future in admin.delete_topics([TOPIC]).values():
-        future.result(10)
+        future.result(patience(10))
 
     def made() -> bool:
         with suppress(PipelineError):
@@ -335,7 +336,7 @@ def test_partitions_that_grow_while_the_sink_lags(place: Place, sink: str, count
         with pytest.raises(DriftError, match="multiple only"):
             kafka.ensure_topic(more, grow=True)
         admin = AdminClient(kafka.client_config(settings))
-        admin.create_partitions([NewPartitions(TOPIC, count)])[TOPIC].result(10)
+        admin.create_partitions([NewPartitions(TOPIC, count)])[TOPIC].result(patience(10))
         until(lambda: kafka.topic_log(settings).partitions == count, 30)
     else:
         assert f"partitions: 6 → {count}" in kafka.ensure_topic(more, grow=True).details

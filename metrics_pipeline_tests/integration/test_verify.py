@@ -35,6 +35,7 @@ from metrics_pipeline.verification.table_entries import read_rows, take_snapshot
 from metrics_pipeline.verification.topic_entries import tags_digest
 from metrics_pipeline.verification.verify import VerifyReport, verify
 from metrics_pipeline_tests.conftest import RunningStack
+from metrics_pipeline_tests.patience import patience
 
 pytestmark = pytest.mark.integration
 
@@ -300,7 +301,7 @@ def test_a_broken_record_is_accounted_for_by_its_dead_letter(
     client = confluent_kafka.Producer(kafka.client_config(stack.settings))
     client.produce(TOPIC, key=key, value=b'{"device_id":')
     client.produce(TOPIC, key=key, value=None)
-    assert client.flush(20) == 0
+    assert client.flush(patience(20)) == 0
     after = verify(stack.settings)
     assert problems(after) == problems(before)
     assert sum(after.undecodable.values()) == sum(before.undecodable.values()) + 1
@@ -341,7 +342,7 @@ def topic(stack: RunningStack) -> Iterator[tuple[Settings, str]]:
     client = confluent_kafka.Producer(kafka.client_config(stack.settings))
     for at in range(100):
         client.produce(name, value=b"%d" % at, partition=0)
-    assert client.flush(20) == 0
+    assert client.flush(patience(20)) == 0
     yield stack.settings, name
     for future in admin.delete_topics([name]).values():
         future.result()

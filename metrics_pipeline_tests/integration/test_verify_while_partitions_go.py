@@ -15,6 +15,7 @@ from metrics_pipeline.settings import Settings
 from metrics_pipeline.verification.table_entries import read_rows, take_snapshot
 from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.databases import own_database
+from metrics_pipeline_tests.patience import patience
 
 pytestmark = pytest.mark.integration
 
@@ -51,6 +52,6 @@ def test_a_partition_is_read_or_known_to_be_gone(stack: RunningStack, monkeypatc
         monkeypatch.setattr(retention, "_detach", with_a_reader)
         retention.drop(settings, partitions.every(settings)[1])
         (reader,) = meanwhile
-        retained_from, rows = reader.result(60)
+        retained_from, rows = reader.result(patience(60))
         assert rows == 0
         assert retained_from is not None

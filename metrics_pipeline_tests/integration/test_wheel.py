@@ -17,8 +17,9 @@ import pytest
 from metrics_pipeline.local.account import postgres_home, unprivileged
 from metrics_pipeline.local.environment import isolated
 from metrics_pipeline.settings import ROOT
+from metrics_pipeline_tests.patience import deadline, patience
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 BIN = Path(sys.executable).parent
 
@@ -108,13 +109,13 @@ def test_the_wheel_does_the_main_job_in_an_empty_folder(installed: Installed) ->
         str(next((installed.bin.parent / "lib").glob("*/site-packages/metrics_pipeline/__init__.py"))),
         "None",
     ]
-    installed.run("metrics-pipeline", "up", "--detach", timeout=400)
-    deadline = time.monotonic() + 90
+    installed.run("metrics-pipeline", "up", "--detach", timeout=patience(400))
+    give_up = deadline(90)
     before = installed.rows()
     while (after := installed.rows()) <= max(before, 1000):
-        assert time.monotonic() < deadline, f"{after} rows"
+        assert time.monotonic() < give_up, f"{after} rows"
         time.sleep(1)
-    assert "0 lost, 0 unexpected, 0 different" in installed.run("metrics-pipeline", "verify", timeout=300)
+    assert "0 lost, 0 unexpected, 0 different" in installed.run("metrics-pipeline", "verify", timeout=patience(300))
     home = installed.folder / ".local" / "dagster_home"
     executed = Installed(installed.bin, installed.folder, installed.environment | {"DAGSTER_HOME": str(home)})
     executed.run("dagster", "job", "execute", "-m", "metrics_pipeline.definitions", "-j", "provision")

@@ -23,6 +23,7 @@ from metrics_pipeline.local.processes import ProcessId, identify
 from metrics_pipeline.local.service import CancelledError, Service, http_problem, tail
 from metrics_pipeline.web import WebServer
 from metrics_pipeline_tests.fakes import until
+from metrics_pipeline_tests.patience import deadline
 
 READY = "print('ready', flush=True)\n"
 SLEEP = f"import time\n{READY}time.sleep(60)\n"
@@ -113,8 +114,8 @@ def test_grandchildren_end_too(code: str, make: Make) -> None:
     running(service)
     grandchild = psutil.Process(int(tail(service.log, 2)[0]))
     service.stop()
-    deadline = time.monotonic() + 5
-    while not gone(grandchild) and time.monotonic() < deadline:
+    give_up = deadline(5)
+    while not gone(grandchild) and time.monotonic() < give_up:
         time.sleep(0.01)
     assert gone(grandchild)
 
@@ -167,8 +168,8 @@ def test_an_end_by_signal_is_noticed(make: Make) -> None:
     service = make()
     process = running(service)
     process.kill()
-    deadline = time.monotonic() + 5
-    while service.alive() and time.monotonic() < deadline:
+    give_up = deadline(5)
+    while service.alive() and time.monotonic() < give_up:
         time.sleep(0.01)
     assert not service.alive()
     assert service.exit_code() == -signal.SIGKILL
@@ -219,8 +220,8 @@ def test_a_process_that_ended_is_not_found() -> None:
     assert note.find() is not None
     assert child.stdin is not None
     child.stdin.close()
-    deadline = time.monotonic() + 10
-    while note.find() is not None and time.monotonic() < deadline:  # not reaped yet: a zombie is no process to adopt
+    give_up = deadline(10)
+    while note.find() is not None and time.monotonic() < give_up:  # not reaped yet: a zombie is no process to adopt
         time.sleep(0.01)
     assert note.find() is None
     child.wait()
@@ -251,8 +252,8 @@ def test_a_log_is_rotated_while_the_child_goes_on_writing(make: Make, monkeypatc
         assert child.stdin is not None
         child.stdin.write(b"\n" * lines)
         child.stdin.flush()
-        deadline = time.monotonic() + 10
-        while service.log.stat().st_size < size and time.monotonic() < deadline:
+        give_up = deadline(10)
+        while service.log.stat().st_size < size and time.monotonic() < give_up:
             time.sleep(0.01)
 
     try:
