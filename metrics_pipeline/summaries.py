@@ -26,9 +26,11 @@ from metrics_pipeline.settings import Settings
 log = logging.getLogger(__name__)
 
 FOLD_FACTOR: Final = 8
-"""A fold waits for so many entries a row that it is going to change."""
+"""A fold waits for so many entries a row that the last one changed."""
 FEWEST_PENDING = 20_000
 """With fewer entries a fold is not worth its statements."""
+MOST_KEPT = 0.5
+"""Of the entries that a fold waits for: when no more are left once those of the same device, metric and slot are one, they wait on."""
 MOST_PENDING = 3_000_000
 """With more, whoever reads the summaries by device would wait for seconds."""
 PACK_ENTRIES: Final = 4_096
@@ -206,7 +208,7 @@ def take_off(conn: Connection, partition: str, low: datetime | None, high: datet
     conn.execute(query("absorb_begin"))
     (pending,) = _row(conn, "SELECT pending FROM summary_state")
     if pending:
-        folded = _fold(conn, pending, fresh=False, pending=True)
+        folded = _fold(conn, _gather(conn), fresh=False)
         conn.execute("UPDATE summary_state SET pending = 0, folded = greatest(%s, 1)", [folded])
     # How many slots that are, the planner seldom knows.
     conn.execute("SET LOCAL enable_nestloop = off")
@@ -250,7 +252,7 @@ def _absorb(conn: Connection) -> int:
     if known(conn):
         spans = conn.execute(query("absorb_spans")).fetchall()
         (folded,) = _row(conn, "SELECT folded FROM summary_state")
-        mask = (1 << (folded // PACK_ENTRIES).bit_length()) - 1
+        mask = _mask(folded)
         entries = 0
         with _fixed_plan(conn):
             for low, high in spans:
@@ -279,32 +281,48 @@ def _absorb_changes(conn: Connection) -> None:
         # Its size decides how the merges find their rows.
         conn.execute("ANALYZE summary_delta")
         _run(conn, "absorb_minutes")
+    most = min(max(FOLD_FACTOR * folded, FEWEST_PENDING), MOST_PENDING)
+    if not changes and pending <= most:
+        return
+    gathered = _gather(conn) if pending else 0
     if removed and pending:
         # What goes may have come with what was put by, so this is folded in before.
-        _fold(conn, pending, fresh=False, pending=True)
-        _fold(conn, changes, fresh=True, pending=False)
+        _fold(conn, gathered, fresh=False)
+        _fold(conn, changes, fresh=True)
     elif changes:
-        folded = _fold(conn, pending + changes, fresh=True, pending=pending > 0)
-    elif pending > min(max(FOLD_FACTOR * folded, FEWEST_PENDING), MOST_PENDING):
-        folded = _fold(conn, pending, fresh=False, pending=True)
-    else:
+        folded = _fold(conn, gathered + changes, fresh=True)
+    elif gathered <= most * MOST_KEPT:
+        # Slots cost ten times as much as entries, so they wait until the hours are others.
+        _run(conn, "pack_pending", mask=_mask(gathered))
+        conn.execute("UPDATE summary_state SET pending = %s", [gathered])
         return
+    else:
+        folded = _fold(conn, gathered, fresh=False)
     conn.execute("UPDATE summary_state SET pending = 0, folded = greatest(%s, 1)", [folded])
     _settle(conn)
 
 
-def _fold(conn: Connection, entries: int, *, fresh: bool, pending: bool) -> int:
-    """Bring entries into the slots and the totals; how many slots that changed.
+def _mask(entries: int) -> int:
+    """What of a device's hash says in which row its entries are, so that a row has about `PACK_ENTRIES`."""
+    return int((1 << (entries // PACK_ENTRIES).bit_length()) - 1)
+
+
+def _gather(conn: Connection) -> int:
+    """Take what was put by out of `device_deltas`, those of the same device, metric and slot as one; how many are left?"""
+    entries = conn.execute(query("absorb_pending")).rowcount
+    conn.execute("ANALYZE summary_pending")
+    conn.execute("DELETE FROM device_deltas")
+    return entries
+
+
+def _fold(conn: Connection, entries: int, *, fresh: bool) -> int:
+    """Bring what was gathered into the slots and the totals; how many slots that changed.
 
     Args:
         conn: within a tick.
-        entries: about how many there are.
-        fresh: those of this tick (`summary_delta`).
-        pending: those that were put by (`device_deltas`).
+        entries: how many there are.
+        fresh: those of this tick (`summary_delta`), too.
     """
-    if pending:
-        conn.execute(query("absorb_pending"))
-        conn.execute("ANALYZE summary_pending")
     if entries > BULK_ENTRIES:
         conn.execute("SET LOCAL enable_nestloop = off")
     low, high = _run(conn, "absorb_hours", fresh=fresh).fetchone() or (None, None)
@@ -314,9 +332,7 @@ def _fold(conn: Connection, entries: int, *, fresh: bool, pending: bool) -> int:
     _run(conn, "mend_device_slots")
     _run(conn, "merge_device_metric_totals", fresh=fresh)
     _run(conn, "mend_device_metric_totals")
-    if pending:
-        conn.execute("DELETE FROM summary_pending")
-        conn.execute("DELETE FROM device_deltas")
+    conn.execute("DELETE FROM summary_pending")
     return changed
 
 

@@ -851,6 +851,7 @@ def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pyte
     for name, value in {"LOCK_MS": 20, "PATIENCE_SECONDS": 0.0, "STILL_SECONDS": 0.1}.items():
         monkeypatch.setattr(partitions, name, value)
     monkeypatch.setattr(summaries, "MOST_PENDING", 3_000_000)
+    monkeypatch.setattr(summaries, "MOST_KEPT", 0.5)
     monkeypatch.setattr(summaries, "SETTLED_AFTER", timedelta(hours=6))
     for role in ("metrics_owner", "metrics_summarizer", "metrics_reader"):
         # Who waits for another writer here would wait for ever.

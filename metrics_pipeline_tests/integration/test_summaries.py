@@ -479,6 +479,33 @@ def test_many_entries_are_folded_and_settled(bench: Bench, monkeypatch: pytest.M
     assert bench.hand.execute("SELECT count(*) FROM device_deltas").fetchone() == (0,)
 
 
+def test_entries_of_the_same_hours_become_one_and_wait_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While that makes them few, slots stay as they are; sums keep each digit, however large and however many decimals."""
+    monkeypatch.setattr(summaries, "FEWEST_PENDING", 10)
+    monkeypatch.setattr(summaries, "MOST_PENDING", 10)
+    entries, slots = "SELECT pending FROM summary_state", "SELECT count(*) FROM device_slots"
+    values = (0.1, -0.00001, 1e15, 123.4567, 5e-324, 1.7e308)
+    pending: list[int] = []
+    for tick in range(5):
+        for device in range(3):
+            insert(bench.writer, 1, device=device, start=tick, value=values[(tick + device) % len(values)])
+        bench.tick()
+        pending += bench.hand.execute(entries).fetchone() or ()
+    assert pending == [3, 6, 9, 3, 6]
+    assert bench.hand.execute(slots).fetchone() == (0,)
+    for hour in range(1, 4):
+        for device in range(3):
+            insert(bench.writer, 1, device=device, start=3600 * hour, value=1.5)
+        bench.tick()
+    assert bench.hand.execute(slots).fetchone() == (9,), "nine are more than half of ten"
+    # What goes is looked for in all that was put by.
+    insert(bench.writer, 3, start=3601)
+    bench.tick()
+    insert(bench.writer, 1, device=1, start=2, value=-7, then=UPSERT)
+    bench.hand.execute("DELETE FROM metrics WHERE value = 1e15")
+    bench.tick()
+
+
 def test_ingestion_rate_is_the_plain_query(bench: Bench) -> None:
     while datetime.now(UTC).second >= 50:
         time.sleep(0.1)
@@ -813,9 +840,10 @@ class Writers(RuleBasedStateMachine):
             with self.statement(writer) as conn:
                 conn.execute("TRUNCATE metrics")
 
-    @rule(fold=st.booleans(), settle=st.integers(0, 3))
-    def tick(self, fold: bool, settle: int) -> None:
-        summaries.MOST_PENDING = 0 if fold else 3_000_000
+    @rule(then=st.sampled_from(["put by", "made one", "folded"]), settle=st.integers(0, 3))
+    def tick(self, then: str, settle: int) -> None:
+        summaries.MOST_PENDING = {"put by": 3_000_000, "made one": 1, "folded": 0}[then]
+        summaries.MOST_KEPT = 1e9 if then == "made one" else 0.5
         # Which of the few hours of these readings are over.
         summaries.SETTLED_AFTER = datetime.now(UTC) - BEGIN - self.shift - timedelta(hours=settle)
         with suppress(psycopg.errors.LockNotAvailable):
@@ -841,6 +869,7 @@ def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pyte
     monkeypatch.setattr(partitions, "LOCK_MS", 20)
     monkeypatch.setattr(partitions, "PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(summaries, "MOST_PENDING", 3_000_000)
+    monkeypatch.setattr(summaries, "MOST_KEPT", 0.5)
     monkeypatch.setattr(summaries, "SETTLED_AFTER", timedelta(hours=6))
     machine = type("WritersHere", (Writers,), {"database": database})
     run_state_machine_as_test(

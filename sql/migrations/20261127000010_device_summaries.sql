@@ -1,7 +1,8 @@
 -- The summaries by device cost what is new with a large fleet, too: a tick no longer looks up a row for each device and metric.
 --
 -- A tick appends what came to `device_deltas`, many entries a row: a tenth of what it costs to change the rows of as many devices. When there
--- are several times as many of these entries as rows that they change, or when readings went, they are folded into `device_slots`.
+-- are several times as many of these entries as rows that they change, those of the same device, metric and hour become one; when that
+-- leaves too many, or when readings went, they are folded into `device_slots`.
 -- Slots that are over go into `device_metric_totals`, once. All three together are exact at every tick: views add them up.
 
 -- migrate:up
@@ -37,7 +38,7 @@ CREATE TYPE device_entry AS (
     device_id uuid,
     metric_name smallint,
     slot timestamptz,
-    rows integer,
+    rows bigint,
     ten_thousandths bigint,
     others numeric,
     min double precision,
@@ -91,7 +92,7 @@ SELECT
     e.device_id,
     e.metric_name,
     e.slot,
-    e.rows::bigint AS rows,
+    e.rows,
     CASE
         WHEN e.others IS NULL THEN e.ten_thousandths * 0.0001
         ELSE coalesce(e.ten_thousandths * 0.0001, 0) + e.others

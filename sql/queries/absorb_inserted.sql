@@ -40,7 +40,7 @@ packs AS MATERIALIZED (
         sum(rows) AS rows,
         array_agg(
             (
-                device_id, metric_name, slot, rows::integer, ten_thousandths, others, min, max, first_seen, last_seen
+                device_id, metric_name, slot, rows, ten_thousandths, others, min, max, first_seen, last_seen
             )::device_entry
         ) AS entries
     FROM figures
