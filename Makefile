@@ -49,7 +49,7 @@ unit: $(VENV)/.dev  ## unit tests, which need no service
 integration: $(VENV)/.dev  ## tests on the real embedded stack
 	@$(BIN)/python -m pytest -m 'integration and not long' -n $(WORKERS) --dist loadscope --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
 
-long: $(VENV)/.dev  ## those of them that take long, and show what others show in another case: a quarter of an hour
+long: $(VENV)/.dev  ## those of them that take long, and show what others show in another case: half an hour
 	@$(BIN)/python -m pytest -m long --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
 
 chaos: $(VENV)/.dev  ## both sinks and the table under all that can happen to them, at full length: two hours and a half (ARGS=crashes for one)

@@ -481,9 +481,17 @@ retention.drop(settings, partition, lambda _partition: None)
 """
 
 
-@pytest.mark.parametrize(("which", "stride"), [(1, 2), (0, 5)], ids=["a partition", "metrics_before"])
+@pytest.mark.parametrize(
+    ("which", "stride"),
+    [
+        pytest.param(1, 6, id="a partition"),
+        pytest.param(0, 11, id="metrics_before"),
+        pytest.param(1, 1, id="a partition, each", marks=pytest.mark.long),
+        pytest.param(0, 1, id="metrics_before, each", marks=pytest.mark.long),
+    ],
+)
 def test_a_death_at_each_step(database: Settings, which: int, stride: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Before each second of its statements (of some of them in the other place): the readings are all there or all gone, and whoever comes next ends what was begun."""
+    """Before each of its statements (without `long`, before some of them): the readings are all there or all gone, and whoever comes next ends what was begun."""
     begin = today()
     partitions.make(database, begin + 100 * HOUR)
     step = 1
