@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 GO ?= go
 # Of the integration tests: the same every time, so that what fails can be seen again. ORDER=default is another each time.
 ORDER ?= 1
-# Processes that share the tests; those on real parts are of two kinds, see metrics_pipeline_tests/conftest.py.
+# Processes that share the tests. Those with whole stacks come afterwards, one at a time: two cores are little enough for each.
 WORKERS ?= 2
 # What the tests took longest for: a wait that somebody builds in is seen.
 DURATIONS := --durations=25 --durations-min=1
+REAL = --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
+# Tests that ARGS chooses may all be of one kind.
+NONE = $(if $(ARGS),|| test $$? = 5)
 # What the shell tells Python in general was meant for something else; what it tells pip, requirements/pip.py sees to.
 unexport PYTHONHOME PYTHONPATH PYTHONPLATLIBDIR PYTHONSTARTUP PYTHONOPTIMIZE PYTHONWARNINGS PYTHONINSPECT
 unexport PYTHONUSERBASE PYTHONEXECUTABLE PYTHONCASEOK PYTHONIOENCODING PYTHONUTF8 PYTHONDEVMODE PYTHONSAFEPATH
@@ -47,10 +50,11 @@ unit: $(VENV)/.dev  ## unit tests, which need no service
 	@$(BIN)/python -m pytest -m 'not integration' -n $(WORKERS) $(DURATIONS) $(ARGS)
 
 integration: $(VENV)/.dev  ## tests on the real embedded stack
-	@$(BIN)/python -m pytest -m 'integration and not long' -n $(WORKERS) --dist loadscope --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
+	@$(BIN)/python -m pytest -m 'integration and not long and not whole_stack' -n $(WORKERS) --dist loadscope $(REAL) $(NONE)
+	@$(BIN)/python -m pytest -m 'integration and not long and whole_stack' $(REAL) $(NONE)
 
 long: $(VENV)/.dev  ## those of them that take long, and show what others show in another case: half an hour
-	@$(BIN)/python -m pytest -m long --randomly-seed=$(ORDER) $(DURATIONS) $(ARGS)
+	@$(BIN)/python -m pytest -m long $(REAL)
 
 chaos: $(VENV)/.dev  ## both sinks and the table under all that can happen to them, at full length: two hours and a half (ARGS=crashes for one)
 	@$(BIN)/python -m metrics_pipeline_tests.chaos $(ARGS)

@@ -18,7 +18,6 @@ import hypothesis
 import psycopg
 import pytest
 import stamina
-from xdist.scheduler import LoadScopeScheduling
 
 from metrics_pipeline.settings import ROOT, Settings
 from metrics_pipeline_tests.patience import deadline, patience
@@ -38,40 +37,6 @@ hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("any machine")
-
-
-WHOLE_STACKS = frozenset(
-    {
-        "test_cluster",
-        "test_compose",
-        "test_copy_stack",
-        "test_dg",
-        "test_guest_stack",
-        "test_keeper",
-        "test_pooler",
-        "test_two_stacks",
-        "test_wheel",
-    }
-)
-"""Modules that start whole stacks of their own, with Dagster: one process has all of them, so that no two run at a time."""
-
-
-def scope(nodeid: str) -> str:
-    """Tests of one scope stay in one process: those of a module, and all those with whole stacks of their own."""
-    module = Path(nodeid.partition("::")[0]).stem
-    return "whole stacks" if module in WHOLE_STACKS else module
-
-
-class OneWholeStackAtATime(LoadScopeScheduling):  # type: ignore[misc]
-    """As xdist has it for custom scopes."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        return scope(nodeid)
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
-    """How processes share the tests on real parts: of xdist's own ways, none keeps several modules together."""
-    return OneWholeStackAtATime(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 OCCUPANCY = ROOT.parent / "shared" / "data" / "occupancy"

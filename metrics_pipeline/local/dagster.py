@@ -30,6 +30,9 @@ LOCATION = "metrics_pipeline"
 HEARTBEATS = (
     """query { instance { daemonHealth { allDaemonStatuses { daemonType required healthy lastHeartbeatTime } } } }"""
 )
+START_SECONDS = 180
+"""How long a run may take to start: on a busy machine a process needs minutes to import what a run needs. Dagster waits for 60 s otherwise, fails the
+run, and the next one meets the same."""
 CLOCK_SECONDS = 5.0
 """By how much a heartbeat may lie ahead."""
 ACTIVE_RUNS = """query { runsOrError(filter: {statuses: [QUEUED, NOT_STARTED, STARTING, STARTED, CANCELING]}) {
@@ -43,7 +46,7 @@ TERMINATE = """mutation($ids: [String!]!) { terminateRuns(runIds: $ids) { __type
 
 def services(settings: Settings) -> list[Service]:
     """Code server, webserver and daemon as children of the keeper."""
-    environment = for_python(settings)
+    environment = for_python(settings) | {"DAGSTER_GRPC_TIMEOUT_SECONDS": str(START_SECONDS)}
     logs, home = settings.data_dir / "logs", dagster_home(settings)
     workspace = settings.data_dir / "config" / "workspace.yaml"
     bin_dir = Path(sys.executable).parent

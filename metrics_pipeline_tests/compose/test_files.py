@@ -361,6 +361,7 @@ def test_what_is_set_in_env_reaches_the_pipeline() -> None:
     others = raw.keys() - {name.upper() for name in names} - {"DISK_FREE_LIMIT_GB"}
     known = {name.upper() for name in Settings.model_fields}
     assert {name.removesuffix("_FILE") for name in others} - known == {
+        "DAGSTER_GRPC_TIMEOUT_SECONDS",
         "DAGSTER_POSTGRES_URL",
         "PGPASSFILE",
         "DAGSTER_CODE_HOST",

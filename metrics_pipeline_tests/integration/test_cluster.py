@@ -33,7 +33,7 @@ from metrics_pipeline.settings import CONNECTOR, DEAD_LETTER_TOPIC, TOPIC, Setti
 from metrics_pipeline.sinks import connector
 from metrics_pipeline_tests.patience import patience
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.whole_stack]
 
 LOAD = {"PRODUCER_MIN_METRICS": 100, "PRODUCER_MAX_METRICS": 300, "PRODUCER_PUBLISH_INTERVAL": 250}
 """About 800 messages/s: the machine has eight processes to share itself out to."""

@@ -34,7 +34,7 @@ from metrics_pipeline_tests.compose.test_dashboards import names_in
 from metrics_pipeline_tests.compose_files import ports, project
 from metrics_pipeline_tests.patience import deadline, patience
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.whole_stack]
 
 LOAD = {"PRODUCER_MIN_METRICS": "200", "PRODUCER_MAX_METRICS": "400"}
 CHECKOUT = "/opt/metrics-pipeline"

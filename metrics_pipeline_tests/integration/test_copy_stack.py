@@ -17,7 +17,7 @@ from metrics_pipeline_tests.conftest import RunningStack
 from metrics_pipeline_tests.fakes import until
 from metrics_pipeline_tests.integration.test_keeper import Pipeline, own_pipeline
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.whole_stack]
 
 
 @pytest.fixture

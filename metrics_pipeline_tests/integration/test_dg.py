@@ -20,7 +20,7 @@ from metrics_pipeline.local.ports import free_ports
 from metrics_pipeline_tests.clean_checkout import CleanCheckout
 from metrics_pipeline_tests.patience import patience
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.whole_stack]
 
 LOADED = """query { workspaceOrError { ... on Workspace { locationEntries { name loadStatus
   locationOrLoadError { ... on RepositoryLocation { repositories { jobs { name } sensors { name } } } } } } } }"""

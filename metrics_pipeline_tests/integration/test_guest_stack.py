@@ -11,7 +11,7 @@ from metrics_pipeline_tests.integration.test_guest import catalogs, shop, statem
 from metrics_pipeline_tests.integration.test_keeper import own_pipeline
 from metrics_pipeline_tests.servers import Server, own_server
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.whole_stack]
 
 __all__ = ["shop"]
 

@@ -34,7 +34,7 @@ from metrics_pipeline.settings import Settings
 from metrics_pipeline_tests.fakes import until
 from metrics_pipeline_tests.patience import patience
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.whole_stack]
 
 POLL_SECONDS = 0.3
 LOAD = {

@@ -27,6 +27,7 @@ from metrics_pipeline_tests.servers import PASSWORD, Server, own_server
 PGBOUNCER: Final = os.environ.get("PGBOUNCER") or shutil.which("pgbouncer", path=f"{os.defpath}:/usr/sbin")
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.whole_stack,
     pytest.mark.skipif(PGBOUNCER is None, reason="no pgbouncer on this machine (PGBOUNCER names one elsewhere)"),
 ]
 

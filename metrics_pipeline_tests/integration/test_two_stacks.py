@@ -34,7 +34,7 @@ from metrics_pipeline_tests.integration.test_keeper import LOAD, Pipeline
 from metrics_pipeline_tests.integration.test_sessions import VARIABLES
 from metrics_pipeline_tests.patience import patience
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.whole_stack]
 
 ODD = "a b ä 日本 # = '"
 """Letters that end something, or mean something else, somewhere on the way to Kafka."""

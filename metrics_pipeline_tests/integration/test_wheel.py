@@ -20,7 +20,7 @@ from metrics_pipeline.settings import ROOT
 from metrics_pipeline_tests.integration.test_keeper import LOAD
 from metrics_pipeline_tests.patience import deadline, patience
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.whole_stack]
 
 BIN = Path(sys.executable).parent
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import requests
+import yaml
 from alembic.script import ScriptDirectory
+from dagster._grpc.utils import default_grpc_timeout
 
 from metrics_pipeline.local import dagster
-from metrics_pipeline.settings import Settings
+from metrics_pipeline.settings import ROOT, Settings
 from metrics_pipeline_tests.fake_http import Request, listening
 
 
@@ -42,6 +44,22 @@ def webserver() -> Iterator[Webserver]:
     with listening(found.respond) as server:
         found.settings = Settings(dagster_port=server.server_port)
         yield found
+
+
+def test_who_launches_runs_waits_until_they_have_started() -> None:
+    """Dagster's client gives up after a minute, whatever `dagster.yaml` says, and a run that it gave up has failed."""
+    launching = [service for service in dagster.services(Settings()) if service.name in ("daemon", "webserver")]
+    assert len(launching) == 2
+    composed = yaml.safe_load((ROOT / "docker-compose.yaml").read_text())["services"]
+    home = yaml.safe_load((ROOT / "dagster_home" / "dagster.yaml").read_text())
+    waits = [dict(service.environment)["DAGSTER_GRPC_TIMEOUT_SECONDS"] for service in launching]
+    waits += [composed[service.name]["environment"]["DAGSTER_GRPC_TIMEOUT_SECONDS"] for service in launching]
+    assert waits == [str(home["run_monitoring"]["start_timeout_seconds"])] * 4
+
+
+def test_dagster_reads_how_long_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAGSTER_GRPC_TIMEOUT_SECONDS", "180")
+    assert default_grpc_timeout() == 180
 
 
 def test_an_error_of_the_webserver_is_asked_again(webserver: Webserver) -> None:
