@@ -257,7 +257,9 @@ def test_a_plain_table_is_one_heap_with_the_same_checks_triggers_and_indexes(ben
     assert plain_triggers == sorted([*triggers, "metrics_3_log_new_key"])
 
 
-@pytest.mark.parametrize(("layout", "steps"), [("plain", 1), ("partitioned", 2), ("staging", 2)])
+@pytest.mark.parametrize(
+    ("layout", "steps"), [pytest.param("plain", 1, marks=pytest.mark.long), ("partitioned", 2), ("staging", 2)]
+)
 def test_a_table_grows_and_is_compared_at_the_end(
     bench: Place, layout: Layout, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -278,7 +278,11 @@ def test_another_cluster_under_the_same_address(place: Place, sink: str) -> None
 
 @pytest.mark.parametrize(
     ("sink", "meanwhile"),
-    [("copy", "runs"), ("copy", "is down"), pytest.param("connect", "runs", marks=pytest.mark.long)],
+    [
+        ("copy", "runs"),
+        pytest.param("copy", "is down", marks=pytest.mark.long),
+        pytest.param("connect", "runs", marks=pytest.mark.long),
+    ],
 )
 def test_a_cluster_that_is_restored_from_a_snapshot(place: Place, sink: str, meanwhile: str) -> None:
     """It has its id, the topic its id, and the offsets are taken by other records before the sink comes back."""
