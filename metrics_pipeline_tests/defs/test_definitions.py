@@ -54,8 +54,8 @@ summaries           device_summary ingestion_rate
 SCHEDULES = """
 archive_schedule             5-59/10 * * * *  UTC  RUNNING  archive
 check_provisioning_schedule  * * * * *    UTC  RUNNING  check_provisioning
-check_throughput_schedule    */5 * * * *  UTC  RUNNING  check_throughput
-device_summary_schedule      */5 * * * *  UTC  RUNNING  summaries
+check_throughput_schedule    3-59/5 * * * *  UTC  RUNNING  check_throughput
+device_summary_schedule      1-59/5 * * * *  UTC  RUNNING  summaries
 housekeeping_schedule        17 * * * *   UTC  RUNNING  housekeeping
 ingestion_rate_schedule      * * * * *    UTC  RUNNING  summaries
 partitions_schedule          */10 * * * *  UTC  RUNNING  partitions
