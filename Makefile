@@ -53,7 +53,7 @@ integration: $(VENV)/.dev  ## tests on the real embedded stack
 	@$(BIN)/python -m pytest -m 'integration and not long and not whole_stack' -n $(WORKERS) --dist loadscope $(REAL) $(NONE)
 	@$(BIN)/python -m pytest -m 'integration and not long and whole_stack' $(REAL) $(NONE)
 
-long: $(VENV)/.dev  ## those of them that take long, and show what others show in another case: half an hour
+long: $(VENV)/.dev  ## those of them that take long, and show what others show in another case: three quarters of an hour
 	@$(BIN)/python -m pytest -m long $(REAL)
 
 chaos: $(VENV)/.dev  ## both sinks and the table under all that can happen to them, at full length: two hours and a half (ARGS=crashes for one)

@@ -869,7 +869,7 @@ def test_writers_that_interleave_at_random(database: Settings, monkeypatch: pyte
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=20,
+            max_examples=12,
             stateful_step_count=50,
             deadline=None,
             database=None,

@@ -51,6 +51,8 @@ BY_HAND = (
     "archive",
 )
 """All jobs but `produce_metrics`, which is at work all the while."""
+ENOUGH = ("provision", "replay_files", "archive")
+"""Of these jobs: between them they ask everything that a job asks of others."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def test_each_is_itself_and_is_right(two: Two) -> None:
     two.copy.verify()
 
 
-@pytest.mark.parametrize("job", BY_HAND)
+@pytest.mark.parametrize("job", [pytest.param(job, marks=() if job in ENOUGH else pytest.mark.long) for job in BY_HAND])
 def test_dagster_by_hand_needs_no_proxy_either(job: str, two: Two, tmp_path: Path) -> None:
     every = {one.name for one in defs.get_repository_def().get_all_jobs()} - {"__ASSET_JOB"}
     assert every == {*BY_HAND, "produce_metrics"}, "a new job is to be tried here"
@@ -211,7 +213,8 @@ def test_a_part_of_another_stack_on_our_port_is_not_taken_for_ours(two: Two) -> 
     assert (sample["rows"], sample["lag"], sample["acknowledged_per_second"]) == (None, None, 0)
 
 
-@pytest.mark.parametrize("first", ["connect", pytest.param("copy", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("first", ["connect", "copy"])
 def test_each_goes_on_while_the_other_one_ends_and_begins(first: str, two: Two) -> None:
     one, other = (two.connect, two.copy) if first == "connect" else (two.copy, two.connect)
     before = running(other)
