@@ -52,6 +52,12 @@ def occupancy() -> list[Path]:
 
 
 @pytest.fixture
+def another_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not that of this checkout, whose stack may run or have run."""
+    monkeypatch.setenv("PIPELINE_DATA_DIR", str(tmp_path / "data"))
+
+
+@pytest.fixture
 def without_backoff() -> Iterator[None]:
     """A request to a Connect that is away is tried three times, and at once."""
     with stamina.set_testing(True, attempts=3):

@@ -47,6 +47,8 @@ from metrics_pipeline_tests.containers import scenarios as containers
 from metrics_pipeline_tests.documents import page, table
 from metrics_pipeline_tests.fake_http import Request, listening
 
+pytestmark = pytest.mark.usefixtures("another_data_folder")
+
 BIN = Path(sys.executable).parent
 STACKS = [(MAIN,), (MAIN, CLUSTER)]
 STACK_IDS = ["one broker", "three brokers"]

@@ -28,6 +28,8 @@ from metrics_pipeline.sinks.watch import copy_sink_problem
 from metrics_pipeline.web import WebServer
 from metrics_pipeline_tests.fake_http import Request, listening
 
+pytestmark = pytest.mark.usefixtures("another_data_folder")
+
 NOBODY = 1
 """A port on which nothing listens."""
 ODD_ANSWERS = [b"[]", b'"text"', b"7", b"null", b"<html>", b'{"workers": [5]}', b'{"workers": {"a": 1}}', b"\xff"]

@@ -14,6 +14,8 @@ from metrics_pipeline.sinks.hanging import HangingSession
 from metrics_pipeline.sinks.watch import Look, ProgressWatch
 from metrics_pipeline_tests.fake_http import listening
 
+pytestmark = pytest.mark.usefixtures("another_data_folder")
+
 LIMIT = 20
 
 
