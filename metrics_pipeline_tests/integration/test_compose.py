@@ -346,7 +346,7 @@ def test_a_stopped_code_server_lets_the_producer_flush(containers: Containers) -
     test_the_sensor_launches_the_producer_and_rows_arrive(containers)
     process = containers.processes["code"]
     process.terminate()
-    assert process.wait(patience(55)) == 0
+    assert process.wait(55) == 0
     with psycopg.connect(containers.settings.role_url("metrics_reader")) as connection:
         rows = connection.execute("SELECT DISTINCT state FROM producer_runs").fetchall()
         unknown = connection.execute("SELECT sum(unknown), sum(acknowledged) FROM producer_runs").fetchone()

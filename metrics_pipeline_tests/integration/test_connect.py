@@ -245,8 +245,9 @@ def test_tasks_that_run_and_do_not_move_are_restarted_with_their_sessions(sink: 
         while "restart all" not in actions:
             tick = repairer.tick()
             actions += [event.action for event in tick.events]
-            assert time.monotonic() < began + patience(12), tick.message
+            assert time.monotonic() < began + 30, tick.message
             time.sleep(0.2)
+        assert time.monotonic() < began + 12
         assert actions == ["restart all"]
         assert f"PostgreSQL's session {backend.pid} is active in a transaction" in tick.message
         assert "topic metrics.of-test-connect, partition 0" in tick.message
@@ -271,9 +272,9 @@ def test_a_lock_of_somebody_else_is_named_and_no_task_restarted(sink: Sink) -> N
         sink.publish(100)
         began, named = time.monotonic(), f"a lock that pid {person.info.backend_pid} (a person, role postgres) holds"
         while named not in (tick := repairer.tick()).message:
-            assert (time.monotonic() < began + patience(12), tick.events) == (True, []), tick.message
+            assert (time.monotonic() < began + 30, tick.events) == (True, []), tick.message
             time.sleep(0.2)
-        assert (tick.healthy, tick.events) == (False, [])
+        assert (time.monotonic() < began + 12, tick.healthy, tick.events) == (True, False, [])
         person.execute("ROLLBACK")
     sink.wait_for_rows(100)
     give_up = deadline(10)

@@ -29,7 +29,7 @@ from metrics_pipeline_tests.servers import Server, own_server, until_streams
 pytestmark = pytest.mark.integration
 
 RATE: Final = 1500
-GOES_ON_SECONDS: Final = patience(60.0)
+GOES_ON_SECONDS: Final = 60.0
 TABLES_MB: Final = 220
 """Of the file system that fills: room for the catalogs of five databases, and for what is stored before it fills."""
 
