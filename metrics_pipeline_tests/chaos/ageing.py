@@ -14,6 +14,7 @@ from metrics_pipeline import partitions, postgres, retention, summaries
 from metrics_pipeline.archive import checking, listing, restoring
 from metrics_pipeline.archive.folder import ArchiveFolder
 from metrics_pipeline.errors import BusyError, ServiceError
+from metrics_pipeline.settings import SinkKind
 from metrics_pipeline.verification.verify import VerifyReport, verify
 from metrics_pipeline_tests.chaos import jobs
 from metrics_pipeline_tests.chaos.meanwhile import TICK_SECONDS, LongSession, Meanwhile, Stream, Ticks
@@ -24,18 +25,17 @@ from metrics_pipeline_tests.chaos.stack import Place
 from metrics_pipeline_tests.chaos.stored import files, stored
 from metrics_pipeline_tests.chaos.waits import LONGEST, Waits
 
-RATE: Final = 20_000
-"""Readings a second of a producer as it comes."""
+RATE: Final[Mapping[SinkKind, int]] = {"connect": 5_000, "copy": 20_000}
+"""Readings a second: for the COPY sink those of a producer as it comes; for Kafka Connect what two cores have room for beside all the rest."""
 FLEET: Final = {"PRODUCER_FLEET_SIZE": 2_000, "PRODUCER_MIN_DEVICES": 200, "PRODUCER_MAX_DEVICES": 800}
 
 
-def ageing(place: Place, seconds: float = 600, *, rate: int = RATE) -> Outcome:
+def ageing(place: Place, seconds: float = 600) -> Outcome:
     """Partitions of a minute are made, archived and dropped under load, and one is brought back: nobody waits, nothing is lost.
 
     Args:
         place: where, with either sink.
         seconds: how long.
-        rate: readings a second.
     """
     minutes = max(1, round(seconds / 200))
     own = {
@@ -47,7 +47,7 @@ def ageing(place: Place, seconds: float = 600, *, rate: int = RATE) -> Outcome:
     settings = place.settings.model_copy(update={name.lower(): value for name, value in own.items()} | archive)
     place = replace(place, settings=settings, environment={**place.environment, **own})
     _begin(place)
-    return _Ageing(place, seconds, rate).run()
+    return _Ageing(place, seconds).run()
 
 
 def _begin(place: Place) -> None:
@@ -69,8 +69,8 @@ def _begin(place: Place) -> None:
 class _Ageing:
     """One run of the scenario."""
 
-    def __init__(self, place: Place, seconds: float, rate: int) -> None:
-        self.place, self.seconds, self.rate = place, seconds, rate
+    def __init__(self, place: Place, seconds: float) -> None:
+        self.place, self.seconds = place, seconds
         self.settings = place.settings
         self.copies = place.settings.sink == "copy"
         self.outcome = Outcome()
@@ -81,12 +81,13 @@ class _Ageing:
 
     def run(self) -> Outcome:
         outcome, place = self.outcome, self.place
+        rate = RATE[self.settings.sink]
         with ExitStack() as stack:
             children = {name: stack.enter_context(_job(place, name)) for name in jobs.JOBS}
             sink = stack.enter_context(Sink(place).ready()) if self.copies else None
             if not self.copies:
                 children["repair"] = stack.enter_context(Repair(place, "keeper"))
-            load = stack.enter_context(Load(place, self.rate, **FLEET))
+            load = stack.enter_context(Load(place, rate, **FLEET))
             progress(place, 60) if self.copies else until(
                 lambda: place.one("SELECT EXISTS (SELECT FROM metrics)"), 90, "stored"
             )
@@ -107,6 +108,7 @@ class _Ageing:
         outcome.require(waits.longest <= LONGEST and not long, f"a statement of the sink waited longer: {long}")
         self._settled(ticks)
         outcome.facts |= {
+            "readings a second": rate,
             "published besides": stream.counts,
             "transactions of the long session": session.ended,
             "ticks compared": ticks.compared,
