@@ -323,13 +323,16 @@ def _fold(conn: Connection, entries: int, *, fresh: bool) -> int:
         entries: how many there are.
         fresh: those of this tick (`summary_delta`), too.
     """
-    if entries > BULK_ENTRIES:
-        conn.execute("SET LOCAL enable_nestloop = off")
-    low, high = _run(conn, "absorb_hours", fresh=fresh).fetchone() or (None, None)
     changed: int
-    (changed,) = _run(conn, "merge_device_slots", fresh=fresh, low=low, high=high).fetchone() or (0,)
-    conn.execute("SET LOCAL enable_nestloop = on")
-    _run(conn, "mend_device_slots")
+    if fresh:
+        if entries > BULK_ENTRIES:
+            conn.execute("SET LOCAL enable_nestloop = off")
+        low, high = _run(conn, "absorb_hours").fetchone() or (None, None)
+        (changed,) = _run(conn, "merge_device_slots", low=low, high=high).fetchone() or (0,)
+        conn.execute("SET LOCAL enable_nestloop = on")
+        _run(conn, "mend_device_slots")
+    else:
+        changed = _run(conn, "add_device_slots").rowcount
     _run(conn, "merge_device_metric_totals", fresh=fresh)
     _run(conn, "mend_device_metric_totals")
     conn.execute("DELETE FROM summary_pending")

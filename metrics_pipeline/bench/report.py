@@ -50,7 +50,9 @@ def growths(documents: Sequence[Document]) -> str:
     """Results of growths in one chart: speed, latency, the summaries' tick and sizes by the rows in the table."""
     names = [_kind(document) for document in documents]
     if len(set(names)) < len(names):
-        names = [f"{name} {number}" for number, name in enumerate(names, 1)]
+        names = [f"{name}, {document['rows']:,} rows" for name, document in zip(names, documents, strict=True)]
+    if len(set(names)) < len(names):
+        names = [f"{name}, {number}" for number, name in enumerate(names, 1)]
     results = dict(zip(names, documents, strict=True))
 
     def each(value: Callable[[Any], float | None], label: str = "") -> dict[str, list[tuple[float, float]]]:

@@ -242,6 +242,7 @@ def grown(layout: str = "partitioned", factor: float = 1.0, **more: Any) -> dict
     return SURROUNDINGS | {
         "bench": "growth",
         "sink": "copy",
+        "rows": 2_000_000,
         "steps": steps,
         "partitions": parts,
         "problems": [],
@@ -316,9 +317,15 @@ def test_growths_of_several_layouts_share_a_chart(tmp_path: Path, capsys: pytest
 
 
 def test_growths_of_the_same_layout_are_told_apart() -> None:
-    text = "".join(ElementTree.fromstring(report.growths([grown(), grown()])).itertext())
-    assert "partitioned 1" in text
-    assert "partitioned 2" in text
+    def names(*documents: report.Document) -> str:
+        return "".join(ElementTree.fromstring(report.growths(documents)).itertext())
+
+    equal = names(grown(), grown())
+    assert "partitioned, 2,000,000 rows, 1" in equal
+    assert "partitioned, 2,000,000 rows, 2" in equal
+    longer = names(grown(), grown(rows=100_000_000), grown("plain"))
+    assert all(name in longer for name in ("partitioned, 100,000,000 rows", "partitioned, 2,000,000 rows", "plain, 2,000"))
+    assert "rows, 1" not in longer
 
 
 def test_produce_for_people_and_as_a_chart() -> None:

@@ -2,7 +2,6 @@
 SELECT min(slot), max(slot)
 FROM (
     SELECT slot FROM summary_delta
-    WHERE %(fresh)s
     UNION ALL
     SELECT slot FROM summary_pending
 ) AS slots

@@ -2,7 +2,6 @@
 WITH changes AS (
     SELECT device_id, metric_name, slot, removed, rows, total, min, max, first_seen, last_seen
     FROM summary_delta
-    WHERE %(fresh)s
     UNION ALL
     SELECT device_id, metric_name, slot, false AS removed, rows, total, min, max, first_seen, last_seen
     FROM summary_pending
