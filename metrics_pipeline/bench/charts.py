@@ -13,8 +13,8 @@ from metrics_pipeline.errors import PipelineError
 
 WIDTH: Final = 760
 _LEFT, _RIGHT, _BAR, _GAP = 130, 90, 26, 14
-_AXIS, _PANEL = 70, 320
-_COLOURS: Final = ("#4f43dd", "#0a8f62", "#c2410c", "#7c3aed", "#0369a1", "#a16207")
+_AXIS, _PANEL, _LINE = 70, 320, 15
+_COLOURS: Final = ("#4f43dd", "#0a8f62", "#c2410c", "#0891b2", "#a16207", "#be185d")
 _INK: Final = "#444"
 
 
@@ -51,7 +51,7 @@ class Panel:
     """Lines over an axis of their own; both axes begin at zero.
 
     Attributes:
-        series: points by label.
+        series: points by label. `LABEL: PART` is dashed and has the colour of `LABEL`, when that is a series, too.
         x_unit: of the horizontal axis.
         y_unit: of the vertical axis.
     """
@@ -75,19 +75,46 @@ def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_uni
 
 def panels(title: str, below_each_other: Sequence[Panel]) -> str:
     """Panels below each other, with one title above."""
-    height = len(below_each_other) * _PANEL
-    parts = [_head(height), f'<text x="{_AXIS}" y="20" font-size="15">{escape(title)}</text>']
-    for number, panel in enumerate(below_each_other):
-        parts += _panel(panel, number * _PANEL)
-    return "".join([*parts, "</svg>\n"])
+    above, parts = 0, list[str]()
+    for panel in below_each_other:
+        legend = _legend(panel)
+        end = above + _PANEL + _LINE * (legend[-1].line if legend else 0)
+        parts += _panel(panel, legend, above, end)
+        above = end
+    return "".join(
+        [_head(above), f'<text x="{_AXIS}" y="20" font-size="15">{escape(title)}</text>', *parts, "</svg>\n"]
+    )
 
 
-def _panel(panel: Panel, above: int) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A label above a panel: where it begins, in which line, and its size."""
+
+    x: float
+    line: int
+    size: int
+
+
+def _legend(panel: Panel) -> list[_Entry]:
+    """An entry for each series, in as many lines as they need."""
+    size = 11 if len(panel.series) > 4 else 13
+    entries, x, line = list[_Entry](), _AXIS + 8.0, 0
+    for label in panel.series:
+        # A character is about half as wide as it is high.
+        width = len(label) * size * 0.53
+        if entries and x + width > WIDTH - 10:
+            x, line = _AXIS + 8.0, line + 1
+        entries.append(_Entry(x, line, size))
+        x += max(width + 14, 0 if size < 13 else 170)
+    return entries
+
+
+def _panel(panel: Panel, legend: Sequence[_Entry], above: int, end: int) -> Iterator[str]:
     points = [point for line in panel.series.values() for point in line]
     most_x = max((x for x, _ in points), default=0) or 1
     most_y = max((y for _, y in points), default=0) or 1
-    left, top, end = _AXIS, above + 48, above + _PANEL
-    width, bottom = WIDTH - left - 30, end - 46
+    left, bottom = _AXIS, end - 46
+    width, top = WIDTH - left - 30, bottom - (_PANEL - 94)
     yield f'<path d="M{left} {top}V{bottom}H{left + width}" stroke="{_INK}" fill="none"/>'
     for quarter in range(5):
         share = quarter / 4
@@ -96,14 +123,16 @@ def _panel(panel: Panel, above: int) -> Iterator[str]:
             yield f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/>'
         yield f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" font-size="11">{short(most_y * share)}</text>'
         yield f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle" font-size="11">{short(most_x * share)}</text>'
-    many = len(panel.series) > 4
-    place, size = left + 8.0, ' font-size="11"' if many else ""
-    for number, (label, line) in enumerate(panel.series.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
+    colours: dict[str, str] = {}
+    for (label, line), entry in zip(panel.series.items(), legend, strict=True):
+        whole = label.rpartition(": ")[0]
+        dashes = ' stroke-dasharray="5 3"' if whole in panel.series else ""
+        colour = colours[whole] if whole in colours and dashes else _COLOURS[len(set(colours.values())) % len(_COLOURS)]
+        colours[label] = colour
         drawn = " ".join(f"{left + width * x / most_x:.1f},{bottom - (bottom - top) * y / most_y:.1f}" for x, y in line)
-        yield f'<polyline points="{drawn}" stroke="{colour}" stroke-width="2" fill="none"/>'
-        yield f'<text x="{place:.0f}" y="{top - 6}" fill="{colour}"{size}>{escape(label)}</text>'
-        place += 5.8 * len(label) + 12 if many else 170
+        yield f'<polyline points="{drawn}" stroke="{colour}" stroke-width="2" fill="none"{dashes}/>'
+        y = above + 42 + _LINE * entry.line
+        yield f'<text x="{entry.x:.0f}" y="{y}" fill="{colour}" font-size="{entry.size}">{escape(label)}</text>'
     yield f'<text x="{left}" y="{end - 10}" font-size="11">{escape(f"{panel.y_unit} by {panel.x_unit}")}</text>'
 
 

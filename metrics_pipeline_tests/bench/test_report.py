@@ -324,7 +324,9 @@ def test_growths_of_the_same_layout_are_told_apart() -> None:
     assert "partitioned, 2,000,000 rows, 1" in equal
     assert "partitioned, 2,000,000 rows, 2" in equal
     longer = names(grown(), grown(rows=100_000_000), grown("plain"))
-    assert all(name in longer for name in ("partitioned, 100,000,000 rows", "partitioned, 2,000,000 rows", "plain, 2,000"))
+    assert all(
+        name in longer for name in ("partitioned, 100,000,000 rows", "partitioned, 2,000,000 rows", "plain, 2,000")
+    )
     assert "rows, 1" not in longer
 
 
