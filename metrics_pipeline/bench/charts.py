@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import Final
 
@@ -123,12 +124,11 @@ def _panel(panel: Panel, legend: Sequence[_Entry], above: int, end: int) -> Iter
             yield f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/>'
         yield f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" font-size="11">{short(most_y * share)}</text>'
         yield f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle" font-size="11">{short(most_x * share)}</text>'
-    colours: dict[str, str] = {}
+    wholes = {label: label.rpartition(": ")[0] for label in panel.series}
+    colours = dict(zip((label for label in wholes if wholes[label] not in wholes), cycle(_COLOURS), strict=False))
     for (label, line), entry in zip(panel.series.items(), legend, strict=True):
-        whole = label.rpartition(": ")[0]
-        dashes = ' stroke-dasharray="5 3"' if whole in panel.series else ""
-        colour = colours[whole] if whole in colours and dashes else _COLOURS[len(set(colours.values())) % len(_COLOURS)]
-        colours[label] = colour
+        dashes = "" if label in colours else ' stroke-dasharray="5 3"'
+        colour = colours[label if label in colours else wholes[label]]
         drawn = " ".join(f"{left + width * x / most_x:.1f},{bottom - (bottom - top) * y / most_y:.1f}" for x, y in line)
         yield f'<polyline points="{drawn}" stroke="{colour}" stroke-width="2" fill="none"{dashes}/>'
         y = above + 42 + _LINE * entry.line

@@ -52,5 +52,13 @@ def test_parts_without_a_whole_have_colours_of_their_own() -> None:
     assert not any("stroke-dasharray" in line.attrib for line in lines)
 
 
+def test_part_may_come_before_its_whole_and_colours_go_round() -> None:
+    part, *wholes = drawn("0: summaries", *map(str, range(8))).findall("s:polyline", SPACE)
+    colours = [line.attrib["stroke"] for line in wholes]
+    assert part.attrib["stroke"] == colours[0]
+    assert len(set(colours[:6])) == 6
+    assert colours[6:] == colours[:2]
+
+
 def test_a_chart_of_nothing_is_a_chart() -> None:
     assert drawn().findall("s:polyline", SPACE) == []
